@@ -1,0 +1,62 @@
+"""Linear layers with weights packed for oneDNN, which are faster and agree for every row count from two up.
+
+Where packing is missing (other processors, other devices, fp16) a plain linear serves; the row-invariance probe, not
+this file, decides what is exact there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN packs this weight: a CPU, and fp32, or bf16 where the processor computes in it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b for x [..., in] and W [out, in] packed once; it owns no unpacked copy."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.numel() * weight.element_size()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return out
+
+
+class PlainLinear(nn.Module):
+    """The same contract on weights as they are."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.numel() * weight.element_size()
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | PlainLinear:
+    """The fastest linear layer for a weight [out, in] where it lies."""
+    return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace the linear layers of a transformers model in place, one at a time, so that memory peaks by one layer."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and can_pack(child.weight):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+            elif type(child) is Conv1D and can_pack(child.weight):
+                setattr(module, name, PackedLinear(child.weight.T, child.bias))

@@ -1,0 +1,113 @@
+"""The rows of one forward pass: which tokens of which sequences, at which positions, with which padding.
+
+Owns the arithmetic of row invariance: every span gets at least `min_rows` rows, and attention a key length rounded up
+to `key_multiple`. Knows nothing of tensors or models, so that the decoder, the adapter and the probe plan alike.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+SHORT_SPAN = 64  # spans up to here are padded to a common width, so that one attention call serves a whole batch
+
+
+@dataclass(frozen=True, slots=True)
+class RowInvariance:
+    """From which shapes on a row's logits are bit-identical whatever else is in the pass.
+
+    `exact` is False where no such shape was found: steps then run at one fixed width, and only equal passes agree.
+    """
+
+    min_rows: int = 4
+    key_multiple: int = 128
+    max_rows: int = 33  # the widest verification pass that was probed
+    exact: bool = True
+
+    @property
+    def max_draft_tokens(self) -> int:
+        return self.max_rows - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one sequence at positions start, start + 1, ...; logits are wanted for the last `wanted` of them."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    wanted: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Spans of equal padded width in consecutive slots: one attention call."""
+
+    first_slot: int
+    first_row: int
+    width: int
+    starts: tuple[int, ...]
+    key_length: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.width * len(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Everything a model needs for one pass; N rows, padding included.
+
+    Padding rows go on where the span ends: what they write lies beyond the committed length, and is overwritten
+    before any row can see it.
+    """
+
+    tokens: list[int]  # [N]
+    positions: list[int]  # [N]
+    slots: list[int]  # [N]
+    wanted: list[int]  # [R] rows whose logits are returned, in the order of the spans
+    groups: tuple[Group, ...]
+
+    @property
+    def max_position(self) -> int:
+        return max(group.key_length for group in self.groups)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def plan(spans: Iterable[Span], min_rows: int, key_multiple: int) -> RowBatch:
+    """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
+    ordered = list(spans)
+    by_slot = sorted(range(len(ordered)), key=lambda i: ordered[i].slot)
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    groups: list[Group] = []
+    wanted: dict[int, range] = {}
+    for run in _runs([ordered[i] for i in by_slot]):
+        width = max(min_rows, max(len(span.tokens) for span in run))
+        key_length = round_up(max(span.start for span in run) + width, key_multiple)
+        groups.append(Group(run[0].slot, len(tokens), width, tuple(span.start for span in run), key_length))
+        for span in run:
+            count = len(span.tokens)
+            end = len(tokens) + count
+            wanted[span.slot] = range(end - span.wanted, end)
+            tokens.extend(span.tokens)
+            tokens.extend([0] * (width - count))
+            positions.extend(range(span.start, span.start + width))
+            slots.extend([span.slot] * width)
+    rows = [row for span in ordered for row in wanted[span.slot]]
+    return RowBatch(tokens, positions, slots, rows, tuple(groups))
+
+
+def _runs(spans: list[Span]) -> Iterable[list[Span]]:
+    """Cut spans sorted by slot into runs of consecutive slots; a long span (prefill) stays alone."""
+    run: list[Span] = []
+    for span in spans:
+        joins = run and span.slot == run[-1].slot + 1 and max(len(span.tokens), len(run[-1].tokens)) <= SHORT_SPAN
+        if run and not joins:
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run

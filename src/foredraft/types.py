@@ -1,0 +1,170 @@
+"""The nouns of foredraft: what a request is, what a drafter guesses, what verification decides, what a step returns.
+
+Plain data, validated where it is built. Knows nothing of models, caches, files or text.
+"""
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import LogitsProcessor
+
+from foredraft.errors import RequestError
+from foredraft.stats import SpecStats
+
+FinishReason = Literal["stop", "length", "abort"]
+VerifierName = Literal["coupled", "rejection"]
+StopRule = Callable[[int], bool]
+"""Called once for each token as it is committed, in order; True ends the request with this token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Guessed tokens of one sequence for one step.
+
+    `parents[i]` is the index of token i's predecessor within the draft, -1 for the last committed token; empty means a
+    chain. `probs` is the distribution each token was really drawn from; `None` says one-hot (an argmax, a lookup).
+    """
+
+    tokens: tuple[int, ...] = ()
+    source: str = "none"
+    probs: torch.Tensor | None = None  # [n, V], after the request's processors
+    parents: tuple[int, ...] = ()
+    confidences: tuple[float, ...] = ()  # the drafter's own probability of each token; what policies learn from
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        return not self.parents or self.parents == tuple(range(-1, len(self.tokens) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target made of a draft: indices kept (a root-to-node path), and the token that follows them."""
+
+    accepted: tuple[int, ...]
+    next_token: int
+    kind: Literal["recovered", "bonus"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the target's distribution becomes text. The defaults decode greedily.
+
+    Penalties follow vLLM: `repetition_penalty` looks at prompt and output, `presence_penalty` and `frequency_penalty`
+    at the output alone. `top_k=0`, `top_p=1`, `min_p=0` switch a filter off.
+
+    Raises:
+        RequestError: a value is out of range, or two values contradict each other.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; 0: of the chosen token; n: also of the n most likely
+    processors: tuple[LogitsProcessor, ...] = ()
+    verifier: VerifierName = "coupled"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "processors", tuple(self.processors))
+        checks = (
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0; 1 is off"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "None or in [0, 100]"),
+            ("verifier", self.verifier in ("coupled", "rejection"), "'coupled' or 'rejection'"),
+        )
+        for name, valid, wanted in checks:
+            if not valid:
+                raise RequestError(f"{name}={getattr(self, name)!r} is not usable; it must be {wanted}")
+        filters = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
+        if self.greedy and filters:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in filters)
+            raise RequestError(f"temperature=0 (greedy) contradicts {given}; set a temperature or drop the filter")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities under the model's unprocessed distribution at one position."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Phase(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's whole state. `token_ids` are committed; the target's cache holds the first `cached` of them."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_rule: StopRule
+    max_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
+    prompt_len: int = -1
+    slot: int = -1
+    cached: int = 0
+    phase: Phase = Phase.WAITING
+    finish_reason: FinishReason | None = None
+    from_draft: list[bool] = field(default_factory=list)  # one for each output token
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stats: SpecStats = field(default_factory=SpecStats)
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.token_ids) if self.prompt_len < 0 else self.prompt_len
+        self.stats.prompt_tokens = self.prompt_len
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        return self.params.max_new_tokens - self.num_output
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The tokens one step added to one sequence."""
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    from_draft: tuple[bool, ...]
+    finish_reason: FinishReason | None
