@@ -22,12 +22,16 @@ class LayerShape:
     key_dim: int
     value_dim: int
 
+    @property
+    def width(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim)
+
 
 class SlotCache:
     """Keys and values of `max_slots` sequences of up to `max_length` tokens.
 
-    Per layer a tensor [slots, length, heads, dim] for keys and one for values, zeroed at allocation: a masked key then
-    contributes exactly 0 to every sum.
+    Per layer one tensor [slots, length, heads * (key_dim + value_dim)], a token's keys before its values, zeroed at
+    allocation: a masked key then contributes exactly 0 to every sum.
     """
 
     def __init__(
@@ -35,63 +39,81 @@ class SlotCache:
         layers: list[LayerShape],
         *,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: list[torch.device],
         max_slots: int = 1,
         max_length: int = GRANULE,
     ) -> None:
         self.layers = layers
         self.dtype = dtype
-        self.device = device
+        self.devices = devices  # one for each layer
         self.max_slots = max_slots
         self.max_length = round_up(max_length, GRANULE)
         self.slots = 0
         self.length = 0
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.storage: list[torch.Tensor] = []
+        self._views: dict[tuple[int, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return self.slots * self.length * self.bytes_per_token
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(s.heads * (s.key_dim + s.value_dim) for s in self.layers) * self.dtype.itemsize
+        return sum(shape.width for shape in self.layers) * self.dtype.itemsize
 
     def reserve(self, slots: int, length: int) -> None:
-        """Make room for `slots` slots of `length` positions.
+        """Make room for `slots` slots of `length` positions; grows by doubling up to the maxima.
 
         Raises:
             CacheMemoryError: the memory is not there; what was cached stays as it was.
         """
         if slots <= self.slots and length <= self.length:
             return
-        new_slots = self.slots if slots <= self.slots else min(max(slots, 2 * self.slots), self.max_slots)
-        new_length = self.length if length <= self.length else min(max(length, 2 * self.length), self.max_length)
-        self._grow(max(new_slots, slots), round_up(max(new_length, length), GRANULE))
+        slots = max(self.slots, slots, min(2 * self.slots, self.max_slots) if slots > self.slots else 0)
+        length = max(self.length, length, min(2 * self.length, self.max_length) if length > self.length else 0)
+        self._grow(slots, round_up(length, GRANULE))
 
     def _grow(self, slots: int, length: int) -> None:
         try:
-            keys = [self._grown(old, slots, length) for old in self._old(self.keys, "key_dim")]
-            values = [self._grown(old, slots, length) for old in self._old(self.values, "value_dim")]
+            storage = [self._grown(layer, slots, length) for layer in range(len(self.layers))]
         except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError on every device
             size = slots * length * self.bytes_per_token / 2**30
             raise CacheMemoryError(
-                f"the cache needs {size:.2f} GiB on {self.device} for {slots} sequences of {length} tokens, which could "
-                "not be allocated; lower max_model_len or max_batch_size"
+                f"the cache needs {size:.2f} GiB on {self.devices[0]} for {slots} sequences of {length} tokens, which "
+                "could not be allocated; lower max_model_len or max_batch_size"
             ) from error
-        self.keys, self.values, self.slots, self.length = keys, values, slots, length
+        self.storage, self.slots, self.length = storage, slots, length
+        self._views.clear()
 
-    def _old(self, tensors: list[torch.Tensor], dim: str) -> list[torch.Tensor]:
-        if tensors:
-            return tensors
-        return [torch.zeros(0, 0, s.heads, getattr(s, dim), dtype=self.dtype, device=self.device) for s in self.layers]
-
-    def _grown(self, old: torch.Tensor, slots: int, length: int) -> torch.Tensor:
-        new = torch.zeros(slots, length, *old.shape[2:], dtype=self.dtype, device=self.device)
-        new[: old.shape[0], : old.shape[1]] = old
+    def _grown(self, layer: int, slots: int, length: int) -> torch.Tensor:
+        new = torch.zeros(slots, length, self.layers[layer].width, dtype=self.dtype, device=self.devices[layer])
+        if self.storage:
+            new[: self.slots, : self.length] = self.storage[layer]
         return new
+
+    def write(self, layer: int, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Store rows [N, heads * (key_dim + value_dim)] at index [N] = slot * length + position."""
+        self.storage[layer].view(-1, self.layers[layer].width).index_copy_(0, index, rows)
+
+    def views(self, first_slot: int, count: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer keys [count, heads, length, key_dim] and values of consecutive slots, without a copy."""
+        key = (first_slot, count, length)
+        if key not in self._views:
+            if len(self._views) >= 64:
+                self._views.clear()
+            self._views[key] = [self._view(layer, *key) for layer in range(len(self.layers))]
+        return self._views[key]
+
+    def _view(self, layer: int, first_slot: int, count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self.layers[layer]
+        rows = self.storage[layer][first_slot : first_slot + count, :length]
+        keys, values = rows.split((shape.heads * shape.key_dim, shape.heads * shape.value_dim), dim=-1)
+        return (
+            keys.unflatten(-1, (shape.heads, shape.key_dim)).transpose(1, 2),
+            values.unflatten(-1, (shape.heads, shape.value_dim)).transpose(1, 2),
+        )
 
     def clear(self, slot: int) -> None:
         """Zero a slot; needed only after it held values that are not finite."""
-        for tensor in (*self.keys, *self.values):
+        for tensor in self.storage:
             tensor[slot].zero_()
