@@ -1,0 +1,117 @@
+"""Attention and masks for modules written by transformers, as functions registered under the name "foredraft".
+
+A transformers model builds its masks (causal, sliding, chunked; a kind of layer each) from its own index functions, and
+calls the attention function that its configuration names. Ours evaluates those index functions at the true position
+of every row, so that sequences of different lengths share a pass, and folds a group of query heads into the rows of
+their key-value head instead of copying keys. Knows nothing of slots or of any one model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from foredraft.models.rows import SHORT_SPAN
+
+NAME = "foredraft"
+EAGER_ROWS = 8  # rows of a matrix product are padded to a multiple of this, which is what makes them agree
+
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def additive_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **_unused: object,
+) -> torch.Tensor:
+    """Additive mask [B, 1, W, K]; `q_offset` is a number, or the first position [B] of each sequence's rows."""
+    batch = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+    first = torch.as_tensor(q_offset, device=device).view(-1, 1, 1, 1)
+    rows = (first + torch.arange(q_length, device=device).view(1, 1, -1, 1)).expand(batch_size, 1, -1, 1)
+    keys = kv_offset + torch.arange(kv_length, device=device).view(1, 1, 1, -1)
+    allowed = keys <= rows if mask_function is None else mask_function(batch, head, rows, keys)
+    mask = torch.zeros(batch_size, 1, q_length, kv_length, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [B, H, W, D]
+    key: torch.Tensor,  # [B, H_kv, K, D]
+    value: torch.Tensor,  # [B, H_kv, K, D_v]
+    attention_mask: torch.Tensor | None,  # [B, 1, W, K]
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_unused: object,
+) -> tuple[torch.Tensor, None]:
+    """Masked attention [B, W, H, D_v], in the signature transformers' models call."""
+    assert attention_mask is not None, "the adapter always masks"
+    batch, heads, width, _ = query.shape
+    mask = attention_mask if position_bias is None else attention_mask + position_bias
+    groups = heads // key.shape[1]
+    if groups > 1 and width > SHORT_SPAN:  # copying keys costs little beside so many rows, a folded mask much
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    folded = query.reshape(batch, heads // groups, groups * width, -1)
+    mask = _fold_mask(mask, groups)
+    if softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sinks = None if s_aux is None else s_aux.view(1, -1, groups, 1).expand(batch, -1, -1, width)
+        out = _eager(folded, key, value, mask, scale, softcap, sinks)
+    return out.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def _fold_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
+    if groups == 1:
+        return mask
+    if mask.shape[1] == 1:
+        return mask.repeat(1, 1, groups, 1)
+    return mask.reshape(mask.shape[0], mask.shape[1] // groups, groups * mask.shape[2], -1)
+
+
+def _eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """What fused kernels lack: capped scores (gemma2) and a learned sink that takes probability (gpt-oss)."""
+    rows = query.shape[2]
+    padding = -rows % EAGER_ROWS
+    query, mask = F.pad(query, (0, 0, 0, padding)), F.pad(mask, (0, 0, 0, padding))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        sink = F.pad(sinks.reshape(*query.shape[:2], rows), (0, padding)).unsqueeze(-1)
+        scores = torch.cat([scores, sink.to(scores.dtype)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
+    return torch.matmul(weights, value)[:, :, :rows]
+
+
+def register() -> str:
+    """Make the functions known to transformers; return the name to put into a configuration."""
+    interface: Any = AttentionInterface
+    masks: Any = AttentionMaskInterface
+    interface.register(NAME, attention)
+    masks.register(NAME, additive_mask)
+    return NAME

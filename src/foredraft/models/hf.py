@@ -1,0 +1,221 @@
+"""HFModel: any transformers causal language model behind the CausalModel protocol.
+
+Their modules compute; keys and values live in our SlotCache, the masks and positions are ours, and a group of spans is
+one call. Knows no architecture beyond the few table entries below and in support.py.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from foredraft.errors import UnsupportedModelError
+from foredraft.models import attention
+from foredraft.models.cache import LayerShape, SlotCache
+from foredraft.models.experts import pack_experts, pad_routers
+from foredraft.models.linear import PackedLinear, PlainLinear, pack_linears
+from foredraft.models.rope import pin_rope
+from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan
+from foredraft.models.support import ADVICE, check_supported
+
+HEAD_ROWS = 8  # a pass with as many rows gives the head at least these: fewer may take another kernel
+ALIBI = {"bloom", "falcon"}  # their position biases are built from a 2-D mask: a call serves one sequence
+LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+NO_LIMIT = 32768  # positions of a model whose configuration sets no limit
+
+
+class SlotView(Cache):
+    """The SlotCache as transformers' modules see it in one call: the rows of one group."""
+
+    def __init__(self, cache: SlotCache, group: Group, position: int | torch.Tensor, index: torch.Tensor) -> None:
+        super().__init__(layers=[])
+        self._cache = cache
+        self._group = group
+        self._position = position
+        self._indices = {index.device: index}
+        self._views = cache.views(group.first_slot, len(group.starts), group.key_length)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values [B, H, W, D]; return all of the group's, [B, H, K, D], without a copy."""
+        device = key_states.device
+        if device not in self._indices:
+            self._indices[device] = next(iter(self._indices.values())).to(device)
+        rows = torch.cat([key_states.transpose(1, 2).flatten(2), value_states.transpose(1, 2).flatten(2)], -1)
+        self._cache.write(layer_idx, self._indices[device], rows.flatten(0, 1).to(self._cache.dtype))
+        return self._views[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._group.starts[0]
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Where the rows begin: a number, or one for each sequence [B], as the mask function takes it."""
+        return self._position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._group.key_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self._group.key_length
+
+
+class HFModel:
+    """A loaded transformers model; it is changed in place (packed weights, attention function).
+
+    Raises:
+        UnsupportedModelError: its state cannot be rewound, it is not causal, or it does not compute through us what it
+            computes by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_supported(model)
+        self.config = model.config
+        self.model = model.eval()
+        self.dtype = model.dtype
+        self.device = model.get_input_embeddings().weight.device
+        self.max_positions = min(_max_positions(model), pin_rope(model))
+        self.row_invariance = RowInvariance()
+        parameters = inspect.signature(model.forward).parameters
+        self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
+        self._alone = "position_ids" not in parameters or bool(getattr(self.config, "alibi", _is_alibi(model)))
+        self._builds_masks = self._alone
+        sample = _sample(model, self.max_positions)
+        self.cache, expected = self._dry_run(sample)
+        self.vocab_size = expected.shape[-1]
+        self._optimise()
+        self._check(sample, expected)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights a pass reads."""
+        packed = [m for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear)]
+        return sum(m.nbytes for m in packed) + sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @torch.inference_mode()
+    def forward(self, rows: RowBatch) -> torch.Tensor:
+        """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
+        self.cache.reserve(max(rows.slots) + 1, rows.max_position)
+        wanted = set(rows.wanted)
+        kept: list[int] = []
+        parts = []
+        for group in self._calls(rows):
+            keep = _kept_rows(group, wanted)
+            parts.append(self._call(rows, group, keep))
+            kept += keep
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if kept == rows.wanted:
+            return logits
+        place = {row: i for i, row in enumerate(kept)}
+        return logits[torch.tensor([place[row] for row in rows.wanted], device=logits.device)]
+
+    def _calls(self, rows: RowBatch) -> Iterator[Group]:
+        """The groups; cut into single spans where the model takes no positions of ours."""
+        for group in rows.groups:
+            for i, start in enumerate(group.starts if self._alone else ()):
+                first_row = group.first_row + i * group.width
+                yield replace(group, first_slot=group.first_slot + i, first_row=first_row, starts=(start,))
+            if not self._alone:
+                yield group
+
+    def _call(self, rows: RowBatch, group: Group, keep: list[int]) -> torch.Tensor:
+        """Logits [len(keep), V] of one group."""
+        shape = (len(group.starts), group.width)
+        span = slice(group.first_row, group.first_row + group.num_rows)
+        positions = torch.tensor(rows.positions[span], device=self.device)
+        index = positions + torch.tensor(rows.slots[span], device=self.device) * self.cache.length
+        starts = group.starts[0] if self._alone else torch.tensor(group.starts, device=self.device)
+        selected = torch.zeros(group.num_rows, dtype=torch.bool)
+        selected[[row - group.first_row for row in keep]] = True
+        arguments: dict[str, Any] = {
+            "position_ids": positions.clamp(max=self.max_positions - 1).view(shape),
+            "logits_to_keep": selected.view(shape).to(self.device),
+        }
+        logits = self.model(
+            input_ids=torch.tensor(rows.tokens[span], device=self.device).view(shape),
+            attention_mask=self._mask(group, starts),
+            past_key_values=SlotView(self.cache, group, starts, index),
+            use_cache=True,
+            **{name: value for name, value in arguments.items() if name in self._takes},
+        ).logits.to(self.device)
+        return logits if logits.dim() == 2 else logits[arguments["logits_to_keep"]]
+
+    def _mask(self, group: Group, starts: int | torch.Tensor) -> torch.Tensor | None:
+        """None where our mask function is called by the model; else a 4-D mask, or a 2-D one for alibi."""
+        if self._alone:
+            return torch.ones(1, group.key_length, dtype=torch.long, device=self.device)
+        if self._builds_masks:
+            return None
+        return attention.additive_mask(
+            len(group.starts), group.width, group.key_length, starts, dtype=self.dtype, device=self.device
+        )
+
+    @torch.inference_mode()
+    def _dry_run(self, sample: list[int]) -> tuple[SlotCache, torch.Tensor]:
+        """Discover the cache's shapes, and what the untouched model makes of the sample: logits [n, V]."""
+        cache = DynamicCache()
+        logits = self.model(input_ids=torch.tensor([sample], device=self.device), past_key_values=cache).logits[0]
+        layers = [layer if layer.is_initialized else None for layer in cache.layers]
+        made = [layer for layer in layers if layer is not None]
+        if not made:
+            raise UnsupportedModelError(f"{self.config.model_type!r} cannot serve: it wrote no keys and values; {ADVICE}")
+        shapes = [_shape(layer) if layer is not None else LayerShape(0, 0, 0) for layer in layers]
+        devices = [layer.keys.device if layer is not None else self.device for layer in layers]
+        return SlotCache(shapes, dtype=made[0].keys.dtype, devices=devices), logits.to(self.device)
+
+    def _optimise(self) -> None:
+        """Our attention where the model's own code asks for one by name, packed weights on CPU."""
+        if self.model._can_set_attn_implementation() and not self._alone:
+            self.model.set_attn_implementation(attention.register())
+            self._builds_masks = self.config._attn_implementation == attention.NAME
+        pack_experts(self.model)
+        pack_linears(self.model)
+        pad_routers(self.model)
+
+    def _check(self, sample: list[int], expected: torch.Tensor) -> None:
+        """Compute the sample in two uneven steps beside another sequence; refuse a model that comes out different."""
+        half = len(sample) // 2
+        first = [Span(0, 0, sample[:half], half), Span(1, 0, sample[: half - 1], half - 1)]
+        second = [Span(0, half, sample[half:], len(sample) - half), Span(1, half - 1, sample[half - 1 :], 1)]
+        parts = [self.forward(plan(spans, 4, 128)) for spans in (first, second)]
+        found = torch.cat([parts[0][:half], parts[1][: len(sample) - half], parts[1][-1:]]).float()
+        wanted = torch.cat([expected, expected[-1:]]).float()
+        error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        if not error.median() < 0.1 or not error[-1] < 0.5:
+            raise UnsupportedModelError(
+                f"{self.config.model_type!r} cannot serve: through a cache written at positions its logits differ by "
+                f"{error.max():.0%} from its own; {ADVICE}"
+            )
+
+
+def _kept_rows(group: Group, wanted: set[int]) -> list[int]:
+    """The group's rows that go through the head: the wanted ones, and others up to HEAD_ROWS."""
+    rows = range(group.first_row, group.first_row + group.num_rows)
+    keep = [row for row in rows if row in wanted]
+    spare = (row for row in rows if row not in wanted)
+    return sorted(keep + [row for row, _ in zip(spare, range(HEAD_ROWS - len(keep)), strict=False)])
+
+
+def _shape(layer: Any) -> LayerShape:
+    return LayerShape(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+
+
+def _is_alibi(model: PreTrainedModel) -> bool:
+    return model.config.model_type in ALIBI and not hasattr(model.config, "alibi")
+
+
+def _max_positions(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    limits = (getattr(config, name, None) for name in LENGTH_NAMES)
+    tables = [m.num_embeddings for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(".wpe")]
+    return min([next((limit for limit in limits if isinstance(limit, int)), NO_LIMIT), *tables])
+
+
+def _sample(model: PreTrainedModel, max_positions: int) -> list[int]:
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return [(7 * i + 3) % vocabulary for i in range(min(12, max_positions))]
