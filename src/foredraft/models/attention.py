@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from foredraft.models.rows import SHORT_SPAN
 
 NAME = "foredraft"
-EAGER_ROWS = 8  # rows of a matrix product are padded to a multiple of this, which is what makes them agree
+ROW_MULTIPLE = 8  # query rows are padded to a multiple of this: kernels take blocks of 32, and in fp32 a last block of
+# one to three rows takes another product, whose bits differ
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -65,15 +66,17 @@ def attention(
     groups = heads // key.shape[1]
     if groups > 1 and width > SHORT_SPAN:  # copying keys costs little beside so many rows, a folded mask much
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
-    folded = query.reshape(batch, heads // groups, groups * width, -1)
-    mask = _fold_mask(mask, groups)
+    rows = groups * width
+    padding = (0, 0, 0, -rows % ROW_MULTIPLE)
+    folded = F.pad(query.reshape(batch, heads // groups, rows, -1), padding)
+    mask = F.pad(_fold_mask(mask, groups), padding)
     if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        sinks = None if s_aux is None else s_aux.view(1, -1, groups, 1).expand(batch, -1, -1, width)
+        sinks = None if s_aux is None else _fold_sinks(s_aux, groups, width, folded.shape[2])
         out = _eager(folded, key, value, mask, scale, softcap, sinks)
-    return out.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
+    return out[:, :, :rows].reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
 
 
 def _fold_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
@@ -82,6 +85,12 @@ def _fold_mask(mask: torch.Tensor, groups: int) -> torch.Tensor:
     if mask.shape[1] == 1:
         return mask.repeat(1, 1, groups, 1)
     return mask.reshape(mask.shape[0], mask.shape[1] // groups, groups * mask.shape[2], -1)
+
+
+def _fold_sinks(sinks: torch.Tensor, groups: int, width: int, rows: int) -> torch.Tensor:
+    """A sink's score for each query row, [1, H_kv, rows, 1]."""
+    folded = sinks.view(-1, groups, 1).expand(-1, -1, width).flatten(1)
+    return F.pad(folded, (0, rows - folded.shape[1]))[None, :, :, None]
 
 
 def _eager(
@@ -94,18 +103,14 @@ def _eager(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """What fused kernels lack: capped scores (gemma2) and a learned sink that takes probability (gpt-oss)."""
-    rows = query.shape[2]
-    padding = -rows % EAGER_ROWS
-    query, mask = F.pad(query, (0, 0, 0, padding)), F.pad(mask, (0, 0, 0, padding))
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores + mask
     if sinks is not None:
-        sink = F.pad(sinks.reshape(*query.shape[:2], rows), (0, padding)).unsqueeze(-1)
-        scores = torch.cat([scores, sink.to(scores.dtype)], -1)
+        scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1).to(scores.dtype)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
-    return torch.matmul(weights, value)[:, :, :rows]
+    return torch.matmul(weights, value)
 
 
 def register() -> str:

@@ -23,7 +23,6 @@ from foredraft.models.rope import pin_rope
 from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan
 from foredraft.models.support import ADVICE, check_supported
 
-HEAD_ROWS = 8  # a pass with as many rows gives the head at least these: fewer may take another kernel
 ALIBI = {"bloom", "falcon"}  # their position biases are built from a 2-D mask: a call serves one sequence
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NO_LIMIT = 32768  # positions of a model whose configuration sets no limit
@@ -78,7 +77,7 @@ class HFModel:
         self.config = model.config
         self.model = model.eval()
         self.dtype = model.dtype
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = _embedding(model).device
         self.max_positions = min(_max_positions(model), pin_rope(model))
         self.row_invariance = RowInvariance()
         parameters = inspect.signature(model.forward).parameters
@@ -95,7 +94,8 @@ class HFModel:
     def weight_bytes(self) -> int:
         """Bytes of weights a pass reads."""
         packed = [m for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear)]
-        return sum(m.nbytes for m in packed) + sum(p.numel() * p.element_size() for p in self.model.parameters())
+        unpacked = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return unpacked + sum(m.nbytes for m in packed)
 
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
@@ -105,7 +105,7 @@ class HFModel:
         kept: list[int] = []
         parts = []
         for group in self._calls(rows):
-            keep = _kept_rows(group, wanted)
+            keep = _kept_rows(group, wanted, self.row_invariance.min_rows)
             parts.append(self._call(rows, group, keep))
             kept += keep
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -136,7 +136,7 @@ class HFModel:
             "position_ids": positions.clamp(max=self.max_positions - 1).view(shape),
             "logits_to_keep": selected.view(shape).to(self.device),
         }
-        logits = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=torch.tensor(rows.tokens[span], device=self.device).view(shape),
             attention_mask=self._mask(group, starts),
             past_key_values=SlotView(self.cache, group, starts, index),
@@ -160,10 +160,11 @@ class HFModel:
         """Discover the cache's shapes, and what the untouched model makes of the sample: logits [n, V]."""
         cache = DynamicCache()
         logits = self.model(input_ids=torch.tensor([sample], device=self.device), past_key_values=cache).logits[0]
-        layers = [layer if layer.is_initialized else None for layer in cache.layers]
+        layers: list[Any] = [layer if getattr(layer, "is_initialized", False) else None for layer in cache.layers]
         made = [layer for layer in layers if layer is not None]
         if not made:
-            raise UnsupportedModelError(f"{self.config.model_type!r} cannot serve: it wrote no keys and values; {ADVICE}")
+            name = self.config.model_type
+            raise UnsupportedModelError(f"{name!r} cannot serve: it wrote no keys and values; {ADVICE}")
         shapes = [_shape(layer) if layer is not None else LayerShape(0, 0, 0) for layer in layers]
         devices = [layer.keys.device if layer is not None else self.device for layer in layers]
         return SlotCache(shapes, dtype=made[0].keys.dtype, devices=devices), logits.to(self.device)
@@ -193,16 +194,22 @@ class HFModel:
             )
 
 
-def _kept_rows(group: Group, wanted: set[int]) -> list[int]:
-    """The group's rows that go through the head: the wanted ones, and others up to HEAD_ROWS."""
+def _kept_rows(group: Group, wanted: set[int], least: int) -> list[int]:
+    """The group's rows that go through the head: the wanted ones, and others up to `least`."""
     rows = range(group.first_row, group.first_row + group.num_rows)
     keep = [row for row in rows if row in wanted]
     spare = (row for row in rows if row not in wanted)
-    return sorted(keep + [row for row, _ in zip(spare, range(HEAD_ROWS - len(keep)), strict=False)])
+    return sorted(keep + [row for row, _ in zip(spare, range(least - len(keep)), strict=False)])
 
 
 def _shape(layer: Any) -> LayerShape:
     return LayerShape(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+
+
+def _embedding(model: PreTrainedModel) -> torch.Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def _is_alibi(model: PreTrainedModel) -> bool:
@@ -217,5 +224,5 @@ def _max_positions(model: PreTrainedModel) -> int:
 
 
 def _sample(model: PreTrainedModel, max_positions: int) -> list[int]:
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    vocabulary = _embedding(model).shape[0]
     return [(7 * i + 3) % vocabulary for i in range(min(12, max_positions))]

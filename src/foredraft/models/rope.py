@@ -14,7 +14,8 @@ UNLIMITED = 2**62
 def pin_rope(model: PreTrainedModel) -> int:
     """Pin dynamic and longrope frequencies to those of short texts; return up to which length they are right."""
     limit = UNLIMITED
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         kinds: Any = getattr(module, "rope_type", None)
         if isinstance(kinds, str) and (kinds == "longrope" or "dynamic" in kinds):
             limit = min(limit, _original_length(module))

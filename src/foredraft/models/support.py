@@ -34,7 +34,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
         return "it keeps a recurrent state, which cannot be rewound after a rejected draft"
     if config.model_type in REFUSED:
         return REFUSED[config.model_type]
-    if not model.can_generate() or getattr(config, "is_decoder", True) is False and _masked(model):
+    if not model.can_generate() or (getattr(config, "is_decoder", True) is False and _masked(model)):
         return "it is no causal language model (it was built without a causal head)"
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return "its forward takes no past_key_values, so there are no keys and values to keep and rewind"

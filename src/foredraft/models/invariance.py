@@ -1,0 +1,98 @@
+"""The row-invariance probe: from which shapes on does the loaded model give a row the same bits in every pass?
+
+Measured, never assumed: libraries choose kernels by row count, processor and precision. It works through
+`model.forward` alone, and what it writes into the cache is overwritten before any sequence can see it.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from foredraft.models.base import CausalModel
+from foredraft.models.rows import RowInvariance, Span, plan
+
+MIN_ROWS = (2, 4, 8)
+KEY_MULTIPLES = (128, 512)
+WIDTHS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32)
+WIDEST = 33
+CONTEXT = 240  # so that the widths above fall on both sides of a key multiple of 128
+CHUNK = 256  # a prefill chunk
+FIXED = RowInvariance(min_rows=8, key_multiple=512, max_rows=8, exact=False)
+"""Where nothing holds, every step runs at this one width: then equal passes agree, and no more is promised."""
+
+MATE, NEIGHBOUR, SLOT = 0, 1, 2  # NEIGHBOUR and SLOT are consecutive, MATE and SLOT are not
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Tokens of the probed sequence, and where its rows and those of its batch mates begin."""
+
+    tokens: list[int]
+    start: int
+    widest: int
+    mate_start: int
+
+    def span(self, width: int) -> Span:
+        return Span(SLOT, self.start, self.tokens[self.start : self.start + width], width)
+
+    def mate(self, slot: int, width: int) -> Span:
+        return Span(slot, self.mate_start, self.tokens[:width])
+
+
+def probe(model: CausalModel) -> RowInvariance:
+    """The smallest shapes from which on rows agree bit for bit, or FIXED.
+
+    At most 17 passes a candidate, and three for most that fail.
+    """
+    before = model.row_invariance
+    try:
+        for min_rows, key_multiple in product(MIN_ROWS, KEY_MULTIPLES):
+            text = _text(model, key_multiple)
+            candidate = RowInvariance(min_rows, key_multiple, max_rows=text.widest)
+            model.row_invariance = candidate  # a model may size its own padding by it
+            if _holds(model, candidate, text):
+                return candidate
+        return FIXED
+    finally:
+        model.row_invariance = before
+
+
+def _holds(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:
+    """Whether every pass gives the rows of the probed sequence the bits they have in the widest pass."""
+    _forward(model, candidate, [Span(SLOT, 0, text.tokens[: text.start])])
+    reference = _forward(model, candidate, [text.span(text.widest)])
+    if not reference.isfinite().all():
+        return False
+    return all(
+        torch.equal(_forward(model, candidate, spans)[:count], reference[:count]) for count, spans in _cases(text)
+    )
+
+
+def _forward(model: CausalModel, candidate: RowInvariance, spans: list[Span]) -> torch.Tensor:
+    return model.forward(plan(spans, candidate.min_rows, candidate.key_multiple))
+
+
+def _cases(text: Text) -> Iterator[tuple[int, list[Span]]]:
+    """Passes whose first logits are those of the probed sequence, and how many of them there are."""
+    for width in (width for width in WIDTHS if width < text.widest):
+        yield width, [text.span(width)]
+    some = min(5, text.widest)
+    yield some, [text.span(some), text.mate(NEIGHBOUR, some)]
+    yield 1, [text.span(1), text.mate(NEIGHBOUR, text.widest), text.mate(MATE, 2)]
+    yield some, [text.span(some), text.mate(NEIGHBOUR, 1), text.mate(MATE, some)]
+    yield some, [text.span(some), text.mate(MATE, some)]
+    end = text.start + text.widest
+    first = max(0, end - CHUNK)  # last, for it writes the context anew
+    yield text.widest, [Span(SLOT, first, text.tokens[first:end], text.widest)]
+
+
+def _text(model: CausalModel, key_multiple: int) -> Text:
+    """Pseudo-random tokens that fit the model; mates that stand beyond the next key multiple, where there is room."""
+    widest = max(1, min(WIDEST, model.max_positions // 2))
+    start = min(CONTEXT, model.max_positions - widest)
+    mate_start = min(start + key_multiple + key_multiple // 8, model.max_positions - widest)
+    source = random.Random(start)
+    return Text([source.randrange(model.vocab_size) for _ in range(start + widest)], start, widest, mate_start)
