@@ -1,0 +1,41 @@
+"""foredraft: the same tokens, sooner. Speculative decoding for Hugging Face causal language models, kept exact."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foredraft.llm import LLM, Chunk, GenerationResult
+    from foredraft.stats import SpecStats
+    from foredraft.types import Draft, SamplingParams, Sequence, Verdict
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "Chunk",
+    "Draft",
+    "GenerationResult",
+    "SamplingParams",
+    "Sequence",
+    "SpecStats",
+    "Verdict",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "llm",
+    "Chunk": "llm",
+    "GenerationResult": "llm",
+    "SpecStats": "stats",
+    "Draft": "types",
+    "SamplingParams": "types",
+    "Sequence": "types",
+    "Verdict": "types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when something of ours is first used: `foredraft --help` stays instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'foredraft' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"foredraft.{_HOMES[name]}"), name)

@@ -125,7 +125,7 @@ class Phase(enum.Enum):
     FINISHED = enum.auto()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One request's whole state. `token_ids` are committed; the target's cache holds the first `cached` of them."""
 
@@ -133,7 +133,10 @@ class Sequence:
     params: SamplingParams
     seed: int
     stop_rule: StopRule
-    max_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
+    num_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
+    stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
+    arrived: float = 0.0  # perf_counter of the engine
+    draft_limit: int = 0  # the most tokens that a drafter may propose in this step
     prompt_len: int = -1
     slot: int = -1
     cached: int = 0
@@ -158,6 +161,11 @@ class Sequence:
     @property
     def remaining(self) -> int:
         return self.params.max_new_tokens - self.num_output
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is in the cache, so that only the newest token is left to compute."""
+        return len(self.token_ids) - self.cached == 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,64 @@
+"""The drafters by name, and how a name, a path or a model becomes one."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.ngram import NgramDrafter
+from foredraft.drafters.vocabulary import check_same_vocabulary
+from foredraft.errors import ModelError
+from foredraft.models.base import CausalModel
+from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter may be built from."""
+
+    target: CausalModel
+    tokenizer: PreTrainedTokenizerBase | None
+    options: LoadOptions  # of the drafter
+
+
+DRAFTERS: dict[str, Callable[[DraftContext], Drafter]] = {
+    "none": lambda context: NoDrafter(),
+    "ngram": lambda context: NgramDrafter(),
+}
+
+
+def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context: DraftContext) -> Drafter:
+    """A drafter by name, or from a draft model's folder, hub name or object, or as it is.
+
+    Raises:
+        ModelError: nothing of that name; the nearest known name is suggested.
+        VocabularyMismatchError: the draft model has other tokens.
+    """
+    if spec is None:
+        return NoDrafter()
+    if isinstance(spec, str) and spec in DRAFTERS:
+        return DRAFTERS[spec](context)
+    if isinstance(spec, (str, Path)):
+        return _from_checkpoint(spec, context)
+    if isinstance(spec, PreTrainedModel):
+        return ModelDrafter(load_model(spec, context.options), context.target.vocab_size)
+    return spec
+
+
+def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
+    if isinstance(source, str) and not looks_like_path(source) and "/" not in source:
+        near = difflib.get_close_matches(source, DRAFTERS, n=1)
+        if near:
+            raise ModelError(f"draft={source!r} is not known; did you mean {near[0]!r}?")
+    try:
+        model = load_model(source, context.options)
+    except ModelError as error:
+        names = ", ".join(DRAFTERS)
+        raise type(error)(f"draft={str(source)!r}: {error} (drafters by name: {names})") from error
+    if context.tokenizer is not None:
+        check_same_vocabulary(context.tokenizer, load_tokenizer(source, context.options))
+    return ModelDrafter(model, context.target.vocab_size)

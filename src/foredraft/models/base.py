@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from foredraft.models.cache import SlotCache
 from foredraft.models.rows import RowBatch, RowInvariance
@@ -13,6 +13,7 @@ class CausalModel(Protocol):
     """A causal language model with a cache that is written at positions."""
 
     config: PreTrainedConfig
+    generation_config: GenerationConfig | None
     cache: SlotCache
     row_invariance: RowInvariance
     device: torch.device

@@ -6,20 +6,21 @@ Measured, never assumed: libraries choose kernels by row count, processor and pr
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
 from foredraft.models.base import CausalModel
-from foredraft.models.rows import RowInvariance, Span, plan
+from foredraft.models.rows import SHORT_SPAN, RowInvariance, Span, plan, round_up
 
-MIN_ROWS = (2, 4, 8)
+ROWS = ((4, 1), (4, 4), (8, 8))  # fewest rows, and the multiple they come in
 KEY_MULTIPLES = (128, 512)
-WIDTHS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32)
+WIDTHS = (1, *range(5, 18), 24, 32)  # every narrow one: kernels treat the remainder of a block of rows apart
 WIDEST = 33
 CONTEXT = 240  # so that the widths above fall on both sides of a key multiple of 128
 CHUNK = 256  # a prefill chunk
+KEY_STARTS = (64, 176)  # rows before and after a key length of 128
 FIXED = RowInvariance(min_rows=8, key_multiple=512, max_rows=8, exact=False)
 """Where nothing holds, every step runs at this one width: then equal passes agree, and no more is promised."""
 
@@ -49,12 +50,12 @@ def probe(model: CausalModel) -> RowInvariance:
     """
     before = model.row_invariance
     try:
-        for min_rows, key_multiple in product(MIN_ROWS, KEY_MULTIPLES):
+        for (min_rows, row_multiple), key_multiple in product(ROWS, KEY_MULTIPLES):
             text = _text(model, key_multiple)
-            candidate = RowInvariance(min_rows, key_multiple, max_rows=text.widest)
+            candidate = RowInvariance(min_rows, key_multiple, row_multiple, max_rows=text.widest)
             model.row_invariance = candidate  # a model may size its own padding by it
             if _holds(model, candidate, text):
-                return candidate
+                return replace(candidate, prefill=_holds_in_prefill(model, candidate, text))
         return FIXED
     finally:
         model.row_invariance = before
@@ -63,30 +64,48 @@ def probe(model: CausalModel) -> RowInvariance:
 def _holds(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:
     """Whether every pass gives the rows of the probed sequence the bits they have in the widest pass."""
     _forward(model, candidate, [Span(SLOT, 0, text.tokens[: text.start])])
+    if not all(_holds_under_longer_keys(model, candidate, text, start) for start in KEY_STARTS):
+        return False
     reference = _forward(model, candidate, [text.span(text.widest)])
     if not reference.isfinite().all():
         return False
     return all(
-        torch.equal(_forward(model, candidate, spans)[:count], reference[:count]) for count, spans in _cases(text)
+        torch.equal(_forward(model, candidate, spans)[:count], reference[:count]) for count, spans in _cases(candidate, text)
     )
 
 
+def _holds_under_longer_keys(model: CausalModel, candidate: RowInvariance, text: Text, start: int) -> bool:
+    """Whether many rows keep their bits when a mate raises the key length: where they do not, few may show it."""
+    tokens = text.tokens[start : min(start + SHORT_SPAN, text.start)]
+    if not tokens:
+        return True
+    span = Span(SLOT, start, tokens, len(tokens))
+    alone = _forward(model, candidate, [span])
+    return torch.equal(alone, _forward(model, candidate, [span, text.mate(NEIGHBOUR, 1)])[: len(tokens)])
+
+
+def _holds_in_prefill(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:
+    """Whether rows of a prompt, computed in one chunk, have the bits of rows computed in a narrow pass."""
+    narrow = _forward(model, candidate, [text.span(text.widest)])
+    end = text.start + text.widest
+    first = max(0, end - CHUNK)
+    return torch.equal(_forward(model, candidate, [Span(SLOT, first, text.tokens[first:end], text.widest)]), narrow)
+
+
 def _forward(model: CausalModel, candidate: RowInvariance, spans: list[Span]) -> torch.Tensor:
-    return model.forward(plan(spans, candidate.min_rows, candidate.key_multiple))
+    return model.forward(plan(spans, candidate.min_rows, candidate.key_multiple, candidate.row_multiple))
 
 
-def _cases(text: Text) -> Iterator[tuple[int, list[Span]]]:
+def _cases(candidate: RowInvariance, text: Text) -> Iterator[tuple[int, list[Span]]]:
     """Passes whose first logits are those of the probed sequence, and how many of them there are."""
-    for width in (width for width in WIDTHS if width < text.widest):
+    multiple = candidate.row_multiple
+    for width in sorted({round_up(width, multiple) - multiple + 1 for width in WIDTHS if width < text.widest}):
         yield width, [text.span(width)]
     some = min(5, text.widest)
     yield some, [text.span(some), text.mate(NEIGHBOUR, some)]
     yield 1, [text.span(1), text.mate(NEIGHBOUR, text.widest), text.mate(MATE, 2)]
     yield some, [text.span(some), text.mate(NEIGHBOUR, 1), text.mate(MATE, some)]
     yield some, [text.span(some), text.mate(MATE, some)]
-    end = text.start + text.widest
-    first = max(0, end - CHUNK)  # last, for it writes the context anew
-    yield text.widest, [Span(SLOT, first, text.tokens[first:end], text.widest)]
 
 
 def _text(model: CausalModel, key_multiple: int) -> Text:

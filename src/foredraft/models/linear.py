@@ -32,6 +32,12 @@ class PackedLinear(nn.Module):
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
 
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + y, the sum fused into the product."""
+        op = torch.ops.mkldnn._linear_pointwise.binary
+        out: torch.Tensor = op(x, residual, self.packed, self.bias, "add")
+        return out
+
 
 class PlainLinear(nn.Module):
     """The same contract on weights as they are."""
@@ -45,6 +51,9 @@ class PlainLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual + F.linear(x, self.weight, self.bias)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | PlainLinear:

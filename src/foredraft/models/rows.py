@@ -1,7 +1,7 @@
 """The rows of one forward pass: which tokens of which sequences, at which positions, with which padding.
 
-Owns the arithmetic of row invariance: every span gets at least `min_rows` rows, and attention a key length rounded up
-to `key_multiple`. Knows nothing of tensors or models, so that the decoder, the adapter and the probe plan alike.
+Owns the arithmetic of row invariance: every span gets at least `min_rows` rows and a multiple of `row_multiple`, and
+attention a key length rounded up to `key_multiple`. Knows nothing of tensors or models, so that the decoder, the adapter and the probe plan alike.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,12 +15,16 @@ class RowInvariance:
     """From which shapes on a row's logits are bit-identical whatever else is in the pass.
 
     `exact` is False where no such shape was found: steps then run at one fixed width, and only equal passes agree.
+    `prefill` says whether a prompt's rows, computed in wide chunks, also agree with rows computed one by one; drafting
+    never depends on it, taking over another sequence's cache does.
     """
 
     min_rows: int = 4
     key_multiple: int = 128
+    row_multiple: int = 1
     max_rows: int = 33  # the widest verification pass that was probed
     exact: bool = True
+    prefill: bool = False
 
     @property
     def max_draft_tokens(self) -> int:
@@ -75,7 +79,17 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def plan(spans: Iterable[Span], min_rows: int, key_multiple: int) -> RowBatch:
+def round_keys(length: int, multiple: int) -> int:
+    """A key length whose last block no kernel treats apart.
+
+    CPU attention takes keys in blocks of 512; a last block of 256 sums its products in another order than one of 128,
+    384 or 512 (measured, fp32, bf16 and fp16: every row whose keys end there in fp32, 3 in 1,000 in bf16).
+    """
+    rounded = round_up(length, multiple)
+    return rounded if rounded % 512 != 256 else round_up(rounded + 1, max(multiple, 128))
+
+
+def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: int = 1) -> RowBatch:
     """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
     ordered = list(spans)
     by_slot = sorted(range(len(ordered)), key=lambda i: ordered[i].slot)
@@ -85,8 +99,8 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int) -> RowBatch:
     groups: list[Group] = []
     wanted: dict[int, range] = {}
     for run in _runs([ordered[i] for i in by_slot]):
-        width = max(min_rows, max(len(span.tokens) for span in run))
-        key_length = round_up(max(span.start for span in run) + width, key_multiple)
+        width = round_up(max(min_rows, max(len(span.tokens) for span in run)), row_multiple)
+        key_length = round_keys(max(span.start for span in run) + width, key_multiple)
         groups.append(Group(run[0].slot, len(tokens), width, tuple(span.start for span in run), key_length))
         for span in run:
             count = len(span.tokens)

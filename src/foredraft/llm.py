@@ -1,0 +1,298 @@
+"""LLM: text in, the same text out, sooner. The library's front door: generate, stream, chat.
+
+Owns the tokenizer, the engine and the shape of results. One loop serves every call; a request is a sequence in it.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foredraft.drafters import DraftContext, make_drafter
+from foredraft.drafters.base import Drafter
+from foredraft.engine import Engine
+from foredraft.errors import PromptTooLongError, RequestError
+from foredraft.models.load import LoadOptions, check_source, load_target, load_tokenizer
+from foredraft.policy import DraftPolicy, make_policy
+from foredraft.stats import SpecStats
+from foredraft.text import TextStream, end_of_turn_ids, render_chat
+from foredraft.types import FinishReason, SamplingParams, StepOutput, TokenLogprobs
+from foredraft.types import Sequence as Request
+
+BUNDLED = Path(__file__).parent / "bundled"
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished request. `text` leaves special tokens and stop strings out; `token_ids` has every token."""
+
+    text: str
+    token_ids: list[int]
+    from_draft: list[bool]  # one for each token: was it drafted and accepted?
+    finish_reason: FinishReason
+    prompt_token_ids: list[int]
+    seed: int
+    stats: SpecStats
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step added. `pieces` is `text` cut by token, each with whether it was drafted."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    from_draft: tuple[bool, ...]
+    pieces: tuple[tuple[str, bool], ...]
+    finish_reason: FinishReason | None
+    result: GenerationResult | None  # on the last chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request in the engine, and its text."""
+
+    request: Request
+    stream: TextStream | None
+
+    def result(self) -> GenerationResult:
+        r = self.request
+        assert r.finish_reason is not None
+        if self.stream is not None:
+            self.stream.close()
+        return GenerationResult(
+            self.stream.text if self.stream else "",
+            r.output_ids,
+            r.from_draft,
+            r.finish_reason,
+            r.token_ids[: r.prompt_len],
+            r.seed,
+            r.stats,
+            r.logprobs,
+        )
+
+    def chunk(self, output: StepOutput) -> Chunk:
+        result = self.result() if output.finish_reason else None
+        pieces = self.stream.take_pieces(self.request.from_draft) if self.stream else ()
+        text = "".join(piece for piece, _ in pieces)
+        return Chunk(text, output.token_ids, output.from_draft, pieces, output.finish_reason, result)
+
+
+class LLM:
+    """A target model with a drafter.
+
+    Args:
+        target: a folder, a hub name or a transformers model; None is the bundled pair.
+        draft: "auto", "none", a drafter's name, a draft model (folder, hub name, object), or a Drafter.
+        dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16.
+        device: "auto" is CUDA where there is one; cpu, cuda, cuda:N.
+        draft_device, draft_dtype: the drafter's own; by default the target's.
+        device_map: as transformers takes it, instead of `device`.
+        tokenizer: by default the target's own; needed for text with a model object.
+        max_model_len: tokens of prompt and output together; by default what the model was trained for.
+        max_batch_size: sequences that run at once; others wait.
+        policy: how far to draft: "gain" (default), "fixed", "heuristic", "threshold", or a DraftPolicy.
+
+    Raises:
+        ModelError: a checkpoint does not load, or cannot serve.
+        RequestError: an argument is not usable.
+    """
+
+    def __init__(
+        self,
+        target: str | Path | PreTrainedModel | None = None,
+        draft: str | Path | PreTrainedModel | Drafter | None = "auto",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        draft_dtype: str | None = None,
+        draft_device: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        trust_remote_code: bool = False,
+        max_model_len: int | None = None,
+        max_batch_size: int = 8,
+        policy: str | DraftPolicy | None = None,
+    ) -> None:
+        if max_batch_size < 1:
+            raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
+        options = LoadOptions(dtype, device, device_map, trust_remote_code)
+        draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
+        chosen_policy = make_policy(policy)
+        if isinstance(draft, str) and draft == "auto":
+            draft = BUNDLED / "draft" if target is None else "ngram"
+        target = BUNDLED / "target" if target is None else target
+        if tokenizer is None and not isinstance(target, PreTrainedModel):
+            check_source(target)
+            tokenizer = load_tokenizer(target, options)
+        self._tokenizer = tokenizer
+        self.model = load_target(target, options)
+        self.max_model_len = _context(max_model_len, self.model.max_positions)
+        self.drafter = make_drafter(draft, DraftContext(self.model, tokenizer, draft_options))
+        self.model.cache.max_slots = max_batch_size
+        self.engine = Engine(
+            self.model,
+            self.drafter,
+            chosen_policy,
+            max_batch_size=max_batch_size,
+            max_model_len=self.max_model_len,
+        )
+        self.eos_token_ids = frozenset(_eos_ids(self.model.config, self.model.generation_config, tokenizer))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
+        return self._tokenizer
+
+    @overload
+    def generate(
+        self, prompts: Prompt, params: SamplingParams | None = ..., *, num_draft_tokens: int | None = ...
+    ) -> GenerationResult: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        *,
+        num_draft_tokens: int | None = ...,
+    ) -> list[GenerationResult]: ...
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        num_draft_tokens: int | None = None,
+    ) -> GenerationResult | list[GenerationResult]:
+        """Complete one prompt, or many at once; text or token ids.
+
+        Args:
+            prompts: text, token ids, or a list of either.
+            params: one for all, or one each; None decodes greedily.
+            num_draft_tokens: draft exactly so many each step; 0 is plain decoding, None lets the policy decide.
+
+        Raises:
+            RequestError: a prompt is empty or too long, or a parameter is out of range; nothing has run then.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts; give one, or one each")
+        jobs = [self.job(prompt, own, num_draft_tokens) for prompt, own in zip(batch, each, strict=True)]
+        for _ in self._run(jobs):
+            pass
+        results = [job.result() for job in jobs]
+        return results[0] if single else results
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
+    ) -> Iterator[Chunk]:
+        """Complete one prompt, a chunk for each step; the last one carries the result. Raises as `generate`."""
+        job = self.job(prompt, params, num_draft_tokens)
+        return (job.chunk(output) for output in self._run([job]))
+
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
+    ) -> GenerationResult:
+        """The model's next turn in a conversation, by its own chat template. Raises as `generate`."""
+        *_, last = self.stream_chat(messages, params, num_draft_tokens=num_draft_tokens)
+        assert last.result is not None
+        return last.result
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
+    ) -> Iterator[Chunk]:
+        """`chat`, a chunk for each step."""
+        prompt = render_chat(self.tokenizer, messages)
+        job = self.job(prompt, params, num_draft_tokens, stop_token_ids=end_of_turn_ids(self.tokenizer))
+        return (job.chunk(output) for output in self._run([job]))
+
+    def job(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        num_draft_tokens: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Job:
+        """A checked request, ready for the engine. Raises as `generate`."""
+        params = params or SamplingParams()
+        self._check_draft_length(num_draft_tokens)
+        ids = self.encode(prompt)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
+        stream = None if self._tokenizer is None else TextStream(self._tokenizer, params.stop, ids)
+        if stream is None and params.stop:
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer; pass tokenizer=... to LLM, or use stop_token_ids")
+        request = Request(
+            ids,
+            params,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            stop_rule=stream or _never,
+            num_draft_tokens=num_draft_tokens,
+            stop_token_ids=eos.union(params.stop_token_ids),
+        )
+        return Job(request, stream)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(ids) >= self.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, and the context of {self.max_model_len} leaves no room for output; "
+                f"shorten the prompt to at most {self.max_model_len - 1} tokens"
+            )
+        outside = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
+        if outside is not None:
+            raise RequestError(f"token id {outside} is outside the vocabulary of {self.model.vocab_size}")
+        return list(ids)
+
+    def _check_draft_length(self, num_draft_tokens: int | None) -> None:
+        most = self.model.row_invariance.max_draft_tokens
+        if num_draft_tokens is not None and not 0 <= num_draft_tokens <= most:
+            raise RequestError(
+                f"num_draft_tokens={num_draft_tokens} is not usable; it must be in [0, {most}], the widest pass that was "
+                "probed to be exact"
+            )
+
+    def _run(self, jobs: list[Job]) -> Iterator[StepOutput]:
+        """Drive the engine until these jobs are finished; leave nothing behind when the caller walks away."""
+        for job in jobs:
+            self.engine.add(job.request)
+        left = {job.request for job in jobs}
+        try:
+            while left:
+                for output in self.engine.step():
+                    if output.finish_reason:
+                        left.discard(output.sequence)
+                    yield output
+        finally:
+            for request in left:
+                self.engine.abort(request)
+
+
+def _never(token_id: int) -> bool:
+    return False
+
+
+def _context(asked: int | None, most: int) -> int:
+    if asked is None:
+        return most
+    if not 2 <= asked <= most:
+        raise RequestError(f"max_model_len={asked} is not usable; this model's context allows 2 to {most}")
+    return asked
+
+
+def _eos_ids(*sources: object) -> set[int]:
+    """Every id that ends a text, of the configuration, the generation configuration and the tokenizer."""
+    found: set[int] = set()
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return found

@@ -1,0 +1,287 @@
+"""The lean decoder: the Llama family (llama, mistral, qwen2, qwen3) on packed weights and the SlotCache.
+
+Owns its own forward pass and nothing else: a list of sub-layers, each of which adds to the residual stream, so that a
+self-drafter is another list over the same cache. Knows nothing of requests, drafts or sampling.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from foredraft.models.cache import LayerShape, SlotCache
+from foredraft.models.linear import linear
+from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def supports(config: PreTrainedConfig) -> bool:
+    """Whether the lean decoder computes this configuration; the adapter takes every other."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in FAMILY
+        and getattr(config, "hidden_act", "silu") == "silu"
+        and rope.get("rope_type", "default") in STATIC_ROPE
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+    )
+
+
+class LinearLayer(Protocol):
+    """A linear layer of any weight format; `add_to` returns residual + y."""
+
+    nbytes: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+
+
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], LinearLayer]
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, as one norm and two products."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, size: int) -> None:
+        self.weight = weight.detach().float() * size**0.5
+        self.floor = torch.tensor((eps * size) ** 0.5, dtype=torch.float32, device=weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        return torch.div(x * self.weight, torch.hypot(length, self.floor)).to(x.dtype)
+
+
+@dataclass(slots=True)
+class Pass:
+    """What every sub-layer of one forward needs; N rows."""
+
+    cache: SlotCache
+    index: torch.Tensor  # [N] slot * length + position
+    cos: torch.Tensor  # [N, 1, head_dim]
+    sin: torch.Tensor  # [N, 1, head_dim], its first half negated
+    groups: tuple[Group, ...]
+    masks: dict[int | None, list[torch.Tensor]]  # by window, one for each group
+
+
+@dataclass(slots=True)
+class Attention:
+    """x + o(attention(norm(x))); grouped queries are folded into rows, which is what the CPU kernel likes."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    norm: RMSNorm
+    qkv: LinearLayer
+    out: LinearLayer
+    head_norm: RMSNorm | None = None
+
+    def __call__(self, x: torch.Tensor, p: Pass) -> torch.Tensor:
+        rows, both = x.shape[0], self.heads + self.kv_heads
+        qkv = self.qkv.forward(self.norm(x)).view(rows, both + self.kv_heads, self.head_dim)
+        qk = qkv[:, :both]
+        if self.head_norm is not None:
+            qk.copy_(self.head_norm(qk))
+        turned = qk.roll(self.head_dim // 2, -1)
+        qk.mul_(p.cos).addcmul_(turned, p.sin)
+        p.cache.write(self.layer, p.index, qkv[:, self.heads :].reshape(rows, -1))
+        return self.out.add_to(x, self._attend(qkv[:, : self.heads], p))
+
+    def _attend(self, q: torch.Tensor, p: Pass) -> torch.Tensor:
+        masks = p.masks[self.window]
+        parts = [
+            self._group(q[g.first_row : g.first_row + g.num_rows], g, mask, p)
+            for g, mask in zip(p.groups, masks, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _group(self, q: torch.Tensor, g: Group, mask: torch.Tensor, p: Pass) -> torch.Tensor:
+        count, fold = len(g.starts), self.heads // self.kv_heads
+        keys, values = p.cache.views(g.first_slot, count, g.key_length)[self.layer]
+        q = q.reshape(count, g.width, self.kv_heads, fold, self.head_dim)
+        if g.width <= SHORT_SPAN:  # [count, kv_heads, width * fold, head_dim]
+            q = q.transpose(1, 2).reshape(count, self.kv_heads, g.width * fold, self.head_dim)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            out = out.view(count, self.kv_heads, g.width, fold, self.head_dim).transpose(1, 2)
+        else:  # [kv_heads, fold, width, head_dim]: a prefill span, whose mask would be large if it were folded
+            q = q.view(g.width, self.kv_heads, fold, self.head_dim).permute(1, 2, 0, 3)
+            keys, values = (t[0].unsqueeze(1).expand(-1, fold, -1, -1) for t in (keys, values))
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).permute(2, 0, 1, 3)
+        return out.reshape(g.num_rows, self.heads * self.head_dim)
+
+
+@dataclass(slots=True)
+class MLP:
+    """x + down(silu(gate(norm(x))) * up(norm(x)))."""
+
+    layer: int
+    norm: RMSNorm
+    gate_up: LinearLayer
+    down: LinearLayer
+
+    def __call__(self, x: torch.Tensor, p: Pass) -> torch.Tensor:
+        gate, up = self.gate_up.forward(self.norm(x)).chunk(2, -1)
+        return self.down.add_to(x, F.silu(gate).mul_(up))
+
+
+Sublayer = Attention | MLP
+
+
+class Decoder:
+    """A Llama-family model as a list of sub-layers over one SlotCache."""
+
+    def __init__(
+        self, model: PreTrainedModel, make_linear: MakeLinear = linear, *, consume: bool = False
+    ) -> None:
+        """Take over a loaded model's weights; `consume` empties each of its layers once it is packed."""
+        config = model.config
+        base = model.get_decoder()
+        self.config = config
+        self.generation_config = model.generation_config
+        self.device = model.device
+        self.dtype = model.dtype
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.max_position_embeddings
+        self.row_invariance = RowInvariance()
+        self.embedding = base.embed_tokens.weight.detach()
+        self.rope = Rope(base.rotary_emb, self.dtype)
+        self.sublayers: list[Sublayer] = _sublayers(base, config, make_linear, consume)
+        self.norm = RMSNorm(base.norm.weight, base.norm.variance_epsilon, config.hidden_size)
+        self.head: LinearLayer = make_linear(model.get_output_embeddings().weight, None)
+        attentions = [s for s in self.sublayers if isinstance(s, Attention)]
+        self.fold = attentions[0].heads // attentions[0].kv_heads
+        self.windows = {s.window for s in attentions}
+        shapes = [LayerShape(s.kv_heads, s.head_dim, s.head_dim) for s in attentions]
+        self.cache = SlotCache(shapes, dtype=self.dtype, devices=[self.device] * len(shapes))
+
+    @property
+    def weight_bytes(self) -> int:
+        layers = [self.head]
+        for s in self.sublayers:
+            layers += [s.qkv, s.out] if isinstance(s, Attention) else [s.gate_up, s.down]
+        return sum(layer.nbytes for layer in layers) + self.embedding.numel() * self.embedding.element_size()
+
+    @torch.inference_mode()
+    def forward(self, rows: RowBatch) -> torch.Tensor:
+        """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
+        self.cache.reserve(max(rows.slots) + 1, rows.max_position)
+        x = F.embedding(torch.tensor(rows.tokens, device=self.device), self.embedding)
+        p = self._pass(rows)
+        for sublayer in self.sublayers:
+            x = sublayer(x, p)
+        if not rows.wanted:
+            return x.new_empty(0, self.vocab_size)
+        x = self._select(x, rows.wanted)
+        return self.head.forward(self.norm(x))[: len(rows.wanted)]
+
+    def _pass(self, rows: RowBatch) -> Pass:
+        positions = torch.tensor(rows.positions, device=self.device)
+        index = positions + torch.tensor(rows.slots, device=self.device) * self.cache.length
+        cos, sin = self.rope.at(positions, rows.max_position)
+        masks = {window: [self._mask(positions, g, window) for g in rows.groups] for window in self.windows}
+        return Pass(self.cache, index, cos, sin, rows.groups, masks)
+
+    def _mask(self, positions: torch.Tensor, g: Group, window: int | None) -> torch.Tensor:
+        """Additive mask [count, 1, width * fold, key_length], or [1, 1, width, key_length] of a prefill span."""
+        queries = positions[g.first_row : g.first_row + g.num_rows]
+        if g.width <= SHORT_SPAN:
+            queries = queries.repeat_interleave(self.fold)
+        queries = queries.view(len(g.starts), 1, -1, 1)
+        keys = torch.arange(g.key_length, device=self.device)
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
+
+    def _select(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+        """The wanted rows, and as many again as keep the head row invariant."""
+        padded = [*wanted, *[wanted[-1]] * (min(self.row_invariance.min_rows, x.shape[0]) - len(wanted))]
+        if len(padded) == x.shape[0] and padded == list(range(x.shape[0])):
+            return x
+        return x.index_select(0, torch.tensor(padded, device=self.device))
+
+
+class Rope:
+    """Cosines and sines of rotary positions, tabled on demand with the model's own module (its scaling included)."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module = module
+        self.dtype = dtype
+        self.cos = self.sin = torch.empty(0, 1, 0)
+
+    def at(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [N, 1, head_dim]; sin's first half is negated, so that rotate_half becomes a roll."""
+        if length > self.cos.shape[0]:
+            self._extend(max(length, 2 * self.cos.shape[0], 1024), positions.device)
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+
+    def _extend(self, length: int, device: torch.device) -> None:
+        probe = torch.empty(1, 1, 1, dtype=self.dtype, device=device)
+        cos, sin = self.module(probe, torch.arange(length, device=device)[None])
+        half = sin.shape[-1] // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        self.cos, self.sin = cos[0].unsqueeze(1).contiguous(), sin[0].unsqueeze(1).contiguous()
+
+
+def _sublayers(base: Any, config: PreTrainedConfig, make_linear: MakeLinear, consume: bool) -> list[Sublayer]:
+    made: list[Sublayer] = []
+    for index, layer in enumerate(base.layers):
+        made += [_attention(index, layer, config, make_linear, consume), _mlp(index, layer, config, make_linear, consume)]
+    return made
+
+
+def _attention(index: int, layer: Any, config: PreTrainedConfig, make_linear: MakeLinear, consume: bool) -> Attention:
+    a = layer.self_attn
+    heads, dim = config.num_attention_heads, a.head_dim
+    kv_heads = config.num_key_value_heads
+    head_norm = None
+    if hasattr(a, "q_norm"):
+        weight = torch.cat((a.q_norm.weight.expand(heads, -1), a.k_norm.weight.expand(kv_heads, -1)))
+        head_norm = RMSNorm(weight, a.q_norm.variance_epsilon, dim)
+    return Attention(
+        layer=index,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        window=_window(config, index),
+        norm=RMSNorm(layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon, config.hidden_size),
+        qkv=_fused([a.q_proj, a.k_proj, a.v_proj], make_linear, consume),
+        out=_fused([a.o_proj], make_linear, consume),
+        head_norm=head_norm,
+    )
+
+
+def _mlp(index: int, layer: Any, config: PreTrainedConfig, make_linear: MakeLinear, consume: bool) -> MLP:
+    norm = layer.post_attention_layernorm
+    return MLP(
+        layer=index,
+        norm=RMSNorm(norm.weight, norm.variance_epsilon, config.hidden_size),
+        gate_up=_fused([layer.mlp.gate_proj, layer.mlp.up_proj], make_linear, consume),
+        down=_fused([layer.mlp.down_proj], make_linear, consume),
+    )
+
+
+def _window(config: PreTrainedConfig, layer: int) -> int | None:
+    """Tokens a row sees, itself included; None is all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _fused(parts: list[nn.Linear], make_linear: MakeLinear, consume: bool) -> LinearLayer:
+    """One layer for several over the same input."""
+    weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+    biases = [part.bias for part in parts if part.bias is not None]
+    if biases and len(biases) < len(parts):
+        biases = [p.bias if p.bias is not None else p.weight.new_zeros(p.out_features) for p in parts]
+    made = make_linear(weight.detach(), torch.cat(biases).detach() if biases else None)
+    for part in parts if consume else ():
+        part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)
+    return made

@@ -1,0 +1,159 @@
+"""From a name, a folder or a model in memory to a CausalModel: what transformers loads, in the runtime that suits it.
+
+Owns the choice of dtype, device and runtime, and the errors of a checkpoint that is not what it should be.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from foredraft.errors import ModelError, RequestError, UnsupportedModelError
+from foredraft.models import decoder
+from foredraft.models.base import CausalModel
+from foredraft.models.hf import HFModel
+from foredraft.models.invariance import probe
+from foredraft.models.support import check_supported
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load one model; target and drafter each have their own."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        parse_dtype(self.dtype)
+        parse_device(self.device)
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """`None` for auto.
+
+    Raises:
+        RequestError: no such dtype.
+    """
+    name = ALIASES.get(name, name).removeprefix("torch.")
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise RequestError(f"dtype={name!r} is not known; use auto, {', '.join([*DTYPES, *ALIASES])}")
+    return DTYPES[name]
+
+
+def parse_device(name: str) -> torch.device:
+    """Raises RequestError where the device is not known or not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"device={name!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def load_target(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:
+    """A model fit to verify: loaded, packed, and probed for row invariance.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged, or no causal language model.
+        UnsupportedModelError: its state cannot be rewound.
+    """
+    model = load_model(source, options)
+    model.row_invariance = probe(model)
+    return model
+
+
+def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:
+    """A model in the runtime that suits it: the lean decoder, or the adapter. Raises as `load_target`."""
+    if isinstance(source, PreTrainedModel):
+        return wrap(source)
+    return wrap(load_checkpoint(source, options), consume=True)
+
+
+def wrap(model: PreTrainedModel, *, consume: bool = False) -> CausalModel:
+    """A transformers model in our runtime; `consume` lets go of its own copy of the weights where ours is packed."""
+    check_supported(model)
+    model.eval()
+    if decoder.supports(model.config) and not getattr(model, "hf_device_map", None):
+        return decoder.Decoder(model, consume=consume)
+    return HFModel(model)
+
+
+def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel:
+    """What transformers loads, with errors that say what is wrong. Raises as `load_target`."""
+    check_source(source)
+    device = parse_device(options.device)
+    remote = {"trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **remote)
+        dtype = pick_dtype(parse_dtype(options.dtype), config, device)
+        placement = {"device_map": options.device_map} if options.device_map else {}
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config, **placement, **remote)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, safetensors and pickle each have errors of their own for a bad file
+        raise _explained(source, error) from error
+    return model if options.device_map else model.to(device)
+
+
+def pick_dtype(asked: torch.dtype | None, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or the checkpoint's; on a CPU fp16 is 15 times slower, so auto avoids it, aloud."""
+    stored = getattr(config, "dtype", None) or torch.float32
+    if asked is None and stored == torch.float16 and device.type == "cpu":
+        asked = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        warnings.warn(f"float16 weights run as {asked} on this CPU; pass dtype='float16' to keep them", stacklevel=2)
+    elif asked == torch.float16 and device.type == "cpu":
+        warnings.warn("float16 is about 15 times slower than bfloat16 on a CPU; use dtype='bfloat16'", stacklevel=2)
+    return asked or stored
+
+
+def load_tokenizer(source: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase:
+    """Raises ModelError where the checkpoint has no usable tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{source} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def looks_like_path(source: str | Path) -> bool:
+    text = str(source)
+    return isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).exists()
+
+
+def check_source(source: str | Path) -> None:
+    """Raises ModelError for a path that is not a checkpoint folder."""
+    if not looks_like_path(source):
+        return
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ModelError(f"no model at {path}: the path does not exist; give a folder with config.json, or a hub name")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(f"{path} has no config.json, so it is no model folder; give the folder of a checkpoint")
+
+
+def _explained(source: str | Path, error: Exception) -> ModelError:
+    text = _first_line(error)
+    if "Unrecognized configuration class" in str(error) or "Unrecognized model" in str(error):
+        return UnsupportedModelError(f"{source} is not a causal language model transformers knows: {text}")
+    if type(error).__name__ == "SafetensorError" or "safetensors" in str(error).lower():
+        return ModelError(f"the weights of {source} are damaged ({text}); download or convert them again")
+    return ModelError(f"{source} cannot be loaded: {text}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

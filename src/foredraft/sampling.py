@@ -1,0 +1,309 @@
+"""From logits and a true prefix to processed scores, and from scores to tokens; the same code for target and drafters.
+
+Bit for bit the same for a row whatever other rows are in the call: every step is elementwise or compares a row with its
+own maximum and order; the one sum that decides anything (top_p) is taken in float64. Knows nothing of models, caches
+or how drafts are checked.
+
+Order, as in vLLM and transformers: logit_bias, penalties, custom processors, temperature, top_k, top_p, min_p.
+"""
+
+import math
+from collections import abc
+from dataclasses import dataclass
+
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from foredraft import noise
+from foredraft.errors import NumericsError, RequestError
+from foredraft.noise import Stream
+from foredraft.types import SamplingParams, Sequence, TokenLogprobs
+
+Ids = abc.Sequence[int]
+_CANDIDATES = 64  # how many of the likeliest tokens a filter looks at first; a full sort is 50 times dearer
+
+
+def process(
+    logits: torch.Tensor, prefix: Ids, paths: abc.Sequence[Ids], prompt_len: int, params: SamplingParams
+) -> torch.Tensor:
+    """Scores after everything the request asks for, filters too (-inf: filtered out). # [n, V] -> [n, V] float32
+
+    Arguments and errors as for `adjust`.
+    """
+    return restrict(adjust(logits, prefix, paths, prompt_len, params), params)
+
+
+def adjust(
+    logits: torch.Tensor, prefix: Ids, paths: abc.Sequence[Ids], prompt_len: int, params: SamplingParams
+) -> torch.Tensor:
+    """Scores after bias, penalties, custom processors and temperature. # [n, V] of any dtype -> [n, V] float32
+
+    Row i decides the token after `prefix + paths[i]`, whose first `prompt_len` tokens are the prompt; prefix and paths
+    are not looked at unless the request has penalties or processors. `logits` are never written to, and may be what
+    is returned.
+
+    Raises:
+        RequestError: `logit_bias` names a token outside the vocabulary, or a custom processor changed the shape.
+    """
+    scores = logits.float()
+    if params.logit_bias:
+        scores = _bias(scores, params.logit_bias)
+    if follows_prefix(params):
+        scores = _penalise(scores, prefix, paths, prompt_len, params)
+        scores = _customise(scores, prefix, paths, params)
+    return scores if params.temperature in (0, 1) else scores / params.temperature
+
+
+def follows_prefix(params: SamplingParams) -> bool:
+    """Do the scores of a position depend on the tokens before it (beyond the logits)?"""
+    penalties = (params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty)
+    return any(penalties) or bool(params.processors)
+
+
+def _bias(scores: torch.Tensor, logit_bias: abc.Mapping[int, float]) -> torch.Tensor:
+    """# [n, V] -> [n, V]"""
+    outside = [token for token in logit_bias if not 0 <= token < scores.shape[1]]
+    if outside:
+        raise RequestError(f"logit_bias names tokens {outside}; this vocabulary has ids 0 to {scores.shape[1] - 1}")
+    tokens = torch.tensor(list(logit_bias), device=scores.device)
+    biases = torch.tensor(list(logit_bias.values()), dtype=torch.float32, device=scores.device)
+    return scores.index_add(1, tokens, biases.expand(len(scores), -1))
+
+
+def _penalise(
+    scores: torch.Tensor, prefix: Ids, paths: abc.Sequence[Ids], prompt_len: int, params: SamplingParams
+) -> torch.Tensor:
+    """Repetition (prompt and output), then presence and frequency (output alone), each row by its own prefix."""
+    if params.repetition_penalty != 1:
+        longest = max(map(len, paths))
+        padded = [[*path, *[prefix[-1]] * (longest - len(path))] for path in paths]  # a token already in: no change
+        shared = torch.tensor(prefix, device=scores.device).expand(len(paths), -1)
+        own = torch.tensor(padded, dtype=torch.int64, device=scores.device)
+        ids = torch.cat((shared, own), dim=1)
+        penalty = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
+        scores = penalty(ids, scores)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = _output_counts(scores, prefix[prompt_len:], paths)
+        scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    return scores
+
+
+def _output_counts(scores: torch.Tensor, output: Ids, paths: abc.Sequence[Ids]) -> torch.Tensor:
+    """How often each token is in the output before each row. # [n, V] float32"""
+    shared = torch.tensor(output, dtype=torch.int64, device=scores.device).bincount(minlength=scores.shape[1])
+    rows = [row for row, path in enumerate(paths) for _ in path]
+    tokens = [token for path in paths for token in path]
+    where = torch.tensor([rows, tokens], dtype=torch.int64, device=scores.device)
+    counts = shared.to(scores.dtype).repeat(len(paths), 1)
+    return counts.index_put_((where[0], where[1]), scores.new_ones(()), accumulate=True)
+
+
+def _customise(scores: torch.Tensor, prefix: Ids, paths: abc.Sequence[Ids], params: SamplingParams) -> torch.Tensor:
+    """The request's own processors, row by row with the row's prefix, on a copy: they may write in place."""
+    if not params.processors:
+        return scores
+    rows = []
+    for row, path in zip(scores, paths, strict=True):
+        ids = torch.tensor([[*prefix, *path]], device=scores.device)
+        changed: torch.Tensor = row.clone().unsqueeze(0)
+        for processor in params.processors:
+            changed = processor(ids, changed)
+            if changed.shape != (1, len(row)):
+                name = type(processor).__name__
+                raise RequestError(f"{name} returned shape {tuple(changed.shape)}; return [1, {len(row)}], as it came")
+        rows.append(changed.float())
+    return torch.cat(rows)
+
+
+def restrict(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """`adjust`'s scores with what top_k, top_p and min_p take out set to -inf. # [n, V]"""
+    if not _filters(params):
+        return scores
+    values, ids = _candidates(scores, params)
+    return torch.full_like(scores, -math.inf).scatter_(1, ids, values)
+
+
+def _filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and ids of a set that holds every token the filters keep; -inf for others. # 2 x [n, width]
+
+    The sets of transformers' TopK-, TopP- and MinPLogitsWarper in this order (its top_p cuts ties at random, here all
+    that tie with the last one kept are kept), without sorting the vocabulary: looks at the likeliest tokens only, at 8
+    times as many when some row keeps them all.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    total = (scores - peak).exp_().sum(-1, keepdim=True, dtype=torch.float64) if params.top_k == 0 else None
+    width = max(_CANDIDATES, params.top_k + 1)
+    while True:
+        values, ids = scores.topk(min(width, scores.shape[1]))
+        floor = _floor(values, peak, total, params)
+        last = values[:, -1:]
+        if width >= scores.shape[1] or bool(((last < floor) | (last == -math.inf)).all()):
+            return values.masked_fill(values < floor, -math.inf), ids
+        width *= 8
+
+
+def _floor(
+    values: torch.Tensor, peak: torch.Tensor, total: torch.Tensor | None, params: SamplingParams
+) -> torch.Tensor:
+    """The lowest score that the filters keep. # values [n, width] in descending order -> [n, 1]
+
+    `total` is the row's sum of exp(score - peak); without it the sum is over what top_k keeps.
+    """
+    floor = torch.full_like(peak, -math.inf)
+    if params.top_k:
+        floor = values[:, min(params.top_k, values.shape[1]) - 1, None]
+    if params.top_p < 1:
+        weights = (values - peak).exp_().masked_fill_(values < floor, 0)
+        mass = weights.cumsum(-1, dtype=torch.float64)
+        wanted = params.top_p * (mass[:, -1:] if total is None else total)
+        kept = (mass < wanted).sum(-1, keepdim=True).clamp_(max=values.shape[1] - 1)  # index of the last one kept
+        floor = torch.maximum(floor, values.gather(1, kept))
+    if params.min_p > 0:
+        floor = torch.maximum(floor, peak + math.log(params.min_p))
+    return floor
+
+
+def probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """# [n, V] -> [n, V] float32"""
+    return scores.softmax(-1)
+
+
+def choose(
+    scores: torch.Tensor,
+    params: SamplingParams,
+    seeds: int | Ids,
+    positions: Ids,
+    stream: int = Stream.TOKEN,
+) -> list[int]:
+    """The token of each row of `adjust`'s scores, after the filters. # [n, V] -> n
+
+    argmax(p / E), E exponential noise keyed by (seed, position, token): that is argmax(log p + Gumbel noise), a draw
+    from p (the Gumbel-max trick). Its limit at temperature 0 is the argmax, the lowest id among equals.
+    `positions[i]` is the absolute index of the token that row i decides.
+
+    Raises:
+        NumericsError: a row has NaN or +inf, or nothing but -inf.
+    """
+    if params.greedy:
+        tokens = scores.argmax(-1)
+        check_finite(scores.gather(1, tokens.unsqueeze(1)), positions)
+        return list(map(int, tokens.tolist()))
+    weights, ids, peak = _entrants(scores, params)
+    check_finite(peak, positions)
+    winners = race(weights, seeds, positions, stream, ids).unsqueeze(1)
+    return list(map(int, (winners if ids is None else ids.gather(1, winners)).flatten().tolist()))
+
+
+def _entrants(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Weights to draw by, the token ids of their columns (None: all), each row's peak. # [n, k], [n, k], [n, 1]"""
+    peak = scores.amax(-1, keepdim=True)
+    if not _filters(params):
+        return (scores - peak).exp_(), None, peak
+    values, ids = _candidates(scores, params)
+    ids, order = ids.sort(-1)  # the lowest id wins a tie, as without filters
+    return (values.gather(1, order) - peak).exp_(), ids, peak
+
+
+def race(
+    weights: torch.Tensor, seeds: int | Ids, positions: Ids, stream: int, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draw a column of each row in proportion to its weights: argmax(weights / E). # [n, k] float32 -> [n] int64
+
+    `ids` are the columns' token ids, by default 0 to k - 1.
+    """
+    tokens = weights.shape[1] if ids is None else ids
+    return (weights / noise.exponential(seeds, positions, tokens, stream, weights.device)).argmax(-1)
+
+
+def check_finite(peaks: torch.Tensor, positions: Ids) -> None:
+    """Refuse rows whose largest score is no number: NaN and +inf survive a maximum, and -inf means all are -inf.
+
+    Raises:
+        NumericsError: with the first such row.
+    """
+    for peak, position in zip(peaks.flatten().tolist(), positions, strict=True):
+        if not math.isfinite(peak):
+            cause = "every token is masked" if peak < 0 else "the model overflowed, or a processor divided by zero"
+            advice = "relax logit_bias and processors" if peak < 0 else "load it in bfloat16 or float32"
+            raise NumericsError(f"the largest score at position {position} is {peak}: {cause}; {advice}")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A drafter's guess. `confidence` is its own probability of `token`, `probs` what the token was drawn from."""
+
+    token: int
+    confidence: float
+    probs: torch.Tensor | None = None  # [V] float32; None: nothing a verifier needs (greedy, coupled)
+
+
+def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]) -> list[Drawn]:
+    """One guess for each sequence after its committed and its drafted tokens. # [b, V] -> b
+
+    The target's own processing, and for `coupled` the target's own noise, so that both tend to choose alike; for
+    `rejection` a draw from q with noise of its own, fresh in every block (a block is known by where it starts).
+
+    Raises:
+        NumericsError, RequestError: as `choose` and `process`.
+    """
+    guesses: dict[int, Drawn] = {}
+    for rows in _alike(sequences):
+        whole = len(rows) == len(sequences)
+        chosen = [sequences[row] for row in rows]
+        paths = [drafted[row] for row in rows]
+        own = logits if whole else logits[list(rows)]
+        scores = adjust(own, chosen[0].token_ids, paths, chosen[0].prompt_len, chosen[0].params)
+        guesses.update(zip(rows, _guess(scores, chosen, paths), strict=True))
+    return [guesses[row] for row in range(len(sequences))]
+
+
+def _alike(sequences: abc.Sequence[Sequence]) -> list[list[int]]:
+    """Rows that one call can process: those that differ in prefix and seed alone, where the prefix has no say."""
+    groups: dict[object, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        params = sequence.params
+        alone = bool(params.logit_bias) or follows_prefix(params)
+        settings = (params.temperature, params.top_k, params.top_p, params.min_p, params.verifier)
+        groups.setdefault(row if alone else settings, []).append(row)
+    return list(groups.values())
+
+
+def _guess(scores: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]) -> list[Drawn]:
+    """Guesses of sequences with the same parameters, with one transfer to the host. # [b, V] -> b"""
+    params = sequences[0].params
+    starts = [len(sequence.token_ids) for sequence in sequences]
+    positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
+    probs, ids = None, None
+    if params.greedy:
+        tokens = scores.argmax(-1)
+        peak = scores.gather(1, tokens.unsqueeze(1))
+        chances = (peak.squeeze(1) - scores.logsumexp(-1)).exp_()
+    elif params.verifier == "coupled":
+        weights, ids, peak = _entrants(scores, params)
+        tokens = race(weights, [s.seed for s in sequences], positions, Stream.TOKEN, ids)
+        chances = weights.gather(1, tokens.unsqueeze(1)).squeeze(1) / weights.sum(-1)
+    else:
+        seeds = [noise.fold(s.seed, start) for s, start in zip(sequences, starts, strict=True)]
+        probs, peak = probabilities(restrict(scores, params)), scores.amax(-1)
+        tokens = race(probs, seeds, positions, Stream.DRAFT)
+        chances = probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    if ids is not None:
+        tokens = ids.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    found = torch.stack((tokens.double(), chances.double(), peak.flatten().double())).cpu()
+    check_finite(found[2], positions)
+    rows = [None] * len(sequences) if probs is None else probs.unbind()
+    columns = zip(found[0].tolist(), found[1].tolist(), rows, strict=True)
+    return [Drawn(int(token), chance, row) for token, chance, row in columns]
+
+
+def logprobs(logits: torch.Tensor, tokens: Ids, top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of `tokens`, and of the `top` likeliest, before any processing. # [n, V] -> n"""
+    logs = logits.float().log_softmax(-1)
+    chosen = logs.gather(1, torch.tensor(tokens, device=logs.device).unsqueeze(1)).flatten().tolist()
+    values, ids = logs.topk(min(top, logs.shape[1]))
+    best = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(*found) for found in zip(tokens, chosen, best, strict=True)]
