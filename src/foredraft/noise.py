@@ -63,8 +63,8 @@ def _mix_tensor(values: torch.Tensor) -> torch.Tensor:
 
 def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
     """A logical right shift: torch's is arithmetic and would copy the sign bit in."""
-    shifted: torch.Tensor = values >> bits
-    return shifted & (2 ** (64 - bits) - 1)
+    shifted: torch.Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 def _row_keys(seeds: int | Sequence[int], positions: Sequence[int], stream: int, device: torch.device) -> torch.Tensor:
