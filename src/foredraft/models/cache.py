@@ -91,6 +91,11 @@ class SlotCache:
             new[: self.slots, : self.length] = self.storage[layer]
         return new
 
+    def release(self) -> None:
+        """Give all memory back; what was cached is gone."""
+        self.storage, self.slots, self.length = [], 0, 0
+        self._views.clear()
+
     def write(self, layer: int, index: torch.Tensor, rows: torch.Tensor) -> None:
         """Store rows [N, heads * (key_dim + value_dim)] at index [N] = slot * length + position."""
         self.storage[layer].view(-1, self.layers[layer].width).index_copy_(0, index, rows)

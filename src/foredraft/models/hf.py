@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from foredraft.errors import UnsupportedModelError
@@ -75,6 +75,7 @@ class HFModel:
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model)
         self.config = model.config
+        self.generation_config: GenerationConfig | None = model.generation_config
         self.model = model.eval()
         self.dtype = model.dtype
         self.device: torch.device = _embedding(model).device
@@ -94,8 +95,8 @@ class HFModel:
     def weight_bytes(self) -> int:
         """Bytes of weights a pass reads."""
         packed = [m for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear)]
-        unpacked = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return unpacked + sum(m.nbytes for m in packed)
+        unpacked = [p.numel() * p.element_size() for p in self.model.parameters()]
+        return sum(unpacked) + sum(m.nbytes for m in packed)
 
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
