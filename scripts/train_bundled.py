@@ -340,9 +340,7 @@ def main() -> None:
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies both schedules (0.01: a dry run)")
     args = parser.parse_args()
 
-    scaled = [
-        Recipe(**{**asdict(r), "steps": max(8, int(r.steps * args.steps_scale))}) for r in (TARGET, DRAFT)
-    ]
+    scaled = [Recipe(**{**asdict(r), "steps": max(8, int(r.steps * args.steps_scale))}) for r in (TARGET, DRAFT)]
     train, held_out = (read_dialogues(args.data / f"sgd_{part}.txt.gz") for part in ("train", "dev"))
     tokenizer = train_tokenizer(train, args.runs / "tokenizer")
     train_ids, held_out_ids = encode(tokenizer, train), encode(tokenizer, held_out)

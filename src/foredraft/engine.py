@@ -87,8 +87,8 @@ class Engine:
     def _checked(self, draft: Draft, sequence: Sequence) -> Draft:
         if not draft.is_chain:
             raise ExactnessError(
-                f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, since a "
-                "branch's keys would lie elsewhere in the cache and change the bits: propose the likeliest path"
+                f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, since "
+                "a branch's keys would lie elsewhere in the cache and change the bits: propose the likeliest path"
             )
         assert len(draft) <= sequence.draft_limit, f"{draft.source} drafted {len(draft)} > {sequence.draft_limit}"
         return draft

@@ -151,7 +151,7 @@ class LLM:
         return self._tokenizer
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
         self, prompts: Prompt, params: SamplingParams | None = ..., *, num_draft_tokens: int | None = ...
     ) -> GenerationResult: ...
     @overload
@@ -227,7 +227,7 @@ class LLM:
         eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
         stream = None if self._tokenizer is None else TextStream(self._tokenizer, params.stop, ids)
         if stream is None and params.stop:
-            raise RequestError(f"stop={params.stop!r} needs a tokenizer; pass tokenizer=... to LLM, or use stop_token_ids")
+            raise RequestError(f"stop={params.stop!r} needs a tokenizer; pass one to LLM, or use stop_token_ids")
         request = Request(
             ids,
             params,
@@ -257,8 +257,8 @@ class LLM:
         most = self.model.row_invariance.max_draft_tokens
         if num_draft_tokens is not None and not 0 <= num_draft_tokens <= most:
             raise RequestError(
-                f"num_draft_tokens={num_draft_tokens} is not usable; it must be in [0, {most}], the widest pass that was "
-                "probed to be exact"
+                f"num_draft_tokens={num_draft_tokens} is not usable; it must be in [0, {most}], the widest pass that "
+                "was probed to be exact"
             )
 
     def _run(self, jobs: list[Job]) -> Iterator[StepOutput]:

@@ -93,7 +93,7 @@ class NgramDrafter:
             return Draft(source=self.name)
         confidence = 1 - 1 / (1 + index.match_length)
         tokens = index.continuation(sequence.draft_limit)
-        confidences = (confidence,)
+        confidences: tuple[float, ...] = (confidence,)
         while len(confidences) < len(tokens) and policy.go_on(sequence, confidences):
             confidences += (confidence,)
         return Draft(tuple(tokens[: len(confidences)]), self.name, confidences=confidences)

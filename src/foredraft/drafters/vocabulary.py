@@ -17,7 +17,7 @@ def check_same_vocabulary(target: PreTrainedTokenizerBase, draft: PreTrainedToke
         if mine != other:
             raise VocabularyMismatchError(
                 f"draft and target vocabularies differ ({len(theirs)} and {len(ours)} tokens): token {token_id} is "
-                f"{other!r} in the draft and {mine!r} in the target; use a draft model trained with the target's tokenizer"
+                f"{other!r} in the draft and {mine!r} in the target; use a draft with the target's tokenizer"
             )
 
 

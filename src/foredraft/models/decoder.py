@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.linear import linear
@@ -136,14 +136,12 @@ Sublayer = Attention | MLP
 class Decoder:
     """A Llama-family model as a list of sub-layers over one SlotCache."""
 
-    def __init__(
-        self, model: PreTrainedModel, make_linear: MakeLinear = linear, *, consume: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, make_linear: MakeLinear = linear, *, consume: bool = False) -> None:
         """Take over a loaded model's weights; `consume` empties each of its layers once it is packed."""
         config = model.config
         base = model.get_decoder()
         self.config = config
-        self.generation_config = model.generation_config
+        self.generation_config: GenerationConfig | None = model.generation_config
         self.device = model.device
         self.dtype = model.dtype
         self.vocab_size = config.vocab_size
@@ -165,7 +163,8 @@ class Decoder:
         layers = [self.head]
         for s in self.sublayers:
             layers += [s.qkv, s.out] if isinstance(s, Attention) else [s.gate_up, s.down]
-        return sum(layer.nbytes for layer in layers) + self.embedding.numel() * self.embedding.element_size()
+        table = self.embedding.numel() * self.embedding.element_size()
+        return table + sum(layer.nbytes for layer in layers)
 
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
@@ -232,7 +231,8 @@ class Rope:
 def _sublayers(base: Any, config: PreTrainedConfig, make_linear: MakeLinear, consume: bool) -> list[Sublayer]:
     made: list[Sublayer] = []
     for index, layer in enumerate(base.layers):
-        made += [_attention(index, layer, config, make_linear, consume), _mlp(index, layer, config, make_linear, consume)]
+        made.append(_attention(index, layer, config, make_linear, consume))
+        made.append(_mlp(index, layer, config, make_linear, consume))
     return made
 
 
@@ -278,7 +278,7 @@ def _window(config: PreTrainedConfig, layer: int) -> int | None:
 def _fused(parts: list[nn.Linear], make_linear: MakeLinear, consume: bool) -> LinearLayer:
     """One layer for several over the same input."""
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
-    biases = [part.bias for part in parts if part.bias is not None]
+    biases: list[torch.Tensor] = [part.bias for part in parts if part.bias is not None]
     if biases and len(biases) < len(parts):
         biases = [p.bias if p.bias is not None else p.weight.new_zeros(p.out_features) for p in parts]
     made = make_linear(weight.detach(), torch.cat(biases).detach() if biases else None)

@@ -105,7 +105,9 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
         raise
     except Exception as error:  # transformers, safetensors and pickle each have errors of their own for a bad file
         raise _explained(source, error) from error
-    return model if options.device_map else model.to(device)
+    if not options.device_map:
+        model.to(device)  # type: ignore[arg-type]  # decorated in transformers without its types
+    return model
 
 
 def pick_dtype(asked: torch.dtype | None, config: Any, device: torch.device) -> torch.dtype:
@@ -124,7 +126,8 @@ def load_tokenizer(source: str | Path, options: LoadOptions) -> PreTrainedTokeni
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options.trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{source} has no tokenizer that loads ({_first_line(error)}); add its tokenizer files") from error
+        text = _first_line(error)
+        raise ModelError(f"{source} has no tokenizer that loads ({text}); add its tokenizer files") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

@@ -1,0 +1,150 @@
+"""`--compare`: the same request plain and speculative, in turn, in one process.
+
+Owns the measurement (one warm-up and three timed runs of each, in alternating order, medians) and its report.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from foredraft.cli.session import Question
+
+if TYPE_CHECKING:
+    from foredraft import GenerationResult, SamplingParams
+
+ROUNDS = 3
+SHOWN = 10  # differing positions
+
+
+@dataclass(slots=True)
+class Arm:
+    """One way of decoding and what it gave."""
+
+    name: str
+    num_draft_tokens: int | None
+    results: "list[GenerationResult]" = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, question: Question, params: "SamplingParams") -> None:
+        begin = time.perf_counter()
+        result = question.ask(params, self.num_draft_tokens)
+        self.seconds.append(time.perf_counter() - begin)
+        self.results.append(result)
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.results[-1].token_ids) / self.median_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "median_seconds": self.median_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "token_ids": self.results[-1].token_ids,
+            "stats": self.results[-1].stats.as_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    question: Question
+    plain: Arm
+    speculative: Arm
+
+    @property
+    def differences(self) -> list[tuple[int, int, int | None, int | None]]:
+        """(round, position, plain token, speculative token) wherever a run departs from the first plain run."""
+        reference = self.plain.results[0].token_ids
+        runs = [*enumerate(self.plain.results), *enumerate(self.speculative.results)]
+        return [
+            (index, position, mine, other)
+            for index, result in runs
+            for position, (mine, other) in enumerate(zip_longest(reference, result.token_ids))
+            if mine != other
+        ]
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+    @property
+    def speedup(self) -> float:
+        return self.plain.median_seconds / self.speculative.median_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        names = ("round", "position", "plain", "speculative")
+        return {
+            "equal": self.equal,
+            "differences": [dict(zip(names, difference, strict=True)) for difference in self.differences],
+            "speedup": self.speedup,
+            "rounds": len(self.plain.seconds),
+            "plain": self.plain.as_dict(),
+            "speculative": self.speculative.as_dict(),
+        }
+
+    def print(self) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(highlight=False)
+        text = self.plain.results[0].text
+        console.print(escape(text.strip() if self.question.is_chat else text), soft_wrap=True)
+        console.print(_table(self))
+        count = len(self.plain.results[0].token_ids)
+        if self.equal:
+            console.print(f"tokens: [green]equal[/] ({count} of {count}, in all {len(self.plain.seconds)} runs of each)")
+        else:
+            _print_differences(self)
+        console.print(f"speed-up: [bold]{self.speedup:.2f}[/]")
+
+
+def compare(question: Question, params: "SamplingParams", num_draft_tokens: int | None) -> Comparison:
+    """Both arms with one seed; the order alternates, so that a machine that warms up or throttles favours neither."""
+    plain, speculative = Arm("plain", 0), Arm("speculative", num_draft_tokens)
+    seed = question.ask(params, 0).seed
+    params = replace(params, seed=seed)
+    question.ask(params, num_draft_tokens)
+    for index in range(ROUNDS):
+        for arm in (plain, speculative) if index % 2 == 0 else (speculative, plain):
+            arm.run(question, params)
+    return Comparison(question, plain, speculative)
+
+
+def _table(comparison: Comparison) -> "Any":
+    from rich.table import Table
+
+    table = Table("", "tokens", "seconds (median)", "spread", "tok/s", "accepted", "tokens a pass")
+    for arm in (comparison.plain, comparison.speculative):
+        stats = arm.results[-1].stats
+        table.add_row(
+            arm.name,
+            str(len(arm.results[-1].token_ids)),
+            f"{arm.median_seconds:.3f}",
+            f"{min(arm.seconds):.3f} to {max(arm.seconds):.3f}",
+            f"{arm.tokens_per_second:.1f}",
+            f"{stats.draft_acceptance_rate:.1%}" if stats.drafted else "-",
+            f"{stats.mean_acceptance_length:.2f}",
+        )
+    return table
+
+
+def _print_differences(comparison: Comparison) -> None:
+    from rich.console import Console
+
+    console, tokenizer = Console(highlight=False, markup=False), comparison.question.llm.tokenizer
+    differences = comparison.differences
+    console.print(f"tokens: DIFFERENT at {len(differences)} positions")
+
+    def shown(token: int | None) -> str:
+        return "nothing" if token is None else f"{token} {tokenizer.decode([token])!r}"
+
+    for index, position, plain, other in differences[:SHOWN]:
+        console.print(f"  round {index + 1}, position {position}: {shown(plain)} became {shown(other)}", soft_wrap=True)
+    if len(differences) > SHOWN:
+        console.print(f"  and {len(differences) - SHOWN} more (--json lists them all)")

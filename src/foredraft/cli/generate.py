@@ -1,0 +1,105 @@
+"""`foredraft generate`: one prompt in, the text that follows out."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from foredraft.cli import session
+from foredraft.cli.compare import Comparison, compare
+from foredraft.cli.console import FAILURE, INTERRUPTED, only_result
+from foredraft.cli.options import GenerateOptions, takes
+from foredraft.errors import RequestError
+
+if TYPE_CHECKING:
+    from foredraft import LLM, GenerationResult
+
+
+@takes(GenerateOptions)
+def generate(options: GenerateOptions) -> None:
+    """Go on from PROMPT, or answer it where the model has a chat template; print the text as it comes."""
+    prompt = read_prompt(options.prompt)
+    if options.compare:
+        check_comparable(options)
+    if options.json:
+        print_json(options, prompt)
+    elif options.compare:
+        llm, params = session.start(options)
+        comparison = compare(ask(llm, prompt, options.chat), params, options.num_draft_tokens)
+        comparison.print()
+        finish(comparison)
+    else:
+        llm, params = session.start(options)
+        answer = session.print_answer(ask(llm, prompt, options.chat), params, options.num_draft_tokens)
+        if answer.interrupted:
+            raise typer.Exit(INTERRUPTED)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The argument, or stdin without its last line break. Raises RequestError where there is nothing to read."""
+    if prompt is None and session.interactive():
+        raise RequestError("no prompt; give one as an argument, or pipe it into stdin")
+    if prompt in (None, "-"):
+        data = sys.stdin.buffer.read()
+        try:
+            prompt = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"stdin is not UTF-8 text (byte {data[error.start]:#04x} at {error.start})") from error
+    assert prompt is not None
+    if not prompt.strip():
+        raise RequestError("the prompt is empty; give some text to go on from")
+    if not prompt.isascii() and "\ufffd" in prompt.encode("utf-8", "replace").decode().replace("?", "?"):
+        pass
+    return prompt
+
+
+def ask(llm: "LLM", prompt: str, chat: bool | None) -> session.Question:
+    if chat is None:
+        chat = bool(llm.tokenizer.chat_template)
+    return session.Question(llm, [{"role": "user", "content": prompt}] if chat else prompt)
+
+
+def check_comparable(options: GenerateOptions) -> None:
+    if options.draft == "none" or options.num_draft_tokens == 0:
+        raise RequestError("--compare needs a drafter to compare with plain decoding; drop --draft none or --gamma 0")
+    if options.verifier == "rejection" and options.temperature > 0:
+        raise RequestError(
+            "--compare with --verifier rejection would differ by design: it keeps the distribution, not the tokens; "
+            "use --verifier coupled, or --temperature 0"
+        )
+
+
+def print_json(options: GenerateOptions, prompt: str) -> None:
+    comparison = None
+    with only_result() as stdout:
+        llm, params = session.start(options)
+        question = ask(llm, prompt, options.chat)
+        if options.compare:
+            comparison = compare(question, params, options.num_draft_tokens)
+            result, extra = comparison.speculative.results[-1], comparison.as_dict()
+        else:
+            result, extra = question.ask(params, options.num_draft_tokens), {}
+        drafter = "none" if options.num_draft_tokens == 0 else llm.drafter.name
+        answer = describe(result) | {"model": options.model or "bundled", "draft": drafter} | extra
+        stdout.write(json.dumps(answer) + "\n")
+        stdout.flush()
+    if comparison:
+        finish(comparison)
+
+
+def describe(result: "GenerationResult") -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "from_draft": result.from_draft,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(result.prompt_token_ids),
+        "seed": result.seed,
+        "stats": result.stats.as_dict(),
+    }
+
+
+def finish(comparison: Comparison) -> None:
+    if not comparison.equal:
+        raise typer.Exit(FAILURE)

@@ -1,0 +1,144 @@
+"""The flags of the commands, as dataclasses: declared once, shared by every command that takes them.
+
+Knows their spellings, defaults and help. Values are checked by the library, which says what is wrong with them.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, TypeVar, get_type_hints
+
+import typer
+
+from foredraft.cli.console import guard
+from foredraft.errors import RequestError
+
+Options = TypeVar("Options")
+MODEL, DRAFTING, SAMPLING, OUTPUT = "Models", "Drafting", "Sampling", "Output"
+
+
+def flag(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Which models run, how far to draft, how to sample."""
+
+    model: Annotated[
+        str | None, flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL)
+    ] = None
+    draft: Annotated[
+        str,
+        flag(
+            "--draft",
+            "--draft-model",
+            help="Who drafts: a model's folder or hub name, 'ngram', 'none' (plain decoding) or 'auto'.",
+            panel=MODEL,
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
+    ] = "auto"
+    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    draft_device: Annotated[
+        str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)
+    ] = None
+    gpu: Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)] = None
+    num_draft_tokens: Annotated[
+        int | None,
+        flag(
+            "--num-draft-tokens",
+            "--gamma",
+            help="Draft exactly so many tokens a step; 0 is plain decoding. Default: as the policy decides.",
+            panel=DRAFTING,
+        ),
+    ] = None
+    policy: Annotated[
+        str | None, flag("--policy", help="How far to draft: gain (default), fixed, heuristic, threshold.", panel=DRAFTING)
+    ] = None
+    verifier: Annotated[
+        str,
+        flag("--verifier", help="coupled (same seed, same text) or rejection (same distribution).", panel=DRAFTING),
+    ] = "coupled"
+    temperature: Annotated[float, flag("--temperature", help="0 decodes greedily.", panel=SAMPLING)] = 0.0
+    top_k: Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)] = 0
+    top_p: Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)] = 1.0
+    min_p: Annotated[
+        float, flag("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.", panel=SAMPLING)
+    ] = 0.0
+    seed: Annotated[int | None, flag("--seed", help="Same seed, same text. Default: a new one.", panel=SAMPLING)] = None
+    max_new_tokens: Annotated[int, flag("--max-new-tokens", help="Longest answer.", panel=SAMPLING)] = 256
+    stop: Annotated[
+        list[str] | None, flag("--stop", help="End before this text; may be given several times.", panel=SAMPLING)
+    ] = None
+    ignore_eos: Annotated[
+        bool, flag("--ignore-eos", help="Go on after the model's end-of-text token.", panel=SAMPLING)
+    ] = False
+
+    @property
+    def target_device(self) -> str:
+        """Raises RequestError where --gpu is no index, or contradicts --device."""
+        if self.gpu is None:
+            return self.device
+        if not self.gpu.isdecimal():
+            raise RequestError(f"--gpu {self.gpu!r} is not usable; give one index such as 0, or use --device")
+        if self.device not in ("auto", f"cuda:{self.gpu}"):
+            raise RequestError(f"--gpu {self.gpu} contradicts --device {self.device}; give one of them")
+        return f"cuda:{self.gpu}"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions(RunOptions):
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from; read from stdin where it is missing or '-'.")
+    ] = None
+    chat: Annotated[
+        bool | None,
+        flag(
+            "--chat/--raw",
+            "--chat-template/ ",
+            help="Put the prompt through the model's chat template, or not. Default: where it has one.",
+            panel=OUTPUT,
+        ),
+    ] = None
+    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    compare: Annotated[
+        bool,
+        flag(
+            "--compare", help="Run plain and speculative in turn; show equal tokens and the speed-up.", panel=OUTPUT
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions(RunOptions):
+    system: Annotated[
+        str | None, flag("--system", help="Instructions that open every conversation.", panel=OUTPUT)
+    ] = None
+
+
+def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Turn a function of an options dataclass into a command with a flag for each field, errors guarded."""
+    hints = get_type_hints(options, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            spec.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if spec.default is MISSING else spec.default,
+            annotation=hints[spec.name],
+        )
+        for spec in fields(options)  # type: ignore[arg-type]
+    ]
+
+    def decorate(run: Callable[[Options], None]) -> Callable[..., None]:
+        def command(**values: object) -> None:
+            with guard():
+                run(options(**values))
+
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        command.__annotations__ = {**hints, "return": None}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate

@@ -1,0 +1,125 @@
+"""From flags to a loaded model, and from a prompt to printed text: what `generate` and `chat` have in common."""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from foredraft.cli.console import Printer, busy, note
+from foredraft.cli.options import RunOptions
+
+if TYPE_CHECKING:
+    from foredraft import LLM, Chunk, GenerationResult, SamplingParams
+
+    Messages = list[dict[str, str]]
+
+
+def sampling_params(options: RunOptions) -> "SamplingParams":
+    """Raises RequestError where values are out of range or contradict each other."""
+    from foredraft import SamplingParams
+
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        stop=tuple(options.stop or ()),
+        ignore_eos=options.ignore_eos,
+        verifier=options.verifier,  # type: ignore[arg-type]  # checked there
+    )
+
+
+def open_llm(options: RunOptions) -> "LLM":
+    """Load target and drafter, for one request at a time."""
+    from foredraft import LLM
+
+    return LLM(
+        options.model,
+        options.draft,
+        dtype=options.dtype,
+        device=options.target_device,
+        draft_device=options.draft_device,
+        policy=options.policy,
+        max_batch_size=1,
+    )
+
+
+def start(options: RunOptions) -> "tuple[LLM, SamplingParams]":
+    """Check the flags, then load: a typing error must not cost the time of loading."""
+    device = options.target_device
+    with busy("importing torch and transformers"):
+        params = sampling_params(options)
+    with busy(f"loading {options.model or 'the bundled pair'} ({device})"):
+        return open_llm(options), params
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt, or a conversation for the model's chat template; asked as often as one likes."""
+
+    llm: "LLM"
+    prompt: "str | Messages"
+
+    def ask(self, params: "SamplingParams", num_draft_tokens: int | None) -> "GenerationResult":
+        if isinstance(self.prompt, str):
+            return self.llm.generate(self.prompt, params, num_draft_tokens=num_draft_tokens)
+        return self.llm.chat(self.prompt, params, num_draft_tokens=num_draft_tokens)
+
+    def stream(self, params: "SamplingParams", num_draft_tokens: int | None) -> "Iterator[Chunk]":
+        if isinstance(self.prompt, str):
+            return self.llm.stream(self.prompt, params, num_draft_tokens=num_draft_tokens)
+        return self.llm.stream_chat(self.prompt, params, num_draft_tokens=num_draft_tokens)
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was printed, and all that is known of it should it have been interrupted."""
+
+    text: str = ""
+    from_draft: list[bool] = field(default_factory=list)
+    seconds: float = 0.0
+    result: "GenerationResult | None" = None
+    interrupted: bool = False
+
+    def summary(self, drafter: str) -> str:
+        count = len(self.from_draft)
+        rate = count / self.seconds if self.seconds else 0.0
+        parts = [f"{count} tokens in {self.seconds:.2f} s, {rate:.1f} tok/s"]
+        stats = self.result.stats if self.result else None
+        if stats and stats.drafted:
+            parts.append(f"{stats.draft_acceptance_rate:.1%} of {stats.drafted} drafted tokens accepted")
+            parts.append(f"{stats.mean_acceptance_length:.2f} tokens a pass")
+        elif stats is None and count:
+            parts.append(f"{sum(self.from_draft)} of them drafted")
+        parts.append(f"draft: {drafter}")
+        return ("interrupted; " if self.interrupted else "") + " | ".join(parts)
+
+
+def print_answer(question: Question, params: "SamplingParams", num_draft_tokens: int | None) -> Answer:
+    """Stream an answer to stdout and its summary to stderr; Ctrl-C ends it, what was printed stays."""
+    printer, answer, begin = Printer(skip_space=question.is_chat), Answer(), time.perf_counter()
+    chunks = question.stream(params, num_draft_tokens)
+    try:
+        for chunk in chunks:
+            printer.write(chunk.pieces)
+            answer.text += chunk.text
+            answer.from_draft += chunk.from_draft
+            answer.seconds = time.perf_counter() - begin
+            answer.result = chunk.result
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    printer.end()
+    drafter = question.llm.drafter.name if num_draft_tokens != 0 else "none"
+    note(answer.summary(drafter) + (" (drafted tokens in green)" if printer.colour and drafter != "none" else ""))
+    return answer
+
+
+def interactive() -> bool:
+    return sys.stdin.isatty()
