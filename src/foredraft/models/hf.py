@@ -94,9 +94,9 @@ class HFModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights a pass reads."""
-        packed = [m for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear)]
-        unpacked = [p.numel() * p.element_size() for p in self.model.parameters()]
-        return sum(unpacked) + sum(m.nbytes for m in packed)
+        packed = sum(m.nbytes for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear))
+        unpacked: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return packed + unpacked
 
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:

@@ -102,12 +102,12 @@ def _forward(model: CausalModel, candidate: RowInvariance, spans: list[Span]) ->
 
 def _cases(candidate: RowInvariance, text: Text) -> Iterator[tuple[int, int, list[Span]]]:
     """Passes whose first logits are those of the probed sequence; from which row of the reference on, and how many."""
-    multiple = candidate.row_multiple
+    some, multiple = min(5, text.widest), candidate.row_multiple
+    for offset in (text.widest - 1, text.widest - some, text.widest // 2):  # backwards, for padding overwrites
+        count = min(some, text.widest - offset)
+        yield offset, count, [text.span(count, offset)]
     for width in sorted({round_up(width, multiple) - multiple + 1 for width in WIDTHS if width < text.widest}):
         yield 0, width, [text.span(width)]
-    some = min(5, text.widest)
-    for offset in (text.widest - 1, text.widest - some, text.widest // 2):  # the reference's last rows, as first rows
-        yield offset, min(some, text.widest - offset), [text.span(min(some, text.widest - offset), offset)]
     yield 0, some, [text.span(some), text.mate(NEIGHBOUR, some)]
     yield 0, 1, [text.span(1), text.mate(NEIGHBOUR, text.widest), text.mate(MATE, 2)]
     yield 0, some, [text.span(some), text.mate(NEIGHBOUR, 1), text.mate(MATE, some)]
