@@ -2,8 +2,8 @@
 
 import os
 import sys
-from contextlib import contextmanager, suppress
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.messages[:] = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def react(self, line: str) -> bool:
         """Answer, or obey a command; False: the conversation is over."""
@@ -75,7 +75,10 @@ class Conversation:
         except RequestError as error:
             note(f"foredraft: error: {error}")
         else:
-            self.messages += [turn, {"role": "assistant", "content": answer.text.strip()}]
+            if answer.interrupted and not session.interactive():
+                raise KeyboardInterrupt
+            if answer.text.strip():
+                self.messages += [turn, {"role": "assistant", "content": answer.text.strip()}]
 
 
 def read_line() -> str | None:
@@ -88,6 +91,8 @@ def read_line() -> str | None:
                 sys.stdout.write("\n")
             return None
         except KeyboardInterrupt:
+            if not session.interactive():
+                raise
             note(f"\n{HELP}")
 
 

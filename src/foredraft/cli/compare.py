@@ -5,7 +5,7 @@ Owns the measurement (one warm-up and three timed runs of each, in alternating o
 
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +52,31 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a run departs from the first plain one; `None` is a token that the shorter text does not have."""
+
+    arm: str
+    round: int
+    position: int
+    expected: int | None
+    got: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     question: Question
     plain: Arm
     speculative: Arm
 
     @property
-    def differences(self) -> list[tuple[int, int, int | None, int | None]]:
-        """(round, position, plain token, speculative token) wherever a run departs from the first plain run."""
+    def differences(self) -> list[Difference]:
         reference = self.plain.results[0].token_ids
-        runs = [*enumerate(self.plain.results), *enumerate(self.speculative.results)]
         return [
-            (index, position, mine, other)
-            for index, result in runs
-            for position, (mine, other) in enumerate(zip_longest(reference, result.token_ids))
-            if mine != other
+            Difference(arm.name, index + 1, position, expected, got)
+            for arm in (self.plain, self.speculative)
+            for index, result in enumerate(arm.results)
+            for position, (expected, got) in enumerate(zip_longest(reference, result.token_ids))
+            if expected != got
         ]
 
     @property
@@ -78,10 +88,9 @@ class Comparison:
         return self.plain.median_seconds / self.speculative.median_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("round", "position", "plain", "speculative")
         return {
             "equal": self.equal,
-            "differences": [dict(zip(names, difference, strict=True)) for difference in self.differences],
+            "differences": [asdict(difference) for difference in self.differences],
             "speedup": self.speedup,
             "rounds": len(self.plain.seconds),
             "plain": self.plain.as_dict(),
@@ -98,7 +107,9 @@ class Comparison:
         console.print(_table(self))
         count = len(self.plain.results[0].token_ids)
         if self.equal:
-            console.print(f"tokens: [green]equal[/] ({count} of {count}, in all {len(self.plain.seconds)} runs of each)")
+            console.print(
+                f"tokens: [green]equal[/] ({count} of {count}, in all {len(self.plain.seconds)} runs of each)"
+            )
         else:
             _print_differences(self)
         console.print(f"speed-up: [bold]{self.speedup:.2f}[/]")
@@ -119,14 +130,15 @@ def compare(question: Question, params: "SamplingParams", num_draft_tokens: int 
 def _table(comparison: Comparison) -> "Any":
     from rich.table import Table
 
-    table = Table("", "tokens", "seconds (median)", "spread", "tok/s", "accepted", "tokens a pass")
+    table = Table("", "tokens", "median s", "min", "max", "tok/s", "accepted", "a pass")
     for arm in (comparison.plain, comparison.speculative):
         stats = arm.results[-1].stats
         table.add_row(
             arm.name,
             str(len(arm.results[-1].token_ids)),
             f"{arm.median_seconds:.3f}",
-            f"{min(arm.seconds):.3f} to {max(arm.seconds):.3f}",
+            f"{min(arm.seconds):.3f}",
+            f"{max(arm.seconds):.3f}",
             f"{arm.tokens_per_second:.1f}",
             f"{stats.draft_acceptance_rate:.1%}" if stats.drafted else "-",
             f"{stats.mean_acceptance_length:.2f}",
@@ -144,7 +156,8 @@ def _print_differences(comparison: Comparison) -> None:
     def shown(token: int | None) -> str:
         return "nothing" if token is None else f"{token} {tokenizer.decode([token])!r}"
 
-    for index, position, plain, other in differences[:SHOWN]:
-        console.print(f"  round {index + 1}, position {position}: {shown(plain)} became {shown(other)}", soft_wrap=True)
+    for it in differences[:SHOWN]:
+        line = f"  {it.arm} run {it.round}, position {it.position}: {shown(it.expected)} became {shown(it.got)}"
+        console.print(line, soft_wrap=True)
     if len(differences) > SHOWN:
         console.print(f"  and {len(differences) - SHOWN} more (--json lists them all)")

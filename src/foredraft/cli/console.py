@@ -17,15 +17,19 @@ import typer
 from foredraft.errors import ForedraftError, RequestError
 
 FAILURE, WRONG_USE, INTERRUPTED = 1, 2, 130
-DRAFTED, PLAIN = "\x1b[32m", "\x1b[0m"
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 @contextmanager
 def guard() -> Iterator[None]:
     """Errors become one line and an exit code; a reader that has gone away (`| head -1`) is no error."""
-    _prepare()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
         sys.stdout.flush()
     except RequestError as error:
         raise _failed(error, WRONG_USE) from error
@@ -49,15 +53,13 @@ def _failed(error: Exception, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
-def _prepare() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    warnings.showwarning = _show_warning
-
-
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: object = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
 ) -> None:
     note(f"foredraft: warning: {message}")
 
@@ -90,19 +92,19 @@ class Printer:
     """Writes text as it arrives, drafted tokens in colour on a terminal that has any."""
 
     colour: bool = field(default_factory=lambda: _has_colour())
-    skip_space: bool = False  # at the start of a chat turn
     terminal: bool = field(default_factory=lambda: sys.stdout.isatty())
-    _at_start: bool = True
+    skip_space: bool = False  # at the start of a chat turn
+    at_start: bool = True
 
     def write(self, pieces: Iterable[tuple[str, bool]]) -> None:
         for text, drafted in pieces:
-            if self._at_start and self.skip_space:
+            if self.at_start and self.skip_space:
                 text = text.lstrip()
             if not text:
                 continue
-            self._at_start = False
+            self.at_start = False
             text = text.replace("\x1b", "\ufffd") if self.terminal else text  # a model must not steer the terminal
-            sys.stdout.write(f"{DRAFTED}{text}{PLAIN}" if drafted and self.colour else text)
+            sys.stdout.write(f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text)
         sys.stdout.flush()
 
     def end(self) -> None:

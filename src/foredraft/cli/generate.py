@@ -49,8 +49,8 @@ def read_prompt(prompt: str | None) -> str:
     assert prompt is not None
     if not prompt.strip():
         raise RequestError("the prompt is empty; give some text to go on from")
-    if not prompt.isascii() and "\ufffd" in prompt.encode("utf-8", "replace").decode().replace("?", "?"):
-        pass
+    if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python passes on bytes that are no text
+        raise RequestError(f"the prompt {prompt!a} is not UTF-8 text")
     return prompt
 
 

@@ -17,8 +17,8 @@ Options = TypeVar("Options")
 MODEL, DRAFTING, SAMPLING, OUTPUT = "Models", "Drafting", "Sampling", "Output"
 
 
-def flag(*names: str, help: str, panel: str, metavar: str | None = None) -> object:
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+def flag(*names: str, help: str, panel: str) -> object:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class RunOptions:
     """Which models run, how far to draft, how to sample."""
 
     model: Annotated[
-        str | None, flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL)
+        str | None,
+        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
     ] = None
     draft: Annotated[
         str,
@@ -55,7 +56,8 @@ class RunOptions:
         ),
     ] = None
     policy: Annotated[
-        str | None, flag("--policy", help="How far to draft: gain (default), fixed, heuristic, threshold.", panel=DRAFTING)
+        str | None,
+        flag("--policy", help="How far to draft: gain (default), fixed, heuristic, threshold.", panel=DRAFTING),
     ] = None
     verifier: Annotated[
         str,
@@ -105,17 +107,15 @@ class GenerateOptions(RunOptions):
     json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
     compare: Annotated[
         bool,
-        flag(
-            "--compare", help="Run plain and speculative in turn; show equal tokens and the speed-up.", panel=OUTPUT
-        ),
+        flag("--compare", help="Run plain and speculative in turn; show equal tokens and the speed-up.", panel=OUTPUT),
     ] = False
 
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions(RunOptions):
-    system: Annotated[
-        str | None, flag("--system", help="Instructions that open every conversation.", panel=OUTPUT)
-    ] = None
+    system: Annotated[str | None, flag("--system", help="Instructions that open every conversation.", panel=OUTPUT)] = (
+        None
+    )
 
 
 def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from foredraft.cli.console import Printer, busy, note
 from foredraft.cli.options import RunOptions
+from foredraft.errors import ForedraftError
 
 if TYPE_CHECKING:
     from foredraft import LLM, Chunk, GenerationResult, SamplingParams
@@ -34,8 +35,13 @@ def sampling_params(options: RunOptions) -> "SamplingParams":
 
 def open_llm(options: RunOptions) -> "LLM":
     """Load target and drafter, for one request at a time."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
     from foredraft import LLM
 
+    disable_progress_bar()  # loading takes seconds; downloading may take minutes
+    enable_progress_bars()
     return LLM(
         options.model,
         options.draft,
@@ -115,6 +121,10 @@ def print_answer(question: Question, params: "SamplingParams", num_draft_tokens:
             answer.result = chunk.result
     except KeyboardInterrupt:
         answer.interrupted = True
+    except ForedraftError:
+        if not printer.at_start:
+            printer.end()
+        raise
     printer.end()
     drafter = question.llm.drafter.name if num_draft_tokens != 0 else "none"
     note(answer.summary(drafter) + (" (drafted tokens in green)" if printer.colour and drafter != "none" else ""))
@@ -122,4 +132,5 @@ def print_answer(question: Question, params: "SamplingParams", num_draft_tokens:
 
 
 def interactive() -> bool:
-    return sys.stdin.isatty()
+    """Whether somebody types: there is no stdin to read, or it is a terminal."""
+    return sys.stdin is None or sys.stdin.isatty()
