@@ -84,7 +84,8 @@ class Recipe:
 
 
 TARGET = Recipe(256, 12, 704, 4, 2, peak_lr=2.5e-3, steps=2800)
-DRAFT = Recipe(192, 2, 512, 3, 1, peak_lr=4e-3, steps=2400)
+OWN_TEXT_WEIGHT = 4  # how often the draft sees the target's own text for each time it sees a dialogue
+DRAFT = Recipe(256, 1, 768, 4, 1, peak_lr=4e-3, steps=2400)  # one layer: at this size a layer's price is its calls
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -349,7 +350,7 @@ def main() -> None:
     target = Run("target", scaled[0], args.runs / "target", args.device).train(train_ids, held_out_ids)
     own = continuations(target, train_ids, args.runs, args.device)
     draft = Run("draft", scaled[1], args.runs / "draft", args.device).train(
-        train_ids + own, held_out_ids, teacher=target
+        train_ids + OWN_TEXT_WEIGHT * own, held_out_ids, teacher=target
     )
     export(target, tokenizer, args.out / "target")
     export(draft, tokenizer, args.out / "draft")
