@@ -4,6 +4,8 @@ Where packing is missing (other processors, other devices, fp16) a plain linear 
 this file, decides what is exact there.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,11 +63,16 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLine
     return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
 
 
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Plain linear layers; of other subclasses (quantised ones, routers) only those that compute the same."""
+    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear"
+
+
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of a transformers model in place, one at a time, so that memory peaks by one layer."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and can_pack(child.weight):
+            if _is_linear(child) and can_pack(child.weight):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
             elif type(child) is Conv1D and can_pack(child.weight):
                 setattr(module, name, PackedLinear(child.weight.T, child.bias))
