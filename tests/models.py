@@ -1,5 +1,6 @@
 """Tiny random models of every architecture, built from configurations; nothing is downloaded."""
 
+import random
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ CONFIGS: dict[str, t.PreTrainedConfig] = {
     "gpt_oss": t.GptOssConfig(
         **ROPE, **DIM, num_local_experts=4, num_experts_per_tok=2, sliding_window=24,
         layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
 }  # fmt: skip
 SLIDING = {"mistral": 24, "gemma2": 24, "gemma3_text": 24, "gpt_oss": 24}
@@ -81,7 +83,16 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     torch.manual_seed(seed)
     config = type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict())
     model: PreTrainedModel = t.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "ln_" in parameter_name:  # freshly made norms do nothing; these do
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval().to(device)
+
+
+def draws(length: int, seed: int = 0) -> list[int]:
+    """Pseudo-random tokens."""
+    source = random.Random(seed)
+    return [source.randrange(VOCAB) for _ in range(length)]
 
 
 def mamba() -> PreTrainedModel:

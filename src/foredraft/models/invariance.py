@@ -19,7 +19,7 @@ KEY_MULTIPLES = (128, 512)
 WIDTHS = (1, *range(5, 18), 24, 32)  # every narrow one: kernels treat the remainder of a block of rows apart
 WIDEST = 33
 CONTEXT = 240  # so that the widths above fall on both sides of a key multiple of 128
-MATE_AHEAD = 420  # so that mates bring a second key block of 512
+NEAR, FAR = 180, 300  # how far ahead mates stand: key lengths of 512, and of a second block
 CHUNK = 256  # a prefill chunk
 KEY_STARTS = (64, 176)  # rows before and after a key length of 128
 FIXED = RowInvariance(min_rows=8, key_multiple=512, max_rows=8, exact=False)
@@ -30,19 +30,19 @@ MATE, NEIGHBOUR, SLOT = 0, 1, 2  # NEIGHBOUR and SLOT are consecutive, MATE and 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Tokens of the probed sequence, and where its rows and those of its batch mates begin."""
+    """Tokens of the probed sequence, where its rows begin, and where its batch mates must end."""
 
     tokens: list[int]
     start: int
     widest: int
-    mate_start: int
+    limit: int
 
     def span(self, width: int, offset: int = 0) -> Span:
         first = self.start + offset
         return Span(SLOT, first, self.tokens[first : first + width], width)
 
-    def mate(self, slot: int, width: int) -> Span:
-        return Span(slot, self.mate_start, self.tokens[:width])
+    def mate(self, slot: int, width: int, ahead: int = FAR) -> Span:
+        return Span(slot, min(self.start + ahead, self.limit - self.widest), self.tokens[:width])
 
 
 def probe(model: CausalModel) -> RowInvariance:
@@ -85,7 +85,8 @@ def _holds_under_longer_keys(model: CausalModel, candidate: RowInvariance, text:
         return True
     span = Span(SLOT, start, tokens, len(tokens))
     alone = _forward(model, candidate, [span])
-    return torch.equal(alone, _forward(model, candidate, [span, text.mate(NEIGHBOUR, 1)])[: len(tokens)])
+    beside = (_forward(model, candidate, [span, text.mate(NEIGHBOUR, 1, ahead)]) for ahead in (NEAR, FAR))
+    return all(torch.equal(alone, logits[: len(tokens)]) for logits in beside)
 
 
 def _holds_in_prefill(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:
@@ -108,7 +109,7 @@ def _cases(candidate: RowInvariance, text: Text) -> Iterator[tuple[int, int, lis
         yield offset, count, [text.span(count, offset)]
     for width in sorted({round_up(width, multiple) - multiple + 1 for width in WIDTHS if width < text.widest}):
         yield 0, width, [text.span(width)]
-    yield 0, some, [text.span(some), text.mate(NEIGHBOUR, some)]
+    yield 0, some, [text.span(some), text.mate(NEIGHBOUR, some, NEAR)]
     yield 0, 1, [text.span(1), text.mate(NEIGHBOUR, text.widest), text.mate(MATE, 2)]
     yield 0, some, [text.span(some), text.mate(NEIGHBOUR, 1), text.mate(MATE, some)]
     yield 0, some, [text.span(some), text.mate(MATE, some)]
@@ -118,6 +119,5 @@ def _text(model: CausalModel) -> Text:
     """Pseudo-random tokens that fit the model; mates that stand beyond the next key block, where there is room."""
     widest = max(1, min(WIDEST, model.max_positions // 2))
     start = min(CONTEXT, model.max_positions - widest)
-    mate_start = min(start + MATE_AHEAD, model.max_positions - widest)
     source = random.Random(start)
-    return Text([source.randrange(model.vocab_size) for _ in range(start + widest)], start, widest, mate_start)
+    return Text([source.randrange(model.vocab_size) for _ in range(start + widest)], start, widest, model.max_positions)

@@ -1,0 +1,140 @@
+"""The probe: it believes a model only where rows agree, and finds each way in which they can fail to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import LENGTH, tiny
+from transformers import PreTrainedConfig
+
+from foredraft.models.cache import LayerShape, SlotCache
+from foredraft.models.hf import HFModel
+from foredraft.models.invariance import FIXED, probe
+from foredraft.models.rows import Group, RowBatch, RowInvariance, round_keys
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Flaw = Callable[[RowBatch, Group], float]
+
+
+class Planted:
+    """A model whose logits are a function of token and position, plus a flaw that looks at the shape of the pass."""
+
+    config = PreTrainedConfig()
+    generation_config = None
+    device = torch.device("cpu")
+    dtype = torch.float32
+    vocab_size = 11
+    weight_bytes = 0
+
+    def __init__(self, flaw: Flaw, max_positions: int = LENGTH) -> None:
+        self.flaw = flaw
+        self.max_positions = max_positions
+        self.row_invariance = RowInvariance()
+        self.cache = SlotCache([LayerShape(1, 1, 1)], dtype=self.dtype, devices=[self.device])
+
+    def forward(self, rows: RowBatch) -> torch.Tensor:
+        self.cache.reserve(max(rows.slots) + 1, rows.max_position)
+        assert all(rows.positions[row] < self.max_positions for row in rows.wanted), "only padding may go beyond"
+        logits = torch.tensor([[t * 0.5 + p for t in rows.tokens] for p in range(self.vocab_size)]).T
+        logits = logits + torch.tensor(rows.positions)[:, None]
+        for group in rows.groups:
+            logits[group.first_row : group.first_row + group.num_rows] += self.flaw(rows, group)
+        return logits[rows.wanted]
+
+
+def found(flaw: Flaw, **options: Any) -> RowInvariance:
+    return probe(Planted(flaw, **options))
+
+
+def test_rows_that_agree_are_believed() -> None:
+    assert found(lambda _rows, _group: 0.0) == RowInvariance(4, 128, 1, 33, exact=True, prefill=True)
+
+
+FLAWS: dict[str, Flaw] = {
+    "the width of the pass": lambda _rows, group: group.width * 1e-3,
+    "the rows of the whole pass": lambda rows, _group: len(rows.tokens) * 1e-3,
+    "the size of the batch": lambda _rows, group: len(group.starts) * 1e-3,
+    "the longest mate": lambda _rows, group: max(group.starts) * 1e-3,
+    "the number of key blocks": lambda _rows, group: (group.key_length > 512) * 1e-3,
+    "other slots": lambda rows, _group: len(set(rows.slots)) * 1e-3,
+    "nothing, but it is not finite": lambda _rows, _group: float("nan"),
+}
+
+
+@pytest.mark.parametrize("name", list(FLAWS))
+def test_rows_that_depend_on_the_pass_are_found(name: str) -> None:
+    assert found(FLAWS[name]) == FIXED
+    assert not FIXED.exact
+
+
+def test_the_smallest_shape_that_holds_wins() -> None:
+    assert found(lambda _rows, group: (group.width < 8) * 1e-3).min_rows == 8
+    assert found(lambda _rows, group: (group.width % 4 in (1, 2, 3)) * 1e-3).row_multiple == 4
+    assert found(lambda _rows, group: (group.key_length % 512 != 0) * 1e-3).key_multiple == 512
+
+
+def test_a_flaw_of_the_last_row_alone_is_found() -> None:
+    """Kernels take rows in blocks of 32; row 33 is alone in the second."""
+
+    class LastRow(Planted):
+        def forward(self, rows: RowBatch) -> torch.Tensor:
+            logits = super().forward(rows)
+            if rows.groups[0].width == 33:
+                logits[-1] += 1e-3
+            return logits
+
+    assert probe(LastRow(lambda _rows, _group: 0.0)).row_multiple == 4
+
+
+def test_prefill_is_judged_apart() -> None:
+    """Wide chunks that differ do not make drafting inexact; they only forbid to share what they computed."""
+    assert found(lambda _rows, group: (group.width > 200) * 1e-3) == RowInvariance(4, 128, 1, 33, prefill=False)
+
+
+@pytest.mark.parametrize("max_positions", [8, 40, 200, 400])
+def test_it_fits_models_of_few_positions(max_positions: int) -> None:
+    result = found(lambda _rows, _group: 0.0, max_positions=max_positions)
+    assert result.exact
+    assert result.max_rows == min(33, max_positions // 2)
+
+
+def test_it_leaves_nothing_behind() -> None:
+    model = Planted(lambda _rows, _group: 0.0)
+    before = model.row_invariance
+    probe(model)
+    assert model.row_invariance is before
+    assert model.cache.nbytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "falcon_alibi"])
+def test_real_kernels(name: str, dtype: torch.dtype) -> None:
+    result = probe(HFModel(tiny(name, dtype, DEVICE)))
+    assert result.max_rows in (8, 33)
+    if DEVICE == "cpu":
+        assert result.exact
+
+
+def test_the_plan_avoids_the_key_lengths_that_kernels_treat_apart() -> None:
+    """A last key block of 256 sums in another order than one of 128, 384 or 512."""
+    lengths = [round_keys(length, 128) for length in range(1, 2049)]
+    assert all(rounded % 128 == 0 and rounded % 512 != 256 for rounded in lengths)
+    assert all(0 <= rounded - length < 256 for length, rounded in enumerate(lengths, 1))
+    assert [round_keys(n, 512) for n in (1, 512, 513)] == [512, 512, 1024]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a fact about CPU kernels")
+def test_why_a_key_length_of_256_is_avoided() -> None:
+    """The control: at the operator, keys beyond the mask change a row's bits from 256 on, and from nowhere else."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 1024, 64) for _ in range(3))
+    rows = torch.arange(128, 192)
+
+    def attend(keys: int) -> torch.Tensor:
+        mask = torch.zeros(64, keys).masked_fill_(torch.arange(keys) > rows[:, None], -torch.inf)[None, None]
+        out = torch.nn.functional.scaled_dot_product_attention
+        return out(query[:, :, rows], key[:, :, :keys], value[:, :, :keys], attn_mask=mask)
+
+    agree = {keys for keys in (256, 384, 512, 640, 768, 896) if torch.equal(attend(keys), attend(1024))}
+    assert {384, 512, 640, 896} <= agree
