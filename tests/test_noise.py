@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -66,6 +66,7 @@ def test_streams_and_folds_differ():
     assert len({mix(value) for value in range(10_000)}) == 10_000
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**20), min_size=1, max_size=6), st.integers(1, 70))
 def test_a_number_does_not_depend_on_its_company(seed, positions, vocab):
     together = exponential(seed, positions, vocab)
