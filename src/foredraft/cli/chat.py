@@ -30,7 +30,7 @@ def chat(options: ChatOptions) -> None:
     if session.interactive():
         note(HELP)
     with line_history():
-        while (line := read_line()) is not None and conversation.react(line):
+        while turn(conversation):
             pass
 
 
@@ -81,19 +81,20 @@ class Conversation:
                 self.messages += [turn, {"role": "assistant", "content": answer.text.strip()}]
 
 
-def read_line() -> str | None:
-    """A line from the user; Ctrl-C drops what was typed; None at the end of input."""
-    while True:
-        try:
-            return input("> " if session.interactive() else "")
-        except EOFError:
-            if session.interactive():
-                sys.stdout.write("\n")
-            return None
-        except KeyboardInterrupt:
-            if not session.interactive():
-                raise
-            note(f"\n{HELP}")
+def turn(conversation: Conversation) -> bool:
+    """Read a line and react to it; Ctrl-C drops what was typed. False: nothing more to read, or to say."""
+    interactive = session.interactive()
+    try:
+        return conversation.react(input("> " if interactive else ""))
+    except EOFError:
+        if interactive:
+            sys.stdout.write("\n")
+        return False
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        note(f"\n{HELP}")
+        return True
 
 
 @contextmanager

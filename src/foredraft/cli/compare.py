@@ -130,7 +130,7 @@ def compare(question: Question, params: "SamplingParams", num_draft_tokens: int 
 def _table(comparison: Comparison) -> "Any":
     from rich.table import Table
 
-    table = Table("", "tokens", "median s", "min", "max", "tok/s", "accepted", "a pass")
+    table = Table("", "tokens", "median s", "min", "max", "tok/s", "accepted", "per pass")
     for arm in (comparison.plain, comparison.speculative):
         stats = arm.results[-1].stats
         table.add_row(

@@ -35,7 +35,7 @@ def sampling_params(options: RunOptions) -> "SamplingParams":
 
 def open_llm(options: RunOptions) -> "LLM":
     """Load target and drafter, for one request at a time."""
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     from foredraft import LLM
