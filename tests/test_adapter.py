@@ -81,17 +81,17 @@ def test_rows_have_the_same_bits_however_they_are_passed(name: str, dtype: torch
         assert model.row_invariance.exact
     elif not model.row_invariance.exact:
         pytest.skip("no shape makes this model row invariant on this device")
-    text, source, start, end = draws(300, seed=4), random.Random(5), 100, 270
-    forward(model, [Span(0, 0, text[:start])])
-    forward(model, [Span(2, 0, text[:start])])
-    singles = torch.cat([forward(model, [Span(0, at, text[at : at + 1])]) for at in range(start, end)])
-    at = start
-    while at < end:
-        width = min(source.randrange(1, model.row_invariance.max_rows + 1), end - at)
-        mates = [Span(slot, source.randrange(600), draws(source.randrange(1, 5))) for slot in (0, 1, 3)]
-        spans = [Span(2, at, text[at : at + width], width), *source.sample(mates, source.randrange(4))]
-        assert torch.equal(forward(model, spans)[:width], singles[at - start : at - start + width]), (at, width)
-        at += width
+    text, source = draws(300, seed=4), random.Random(5)
+    for start, end in ((110, 145), (240, 275)):  # across the ends of key blocks
+        forward(model, [Span(0, 0, text[:start]), Span(2, 0, text[:start])])
+        singles = torch.cat([forward(model, [Span(0, at, text[at : at + 1])]) for at in range(start, end)])
+        at = start
+        while at < end:
+            width = min(source.randrange(1, model.row_invariance.max_rows + 1), end - at)
+            mates = [Span(slot, source.randrange(600), draws(source.randrange(1, 5))) for slot in (0, 1, 3)]
+            spans = [Span(2, at, text[at : at + width], width), *source.sample(mates, source.randrange(4))]
+            assert torch.equal(forward(model, spans)[:width], singles[at - start : at - start + width]), (at, width)
+            at += width
 
 
 @every_architecture
@@ -163,6 +163,23 @@ def test_rope_frequencies_do_not_follow_the_longest_text() -> None:
     assert model.max_positions == 128
     alone = forward(model, [Span(0, 0, draws(20))])
     assert torch.equal(alone, forward(model, [Span(0, 0, draws(20)), Span(1, 500, draws(3))])[:1])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_other_models_of_the_same_configuration_stay_as_they_were(name: str) -> None:
+    model = tiny(name, device=DEVICE)
+    config, ids = model.config, torch.tensor([draws(5)], device=DEVICE)
+    other = t.AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
+    before = other(ids).logits
+    assert HFModel(model).config is not config
+    assert torch.equal(other(ids).logits, before)
+    assert "foredraft" not in (config._attn_implementation, config._experts_implementation)
+
+
+def test_a_model_can_be_wrapped_twice() -> None:
+    model = tiny("mixtral", device=DEVICE)
+    spans = [Span(0, 0, draws(9), 9)]
+    assert torch.equal(forward(HFModel(model), spans), forward(HFModel(model), spans))
 
 
 def test_weight_bytes_count_packed_weights() -> None:

@@ -6,12 +6,13 @@ one call. Knows no architecture beyond the few table entries below and in suppor
 
 import inspect
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from foredraft.errors import UnsupportedModelError
@@ -74,6 +75,7 @@ class HFModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model)
+        _own_config(model)
         self.config = model.config
         self.generation_config: GenerationConfig | None = model.generation_config
         self.model = model.eval()
@@ -206,6 +208,14 @@ def _kept_rows(group: Group, wanted: set[int], least: int) -> list[int]:
 
 def _shape(layer: Any) -> LayerShape:
     return LayerShape(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a copy of its configuration, so that what is set there concerns no other model."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+            module.config = deepcopy(module.__dict__["config"], copies)
 
 
 def _embedding(model: PreTrainedModel) -> torch.Tensor:
