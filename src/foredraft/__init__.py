@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foredraft.integrations.transformers import accelerate
     from foredraft.llm import LLM, Chunk, GenerationResult
     from foredraft.stats import SpecStats
     from foredraft.types import Draft, SamplingParams, Sequence, Verdict
@@ -18,9 +19,11 @@ __all__ = [
     "SpecStats",
     "Verdict",
     "__version__",
+    "accelerate",
 ]
 
 _HOMES = {
+    "accelerate": "integrations.transformers",
     "LLM": "llm",
     "Chunk": "llm",
     "GenerationResult": "llm",

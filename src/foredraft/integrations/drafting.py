@@ -1,0 +1,213 @@
+"""The drafting options of transformers and IPEX-LLM by their own names: how they become our drafters and policies.
+
+They change when tokens arrive, never which. Knows nothing of prompts, tensors or loading.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from foredraft.drafters.ngram import MIN_MATCH, NgramDrafter
+from foredraft.errors import RequestError
+from foredraft.policy import DraftPolicy, Fixed, Gain, Threshold
+from foredraft.types import Draft, Sequence, Verdict
+
+Schedule = Literal["constant", "heuristic", "heuristic_transient"]
+
+ASSISTED = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+)
+IPEX = ("max_step_draft", "th_stop_draft", "auto_th_stop_draft", "auto_parameters", "hf_adjust", "min_step_draft")
+NAMES = (*ASSISTED, *IPEX, "assistant_model", "lookahead", "th_batch_num")
+IPEX_DEFAULTS: dict[str, Any] = {
+    "max_step_draft": 8,
+    "th_stop_draft": 0.8,
+    "auto_th_stop_draft": True,
+    "auto_parameters": (1, 0.5, 0.9, 1e-2, 0.9),
+    "hf_adjust": False,
+    "min_step_draft": 3,
+}
+
+
+class Assisted(Fixed):
+    """transformers' assisted generation: a length, its schedule, and an exit at a fixed confidence.
+
+    `heuristic` drafts 2 more after a draft that was accepted whole and 1 fewer otherwise, and the next request goes on
+    where this one ended; `heuristic_transient` begins anew with each request. The token that fell short is kept.
+    """
+
+    def __init__(self, num_draft_tokens: int, schedule: Schedule = "constant", threshold: float = 0.0) -> None:
+        super().__init__(num_draft_tokens)
+        self.schedule = schedule
+        self.threshold = threshold
+        self.lengths: dict[Sequence, int] = {}
+
+    def start(self, sequence: Sequence) -> int:
+        return self.lengths.get(sequence, self.num_draft_tokens)
+
+    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
+        return confidences[-1] >= self.threshold
+
+    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
+        if draft.tokens and self.schedule != "constant":
+            self.lengths[sequence] = max(1, self.start(sequence) + (2 if verdict.kind == "bonus" else -1))
+
+    def forget(self, sequence: Sequence) -> None:
+        length = self.lengths.pop(sequence, None)
+        if length is not None and self.schedule == "heuristic":
+            self.num_draft_tokens = length
+
+
+class IpexPolicy(Threshold):
+    """IPEX-LLM's draft exit: the adapting threshold, no exit before `least` tokens when sampling, `hf_adjust`.
+
+    With `hf_adjust` the longest draft grows by 1 after a draft that was accepted whole, up to 5 above where it began,
+    and shrinks by 1 otherwise.
+    """
+
+    def __init__(self, maximum: int, threshold: float, least: int, *, hf_adjust: bool, **rule: Any) -> None:
+        super().__init__(maximum, threshold, **rule)
+        self.least = least
+        self.hf_adjust = hf_adjust
+        self.lengths: dict[Sequence, int] = {}
+
+    def start(self, sequence: Sequence) -> int:
+        return self.lengths.get(sequence, self.num_draft_tokens)
+
+    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
+        early = not sequence.params.greedy and len(confidences) < self.least
+        return early or super().go_on(sequence, confidences)
+
+    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
+        super().observe(sequence, draft, verdict)
+        if self.hf_adjust and draft.tokens:
+            step = 1 if verdict.kind == "bonus" else -1
+            most = self.num_draft_tokens + 5
+            self.lengths[sequence] = min(most, max(1, self.start(sequence) + step))
+
+    def forget(self, sequence: Sequence) -> None:
+        super().forget(sequence)
+        self.lengths.pop(sequence, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """The drafting options of one call, those that were given; what is not there is the model's own way to draft."""
+
+    assistant: Any = None
+    options: tuple[tuple[str, Any], ...] = ()  # sorted by name
+
+    @classmethod
+    def take(cls, kwargs: dict[str, Any], *configs: Any) -> "Drafting":
+        """Take the options out of a call's keywords; transformers' own may also stand in a generation configuration.
+
+        Raises:
+            RequestError: an option has a value that is not usable, or two contradict each other.
+        """
+        given = {name: kwargs.pop(name, None) for name in NAMES}
+        for name in ASSISTED:
+            found = (getattr(config, name, None) for config in configs)
+            given[name] = next((v for v in (given[name], *found) if v is not None), None)
+        assistant = given.pop("assistant_model")
+        given = {name: _hashable(value) for name, value in given.items() if value is not None}
+        _check(given, assistant)
+        return cls(assistant, tuple(sorted(given.items())))
+
+    @property
+    def lookup(self) -> bool:
+        return any(name in ("prompt_lookup_num_tokens", "lookahead") for name, _ in self.options)
+
+    def drafter(self) -> NgramDrafter:
+        """The n-gram drafter that `prompt_lookup_num_tokens` and `lookahead` ask for.
+
+        It takes the longest match whatever its length, so `max_matching_ngram_size` can only allow matches of 1 token.
+        """
+        return NgramDrafter(min(MIN_MATCH, dict(self.options).get("max_matching_ngram_size", MIN_MATCH)))
+
+    def policy(self, most: int) -> DraftPolicy | None:
+        """How far to draft; None leaves it to the model's policy. `most` is the longest draft that was probed exact.
+
+        Raises:
+            RequestError: a draft longer than that was asked for.
+        """
+        given = dict(self.options)
+        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "lookahead", "max_step_draft"):
+            if given.get(name, 0) > most:
+                raise RequestError(
+                    f"{name}={given[name]} is not usable; it must be at most {most}, since wider passes are not known "
+                    "to be exact"
+                )
+        if any(name in given for name in IPEX):
+            return _ipex_policy(given)
+        if "lookahead" in given:
+            return Gain(maximum=given["lookahead"])
+        default = given.get("prompt_lookup_num_tokens", min(20, most))
+        if "prompt_lookup_num_tokens" in given or any(name in given for name in ASSISTED[:3]):
+            return Assisted(
+                given.get("num_assistant_tokens", default),
+                given.get("num_assistant_tokens_schedule", "constant"),
+                given.get("assistant_confidence_threshold", 0.0),
+            )
+        return None
+
+
+def _ipex_policy(given: dict[str, Any]) -> IpexPolicy:
+    given = IPEX_DEFAULTS | given
+    _, b1, alpha, eps, b2 = given["auto_parameters"]
+    return IpexPolicy(
+        given["max_step_draft"],
+        given["th_stop_draft"],
+        given["min_step_draft"],
+        hf_adjust=given["hf_adjust"],
+        adaptive=given["auto_th_stop_draft"],
+        alpha=alpha,
+        eps=eps,
+        b1=b1,
+        b2=b2,
+    )
+
+
+def _check(given: dict[str, Any], assistant: Any) -> None:
+    if "th_batch_num" in given:
+        raise RequestError(f"th_batch_num={given['th_batch_num']!r} has no effect in IPEX-LLM, and none here; drop it")
+    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size", "lookahead"):
+        _require(given, name, lambda v: _is_int(v) and v >= 1, "an integer, 1 or more")
+    _require(given, "max_step_draft", lambda v: _is_int(v) and v >= 1, "an integer, 1 or more")
+    _require(given, "min_step_draft", lambda v: _is_int(v) and v >= 0, "an integer, 0 or more")
+    for name in ("assistant_confidence_threshold", "th_stop_draft"):
+        _require(given, name, lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "in [0, 1]")
+    schedules = get_args(Schedule)
+    _require(given, "num_assistant_tokens_schedule", lambda v: v in schedules, f"one of {', '.join(schedules)}")
+    wanted = "(1, beta1, alpha, eps, beta2): the threshold is updated after every verification"
+    _require(given, "auto_parameters", lambda v: isinstance(v, tuple) and len(v) == 5 and v[0] == 1, wanted)
+    _check_together(given, assistant)
+
+
+def _check_together(given: dict[str, Any], assistant: Any) -> None:
+    drafters: list[str] = [name for name in ("prompt_lookup_num_tokens", "lookahead") if name in given]
+    drafters += ["assistant_model"] if assistant is not None else []
+    if len(drafters) > 1:
+        raise RequestError(f"{' and '.join(drafters)} contradict each other: they are different drafters; give one")
+    lengths = [name for name in given if name in ASSISTED[:3]], [name for name in given if name in IPEX]
+    rules = [*lengths[0], *lengths[1], *(["lookahead"] if "lookahead" in given else [])]
+    if bool(lengths[0]) + bool(lengths[1]) + ("lookahead" in given) > 1:
+        raise RequestError(f"{', '.join(rules)} are different rules of how far to draft; give those of one library")
+    if "max_matching_ngram_size" in given and not drafters:
+        size = given["max_matching_ngram_size"]
+        raise RequestError(f"max_matching_ngram_size={size} needs prompt_lookup_num_tokens=... or lookahead=...")
+
+
+def _require(given: dict[str, Any], name: str, valid: Any, wanted: str) -> None:
+    if name in given and not valid(given[name]):
+        raise RequestError(f"{name}={given[name]!r} is not usable; it must be {wanted}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

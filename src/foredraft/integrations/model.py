@@ -1,0 +1,286 @@
+"""SpeculativeModel: a model with transformers' `generate`, which our engine runs.
+
+transformers' own `generate` prepares every call (configurations, masks, processors, criteria, validation) and hands
+over where its loop over tokens would begin.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from foredraft.drafters.base import Drafter
+from foredraft.engine import Engine
+from foredraft.errors import RequestError
+from foredraft.integrations.decoding import Benchmarks, Call, decode
+from foredraft.integrations.drafting import Drafting
+from foredraft.integrations.recipe import Recipe
+from foredraft.integrations.refusals import check_call, check_prepared
+from foredraft.policy import DraftPolicy, PerRequest, make_policy
+from foredraft.stats import SpecStats
+
+
+class SpeculativeModel(GenerationMixin):
+    """A model with transformers' `generate`, decoded speculatively: the same tokens, sooner.
+
+    After a call its statistics are here under IPEX-LLM's names (see `Benchmarks`), and `stats` has ours of all calls.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    first_token_time: float
+    generate_time: list[float]
+    draft_time: list[float]
+    verify_time: list[float]
+    draft_num: list[int]
+    accept_num: list[int]
+    n_drafted: int
+    n_matched: int
+    n_token_generated: int
+    e2e_time_without_first: float
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._lock = threading.Lock()
+        self._busy: int | None = None  # the thread that generates
+        self._seed: int | None = None  # of the call that runs
+        self._build(recipe)
+        original = recipe.source if isinstance(recipe.source, PreTrainedModel) else None
+        target = self.engine.target
+        self.config = original.config if original else target.config
+        config = original.generation_config if original else target.generation_config
+        self.generation_config = config or GenerationConfig()
+        self.clear_benchmarks()
+
+    def _build(self, recipe: Recipe) -> None:
+        target = recipe.target()
+        target.cache.max_slots = recipe.max_batch_size
+        self.recipe = recipe
+        self._drafters: dict[Any, Drafter] = {}  # those that calls have asked for, by what was asked for
+        self._policies: dict[Any, DraftPolicy] = {}
+        self.engine = Engine(
+            target,
+            recipe.drafter(recipe.draft, target),
+            make_policy(recipe.policy),
+            max_batch_size=recipe.max_batch_size,
+            max_model_len=target.max_positions,
+        )
+
+    # --- what a transformers model offers besides ---------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.target.dtype
+
+    @property
+    def stats(self) -> SpecStats:
+        """Counters of all calls."""
+        return self.engine.stats
+
+    @property
+    def name_or_path(self) -> str:
+        source = self.recipe.source
+        return str(source.name_or_path if isinstance(source, PreTrainedModel) else source)
+
+    def eval(self) -> "SpeculativeModel":
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> "SpeculativeModel":
+        """On another device or in another dtype: loaded again from where it came.
+
+        Raises:
+            RequestError: this model was made from an object in memory; move that first.
+        """
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device = self.device if device is None else device
+        dtype = self.dtype if dtype is None else dtype
+        same_place = device.type == self.device.type and device.index in (None, self.device.index)
+        if same_place and dtype == self.dtype:
+            return self
+        recipe = self.recipe
+        if isinstance(recipe.source, PreTrainedModel) or not isinstance(recipe.draft, (str, Path, type(None))):
+            raise RequestError(
+                f"to({device}, {dtype}): this model or its drafter was made from an object in memory, on {self.device} "
+                f"in {self.dtype}; move the object first, and make this one from it"
+            )
+        name = str(dtype).removeprefix("torch.")
+        options = replace(recipe.options, device=str(device), dtype=name, device_map=None)
+        self._build(replace(recipe, options=options))
+        return self
+
+    def cpu(self) -> "SpeculativeModel":
+        return self.to("cpu")
+
+    def cuda(self, device: int | None = None) -> "SpeculativeModel":
+        return self.to("cuda" if device is None else f"cuda:{device}")
+
+    def half(self) -> "SpeculativeModel":
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> "SpeculativeModel":
+        return self.to(torch.bfloat16)
+
+    def float(self) -> "SpeculativeModel":
+        return self.to(torch.float32)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward where it was accelerated in memory.
+
+        Raises:
+            RequestError: the model was loaded by foredraft, which keeps nothing but packed weights.
+        """
+        if not isinstance(self.recipe.source, PreTrainedModel):
+            raise RequestError(
+                "forward() is not there: this model keeps packed weights for generate() alone; load it with "
+                "transformers and use foredraft.accelerate(model), whose forward is the model's own"
+            )
+        given = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return self.recipe.source(**{name: value for name, value in given.items() if value is not None})
+
+    __call__ = forward
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the accelerated model has."""
+        recipe = self.__dict__.get("recipe")
+        if recipe is not None and isinstance(recipe.source, PreTrainedModel) and not name.startswith("_"):
+            return getattr(recipe.source, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; it offers generate()")
+
+    # --- generate ---------------------------------------------------------------------------------------------------
+
+    def generate(  # type: ignore[override]  # transformers names more of what we take by keyword
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
+        *,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' `generate`: ids [B, L + new], prompts included.
+
+        Args:
+            inputs: ids [B, L]; also as `input_ids`.
+            generation_config: the base of this call's configuration; keywords come before it.
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn: called for one row at a time.
+            seed: of row 0; row i has seed + i. None takes it from torch's generator, so that `set_seed` holds.
+            kwargs: transformers' options, its assisted-generation options, and IPEX-LLM's.
+
+        Raises:
+            RequestError: an option cannot be honoured, or its value is not usable (a ValueError, as in transformers).
+        """
+        check_call(kwargs, generation_config, self.generation_config)
+        drafting = Drafting.take(kwargs, generation_config, self.generation_config)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise RequestError(f"seed={seed!r} is not usable; it must be in [0, 2**63)")
+        if self._busy == threading.get_ident():
+            raise RequestError("generate() was called from within generate(); call it from outside, or another model")
+        with self._lock:
+            self._busy, self._seed = threading.get_ident(), seed
+            usual = self.engine.drafter, self.engine.policy
+            try:
+                self._choose(drafting)
+                return cast(Any, GenerationMixin.generate)(
+                    self,
+                    inputs,
+                    generation_config,
+                    logits_processor,
+                    stopping_criteria,
+                    prefix_allowed_tokens_fn,
+                    **kwargs,
+                )
+            finally:
+                self.engine.drafter, self.engine.policy = usual
+                self._busy = None
+
+    def _sample(  # type: ignore[override]  # transformers' own types are aliases of these
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        **prepared: Any,
+    ) -> Any:
+        """Where transformers' loop over tokens would begin."""
+        check_prepared(prepared)
+        mask = prepared.get("attention_mask")
+        pad = generation_config._pad_token_tensor
+        seed = self._seed
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
+        call = Call(
+            input_ids,
+            torch.ones_like(input_ids) if mask is None else mask,
+            logits_processor,
+            stopping_criteria,
+            bool(generation_config.do_sample),
+            None if pad is None else int(pad),
+            seed,
+            streamer,
+        )
+        ids, benchmarks = decode(self.engine, call)
+        self._publish(benchmarks)
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, ids)) if generation_config.return_dict_in_generate else ids
+
+    _assisted_decoding = cast(Any, _sample)  # a configuration that asks for lookup: our engine does that itself
+
+    def _choose(self, drafting: Drafting) -> None:
+        """The drafter and the policy that this call asks for; made once, and kept for the next one that asks."""
+        most = self.engine.target.row_invariance.max_draft_tokens
+        policy = drafting.policy(most)
+        if policy is not None:
+            fresh = ("num_assistant_tokens_schedule", "heuristic_transient") in drafting.options
+            kept = policy if fresh else self._policies.setdefault(drafting.options, policy)
+            self.engine.policy = PerRequest(kept)
+        if drafting.lookup:
+            self.engine.drafter = self._drafter(("ngram", drafting.drafter().min_match), drafting.drafter)
+        elif drafting.assistant is not None:
+            spec = _draft_source(drafting.assistant)
+            make = lambda: self.recipe.drafter(spec, self.engine.target)  # noqa: E731
+            self.engine.drafter = self._drafter(spec, make)
+
+    def _drafter(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
+        if key not in self._drafters:
+            self._drafters[key] = make()
+        return self._drafters[key]
+
+    def clear_benchmarks(self) -> None:
+        """Forget the figures of the last call."""
+        self._publish(Benchmarks())
+
+    def _publish(self, benchmarks: Benchmarks) -> None:
+        for spec in fields(benchmarks):
+            setattr(self, spec.name, getattr(benchmarks, spec.name))
+
+
+def _draft_source(assistant: Any) -> Any:
+    """What a drafter is made of; of one of ours that is what it was made of, since its cache is its own."""
+    return assistant.recipe.source if isinstance(assistant, SpeculativeModel) else assistant

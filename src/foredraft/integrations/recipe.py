@@ -1,0 +1,94 @@
+"""How a model of the drop-in is made: from a checkpoint or from an object in memory, with whom as its drafter.
+
+Owns loading. Knows nothing of calls.
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from transformers import PreTrainedModel
+
+from foredraft.drafters import DraftContext, make_drafter
+from foredraft.drafters.base import Drafter
+from foredraft.errors import ModelError, RequestError
+from foredraft.models.base import CausalModel
+from foredraft.models.invariance import probe
+from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, wrap
+from foredraft.policy import DraftPolicy
+
+DraftSpec = str | Path | PreTrainedModel | Drafter | None
+DEFAULT_DRAFT = "int4"
+LOW_BIT_MANIFEST = "foredraft_quant.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model is made, so that it can be made again on another device."""
+
+    source: str | Path | PreTrainedModel
+    draft: DraftSpec
+    options: LoadOptions
+    policy: str | DraftPolicy | None = None
+    max_batch_size: int = 8
+    loading: dict[str, Any] = field(default_factory=dict)  # transformers' own options
+
+    def target(self) -> CausalModel:
+        if isinstance(self.source, PreTrainedModel):
+            model = wrap(_sharing_weights(self.source))
+        elif self.loading:
+            model = wrap(self._with_transformers(), consume=True)
+        else:
+            return load_target(self.source, self.options)
+        model.row_invariance = probe(model)
+        return model
+
+    def _with_transformers(self) -> PreTrainedModel:
+        o = self.options
+        place = {"device_map": o.device_map} if o.device_map else {}
+        dtype = parse_dtype(o.dtype) or "auto"
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
+        return cast(PreTrainedModel, model if o.device_map else model.to(parse_device(o.device)))
+
+    def drafter(self, spec: DraftSpec, target: CausalModel) -> Drafter:
+        return make_drafter(spec, DraftContext(target, self._tokenizer(spec), self.options))
+
+    def _tokenizer(self, spec: DraftSpec) -> Any:
+        """To compare vocabularies with a draft checkpoint's; None where the target has none of its own."""
+        if isinstance(self.source, PreTrainedModel) or not isinstance(spec, (str, Path)) or not Path(spec).exists():
+            return None
+        try:
+            return load_tokenizer(self.source, self.options)
+        except ModelError:
+            return None
+
+
+def draft_of(source: str | Path, speculative: bool | None, draft: DraftSpec) -> DraftSpec:
+    """The drafter that `speculative` and `draft` ask for together.
+
+    Raises:
+        RequestError: they contradict each other, or ask for a low-bit copy of a low-bit checkpoint.
+    """
+    if speculative is False:
+        if draft is not None:
+            raise RequestError(f"speculative=False contradicts draft={draft!r}; drop one of them")
+        return None
+    low_bit = (Path(source).expanduser() / LOW_BIT_MANIFEST).exists()
+    if low_bit and draft is None:
+        if speculative:
+            raise RequestError(
+                f"speculative=True drafts with a 4-bit copy, and {source} holds low-bit weights already; load the "
+                "original checkpoint, or name a drafter (draft='ngram', draft='skip')"
+            )
+        return "ngram"
+    return DEFAULT_DRAFT if draft is None else draft
+
+
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in other module objects, over the same tensors."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

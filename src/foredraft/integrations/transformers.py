@@ -1,0 +1,86 @@
+"""The drop-in: `AutoModelForCausalLM` and `accelerate` give a model whose `generate` is transformers', sooner.
+
+What cannot be honoured is refused by name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from foredraft.errors import RequestError
+from foredraft.integrations.model import SpeculativeModel
+from foredraft.integrations.recipe import DEFAULT_DRAFT, DraftSpec, Recipe, draft_of
+from foredraft.integrations.refusals import loading_dtype, loading_place
+from foredraft.models.load import LoadOptions
+from foredraft.policy import DraftPolicy
+
+__all__ = ["AutoModelForCausalLM", "SpeculativeModel", "accelerate"]
+
+
+class AutoModelForCausalLM:
+    """Stands where transformers' or IPEX-LLM's class of this name stood."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        load_in_low_bit: str | None = None,
+        optimize_model: bool = True,
+        speculative: bool | None = None,
+        draft: DraftSpec = None,
+        policy: str | DraftPolicy | None = None,
+        trust_remote_code: bool = False,
+        use_cache: bool = True,
+        device_map: Any = None,
+        max_batch_size: int = 8,
+        **loading: Any,
+    ) -> SpeculativeModel:
+        """Load a checkpoint to generate with.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub name.
+            dtype, torch_dtype: as in transformers; by default the checkpoint's own.
+            load_in_low_bit: "bf16" or "fp16": the same as a dtype.
+            optimize_model, use_cache: IPEX-LLM's; always on.
+            speculative: False decodes plainly. True, and None where the checkpoint is not low-bit, drafts.
+            draft: who drafts; as `foredraft.LLM` takes it. By default "int4", the model's own weights in 4 bits.
+            policy: how far to draft; as `foredraft.LLM` takes it.
+            trust_remote_code, device_map: as in transformers. Without a device map the model is on the CPU.
+            max_batch_size: rows that run at once; others wait.
+            loading: transformers' other options (revision, cache_dir, local_files_only, ...).
+
+        Raises:
+            ModelError: the checkpoint does not load, or cannot serve.
+            RequestError: an option cannot be honoured.
+        """
+        for name, value in (("optimize_model", optimize_model), ("use_cache", use_cache)):
+            if value is not True:
+                raise RequestError(f"{name}={value!r} cannot be honoured: it is always on here; leave it out")
+        source = pretrained_model_name_or_path
+        device, placement = loading_place(device_map)
+        options = LoadOptions(loading_dtype(dtype, torch_dtype, load_in_low_bit), device, placement, trust_remote_code)
+        spec = draft_of(source, speculative, draft)
+        return SpeculativeModel(Recipe(source, spec, options, policy, max_batch_size, loading))
+
+
+def accelerate(
+    model: PreTrainedModel,
+    draft: DraftSpec = DEFAULT_DRAFT,
+    *,
+    policy: str | DraftPolicy | None = None,
+    max_batch_size: int = 8,
+) -> SpeculativeModel:
+    """A transformers model already in memory, with the same `generate`, sooner.
+
+    The model is left as it is and goes on working. What is packed is a copy: weights changed later are not seen.
+
+    Raises:
+        ModelError: the model cannot serve.
+    """
+    options = LoadOptions(dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
+    return SpeculativeModel(Recipe(model, draft, options, policy, max_batch_size))
