@@ -159,6 +159,14 @@ def test_an_unfinished_character_is_one_replacement_at_the_end() -> None:
     assert "".join(settled(made("byte_level"), ids)) == decode(made("byte_level"), ids) == "a\ufffd"
 
 
+def test_a_stream_ends_as_the_decoded_text_does() -> None:
+    tokenizer = made("byte_level")
+    stream, ids = TextStream(tokenizer), encode(tokenizer, "a😀")[:-1]
+    flags = [stream.push(token) for token in ids]
+    assert (stream.take(), stream.finish(), stream.text, any(flags)) == ("a", "\ufffd", "a\ufffd", False)
+    assert stream.num_kept_tokens == len(ids)
+
+
 def test_special_tokens_are_skipped_wherever_they_stand() -> None:
     tokenizer = made("byte_level")
     ids = encode(tokenizer, "a😀")

@@ -49,8 +49,13 @@ def detokenizer(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that are control, not text."""
-    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    added = {token for token, entry in _added_tokens(tokenizer).items() if entry.special}
     return frozenset(added.union(tokenizer.all_special_ids))
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
+    entries = tokenizer.added_tokens_decoder
+    return entries if isinstance(entries, Mapping) else {}  # mistral-common has a method there, which raises
 
 
 class ByteDetokenizer:
@@ -347,7 +352,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             continue
         rest = rendered.partition(marker)[2].lstrip()
         ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
-        if ids and ids[0] in tokenizer.added_tokens_decoder:
+        if ids and ids[0] in _added_tokens(tokenizer):
             return (ids[0],)
     return ()
 
