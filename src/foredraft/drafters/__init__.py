@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foredraft.drafters.base import Drafter, NoDrafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
+from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.vocabulary import check_same_vocabulary
 from foredraft.errors import ModelError
-from foredraft.models.base import CausalModel
+from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
 
 
@@ -23,12 +24,23 @@ class DraftContext:
     target: CausalModel
     tokenizer: PreTrainedTokenizerBase | None
     options: LoadOptions  # of the drafter
+    profile: str | Path | None = None  # which sub-layers a self-drafter skips; None: as kept for this model
+    force_profile: bool = False  # take a profile that was found for another model
 
 
 DRAFTERS: dict[str, Callable[[DraftContext], Drafter]] = {
     "none": lambda context: NoDrafter(),
     "ngram": lambda context: NgramDrafter(),
+    "int4": lambda context: SelfDrafter(context.target, "int4", "int4"),
+    "int8": lambda context: SelfDrafter(context.target, "int8", "int8-dynamic"),
+    "skip": lambda context: SelfDrafter(context.target, "skip", skip=_skip_set(context)),
+    "int4+skip": lambda context: SelfDrafter(context.target, "int4+skip", "int4", _skip_set(context)),
 }
+WITH_PROFILE = ("skip", "int4+skip")
+
+
+def _skip_set(context: DraftContext) -> SkipSet:
+    return skip_set(context.target, context.profile, force=context.force_profile)
 
 
 def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context: DraftContext) -> Drafter:
@@ -38,6 +50,8 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
         ModelError: nothing of that name; the nearest known name is suggested.
         VocabularyMismatchError: the draft model has other tokens.
     """
+    if context.profile is not None and spec not in WITH_PROFILE:
+        raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(WITH_PROFILE)}")
     if spec is None:
         return NoDrafter()
     if isinstance(spec, str) and spec in DRAFTERS:

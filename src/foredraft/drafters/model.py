@@ -87,9 +87,13 @@ class ModelDrafter:
         return Span(sequence.slot, start, tokens[start:])
 
     def _next(self, chain: Chain) -> Span:
-        held = self.held[chain.sequence]
-        held.append(chain.tokens[-1])
-        return Span(chain.sequence.slot, len(held) - 1, chain.tokens[-1:])
+        self._hold(chain.sequence, chain.tokens[-1])
+        position = len(chain.sequence.token_ids) + len(chain.tokens) - 1
+        return Span(chain.sequence.slot, position, chain.tokens[-1:])
+
+    def _hold(self, sequence: Sequence, token: int) -> None:
+        """The next pass writes this token's keys and values."""
+        self.held[sequence].append(token)
 
     def _logits(self, spans: list[Span]) -> torch.Tensor:
         """Logits [B, V] over the target's vocabulary: a padded head is cut or filled."""

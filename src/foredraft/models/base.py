@@ -1,12 +1,51 @@
 """CausalModel: what the engine and the drafters need of a model, and nothing more."""
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from foredraft.errors import ModelError
 from foredraft.models.cache import SlotCache
 from foredraft.models.rows import RowBatch, RowInvariance
+
+Convert = Callable[[Any], Any]
+"""From a linear layer of any format to one that takes its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkipSet:
+    """Layers whose attention, and layers whose MLP, add nothing to the residual stream."""
+
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", tuple(sorted(set(self.attention))))
+        object.__setattr__(self, "mlp", tuple(sorted(set(self.mlp))))
+
+    def __len__(self) -> int:
+        return len(self.attention) + len(self.mlp)
+
+    def check(self, num_layers: int) -> None:
+        """Raises ModelError where the set names a layer that is not there, or leaves none of them anything to do."""
+        outside = [i for i in (*self.attention, *self.mlp) if not 0 <= i < num_layers]
+        if outside:
+            raise ModelError(
+                f"the skip set names layer {outside[0]}, and the model has layers 0 to {num_layers - 1}; use a set "
+                "that was found for this model"
+            )
+        if len(self) == 2 * num_layers:
+            raise ModelError(f"the skip set skips all {len(self)} sub-layers; leave at least one in")
+
+
+NO_SKIP = SkipSet()
+
+
+def unchanged(layer: Any) -> Any:
+    return layer
 
 
 class CausalModel(Protocol):
@@ -20,10 +59,23 @@ class CausalModel(Protocol):
     dtype: torch.dtype
     vocab_size: int
     max_positions: int
+    num_layers: int
 
     @property
     def weight_bytes(self) -> int: ...
 
     def forward(self, rows: RowBatch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
+        ...
+
+    def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> Self:
+        """A draft of this model: over the same cache and weights, its linear layers converted, sub-layers left out.
+
+        Raises:
+            ModelError: the set does not fit this model, or its sub-layers cannot be left out.
+        """
+        ...
+
+    def weight_sample(self) -> list[torch.Tensor]:
+        """A few whole weights, early and late ones, that tell this model from its fine-tunes."""
         ...

@@ -4,17 +4,19 @@ Owns its own forward pass and nothing else: a list of sub-layers, each of which 
 self-drafter is another list over the same cache. Knows nothing of requests, drafts or sampling.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
-from foredraft.models.linear import linear
+from foredraft.models.linear import LinearLayer, linear
 from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -30,15 +32,6 @@ def supports(config: PreTrainedConfig) -> bool:
         and rope.get("rope_type", "default") in STATIC_ROPE
         and rope.get("partial_rotary_factor", 1.0) == 1.0
     )
-
-
-class LinearLayer(Protocol):
-    """A linear layer of any weight format; `add_to` returns residual + y."""
-
-    nbytes: int
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 
 
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], LinearLayer]
@@ -81,6 +74,12 @@ class Attention:
     qkv: LinearLayer
     out: LinearLayer
     head_norm: RMSNorm | None = None
+
+    def converted(self, convert: Convert) -> "Attention":
+        return replace(self, qkv=convert(self.qkv), out=convert(self.out))
+
+    def skipped(self, skip: SkipSet) -> bool:
+        return self.layer in skip.attention
 
     def __call__(self, x: torch.Tensor, p: Pass) -> torch.Tensor:
         rows, both = x.shape[0], self.heads + self.kv_heads
@@ -125,6 +124,12 @@ class MLP:
     gate_up: LinearLayer
     down: LinearLayer
 
+    def converted(self, convert: Convert) -> "MLP":
+        return replace(self, gate_up=convert(self.gate_up), down=convert(self.down))
+
+    def skipped(self, skip: SkipSet) -> bool:
+        return self.layer in skip.mlp
+
     def __call__(self, x: torch.Tensor, p: Pass) -> torch.Tensor:
         gate, up = self.gate_up.forward(self.norm(x)).chunk(2, -1)
         return self.down.add_to(x, F.silu(gate).mul_(up))
@@ -146,6 +151,7 @@ class Decoder:
         self.dtype = model.dtype
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_position_embeddings
+        self.num_layers: int = config.num_hidden_layers
         self.row_invariance = RowInvariance()
         self.embedding = base.embed_tokens.weight.detach()
         self.rope = Rope(base.rotary_emb, self.dtype)
@@ -165,6 +171,19 @@ class Decoder:
             layers += [s.qkv, s.out] if isinstance(s, Attention) else [s.gate_up, s.down]
         table = self.embedding.numel() * self.embedding.element_size()
         return table + sum(layer.nbytes for layer in layers)
+
+    def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> "Decoder":
+        """This model as another list of sub-layers over the same cache; see `CausalModel.variant`."""
+        skip.check(self.num_layers)
+        other = copy.copy(self)
+        other.sublayers = [s.converted(convert) for s in self.sublayers if not s.skipped(skip)]
+        other.head = convert(self.head)
+        return other
+
+    def weight_sample(self) -> list[torch.Tensor]:
+        """The table, and one weight each of the first, middle and last layer."""
+        mlps = [s for s in self.sublayers if isinstance(s, MLP)]
+        return [self.embedding, *(mlps[i].down.dense() for i in (0, len(mlps) // 2, -1))]
 
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:

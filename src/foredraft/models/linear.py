@@ -4,12 +4,28 @@ Where packing is missing (other processors, other devices, fp16) a plain linear 
 this file, decides what is exact there.
 """
 
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+
+class LinearLayer(Protocol):
+    """A linear layer of any weight format: y = x W^T + b, W [out, in]."""
+
+    bias: torch.Tensor | None
+    nbytes: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + y"""
+        ...
+
+    def dense(self) -> torch.Tensor:
+        """The weight it computes with."""
+        ...
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -40,6 +56,10 @@ class PackedLinear(nn.Module):
         out: torch.Tensor = op(x, residual, self.packed, self.bias, "add")
         return out
 
+    def dense(self) -> torch.Tensor:
+        weight: torch.Tensor = self.packed.to_dense()
+        return weight
+
 
 class PlainLinear(nn.Module):
     """The same contract on weights as they are."""
@@ -56,6 +76,9 @@ class PlainLinear(nn.Module):
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return residual + F.linear(x, self.weight, self.bias)
+
+    def dense(self) -> torch.Tensor:
+        return self.weight
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | PlainLinear:

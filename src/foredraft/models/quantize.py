@@ -1,0 +1,315 @@
+"""Linear layers in four or eight bits, and how a layer of any format becomes one.
+
+Owns the number formats and the choice of a group size. A model is quantised one layer at a time from what it computes
+with (packed weights give themselves back exactly), whenever somebody asks. Knows nothing of models, caches or drafts.
+
+Kernels: int4 and int8 weight-only are ATen's, in bf16 activations; a row's bits do not depend on the other rows, so
+they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster, but only good for drafts.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from foredraft.errors import ModelError
+from foredraft.models.linear import LinearLayer, PackedLinear, PlainLinear
+
+WeightFormat = Literal["int4", "int8", "int8-dynamic"]
+GROUPS = (256, 128, 64, 32)
+MOST_ERROR = 0.09  # of a layer's weights, relative, in the largest group that may serve
+CLIPS = (1.0, 0.92, 0.84)  # shares of a group's range that are tried; the best of them is kept
+OUT_MULTIPLE = 16  # rows of an int4 weight, padded with zeros
+IN_MULTIPLE = (
+    32  # inputs of an int8 weight, padded with zeros: ATen's kernel leaves out what is beyond a multiple of it
+)
+CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with a quantised W [out, in]; takes and returns the dtype of x, whatever the kernel computes in."""
+
+    bits: int
+    nbytes: int
+
+    def __init__(self, shape: Sequence[int], bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._product(x.reshape(-1, self.in_features)).to(x.dtype)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + y, in the residual's dtype."""
+        out = residual + self._product(x.reshape(-1, self.in_features)).view(residual.shape)
+        return (out if self.bias is None else out + self.bias).to(residual.dtype)
+
+    def dense(self) -> torch.Tensor:
+        """The weight it computes with, [out, in] float32."""
+        raise NotImplementedError
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T, in any dtype. # [N, in] -> [N, out]"""
+        raise NotImplementedError
+
+
+class Int4Linear(QuantLinear):
+    """Four bits in groups along the input, each with a scale and an offset in bf16: w = (q - 8) * scale + offset."""
+
+    bits = 4
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, group: int | None = None) -> None:
+        super().__init__(weight.shape, bias)
+        group = pick_group(weight) if group is None else check_group(group, weight)
+        self._keep(*round_int4(F.pad(weight.detach(), (0, -weight.shape[1] % group)), group))
+
+    @classmethod
+    def from_codes(
+        cls, codes: torch.Tensor, grid: torch.Tensor, in_features: int, bias: torch.Tensor | None = None
+    ) -> "Int4Linear":
+        """Of codes [out, width] int32 and grid [out, width / group, 2], as `round_int4` returns them."""
+        layer = cls.__new__(cls)
+        QuantLinear.__init__(layer, (len(codes), in_features), bias)
+        layer._keep(codes, grid)
+        return layer
+
+    def _keep(self, codes: torch.Tensor, grid: torch.Tensor) -> None:
+        rows = -len(codes) % OUT_MULTIPLE
+        self.padding = codes.shape[1] - self.in_features
+        self.group = codes.shape[1] // grid.shape[1]
+        self.grid = F.pad(grid, (0, 0, 0, 0, 0, rows)).transpose(0, 1).contiguous()  # as the kernels want it
+        self.packed = _pack_int4(F.pad(codes, (0, 0, 0, rows)))
+        self.nbytes = self.packed.numel() * self.packed.element_size() + self.grid.numel() * 2
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16)
+        out = self._mm(F.pad(x, (0, self.padding)) if self.padding else x, self.grid)
+        return out if out.shape[1] == self.out_features else out[:, : self.out_features]
+
+    def _mm(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        op = (
+            torch.ops.aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch.ops.aten._weight_int4pack_mm
+        )
+        out: torch.Tensor = op(x.contiguous(), self.packed, self.group, grid)
+        return out
+
+    def dense(self) -> torch.Tensor:
+        """Read off the kernel itself, as products with unit vectors; on a GPU these are rounded to bf16."""
+        grid = self.grid.float() if self.grid.device.type == "cpu" else self.grid
+        unit = torch.eye(self.in_features + self.padding, dtype=grid.dtype, device=grid.device)
+        rows = torch.cat([self._mm(part, grid) for part in unit.split(256)])
+        return rows.float().T[: self.out_features, : self.in_features].contiguous()
+
+
+class Int8Linear(QuantLinear):
+    """Eight bits, symmetric, with a bf16 scale for each output."""
+
+    bits = 8
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__(weight.shape, bias)
+        self._hold(*round_int8(weight.detach(), torch.bfloat16))
+
+    @classmethod
+    def from_codes(cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> Self:
+        """Of a stored weight: codes [out, in] and scale [out] as `round_int8` makes them."""
+        layer = cls.__new__(cls)
+        QuantLinear.__init__(layer, codes.shape, bias)
+        layer._hold(codes, scale)
+        return layer
+
+    def _hold(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        self.padding = -codes.shape[1] % IN_MULTIPLE
+        self.codes = F.pad(codes, (0, self.padding))
+        self.scale = scale.to(torch.bfloat16)
+        self.nbytes = self.codes.numel() + 2 * self.scale.numel()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16)
+        x = F.pad(x, (0, self.padding)) if self.padding else x
+        if x.device.type == "cpu":
+            out: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
+            return out
+        return F.linear(x, self.codes.to(x.dtype)) * self.scale
+
+    def dense(self) -> torch.Tensor:
+        return self.codes[:, : self.in_features].float() * self.scale.float()[:, None]
+
+
+class DynamicInt8Linear(QuantLinear):
+    """Eight bits for weight and input: the fastest on a CPU, for drafts only."""
+
+    bits = 8
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__(weight.shape, bias)
+        codes, scale = round_int8(weight.detach(), torch.float32)
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        with warnings.catch_warnings():  # deprecated, and without a successor that quantises the input as it goes
+            warnings.simplefilter("ignore")
+            tensor = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+        self.nbytes = codes.numel() + 4 * scale.numel()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed)
+        return out
+
+    def dense(self) -> torch.Tensor:
+        weight: torch.Tensor = torch.ops.quantized.linear_unpack(self.packed)[0]
+        return weight.dequantize()
+
+
+FORMATS: dict[WeightFormat, Callable[[torch.Tensor, torch.Tensor | None], QuantLinear]] = {
+    "int4": Int4Linear,
+    "int8": Int8Linear,
+    "int8-dynamic": DynamicInt8Linear,
+}
+
+
+def quant_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, weight_format: WeightFormat, group: int | None = None
+) -> QuantLinear:
+    """A quantised layer of a weight [out, in]; `group` is for int4, None leaves the choice to `pick_group`.
+
+    Raises:
+        ModelError: a group size that the kernels lack or that does not divide the layer's input.
+    """
+    if weight_format == "int4":
+        return Int4Linear(weight, bias, group)
+    if weight_format == "int8-dynamic" and weight.device.type != "cpu":
+        weight_format = "int8"
+    return FORMATS[weight_format](weight, bias)
+
+
+@dataclass(slots=True)
+class Quantizer:
+    """Turns layers of any format into quantised ones, each once; layers that are no wider already stay as they are.
+
+    `nbytes` counts what it has made, that is, what a copy adds to the model it was made from.
+    """
+
+    weight_format: WeightFormat
+    group: int | None = None
+    nbytes: int = 0
+    made: dict[int, Any] = field(default_factory=dict)
+
+    def __call__(self, layer: Any) -> Any:
+        if id(layer) not in self.made:
+            self.made[id(layer)] = self._quantised(layer)
+        return self.made[id(layer)]
+
+    def _quantised(self, layer: Any) -> LinearLayer:
+        if isinstance(layer, QuantLinear) and layer.bits <= (4 if self.weight_format == "int4" else 8):
+            return layer
+        found = quant_linear(dense(layer), layer.bias, self.weight_format, self.group)
+        self.nbytes += found.nbytes
+        return found
+
+
+def is_linear(module: object) -> bool:
+    """Whether `dense` can read it: ours, or transformers' own."""
+    return isinstance(module, QuantLinear | PackedLinear | PlainLinear | Conv1D) or type(module) is nn.Linear
+
+
+def dense(layer: Any) -> torch.Tensor:
+    """The weight [out, in] that a layer of any format computes with."""
+    if isinstance(layer, nn.Linear | Conv1D):
+        weight = layer.weight.detach()
+        return weight.T if isinstance(layer, Conv1D) else weight
+    weight = layer.dense()
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def check_group(group: int, weight: torch.Tensor) -> int:
+    """Raises ModelError unless the kernels take this group size for this weight."""
+    if group not in GROUPS:
+        raise ModelError(f"group size {group} is not usable; the kernels take {', '.join(map(str, sorted(GROUPS)))}")
+    if weight.shape[1] % group:
+        fits = [str(g) for g in sorted(GROUPS) if weight.shape[1] % g == 0] or [
+            "none (leave it out: inputs are padded)"
+        ]
+        raise ModelError(
+            f"group size {group} does not divide a layer's {weight.shape[1]} inputs; sizes that do: {', '.join(fits)}"
+        )
+    return group
+
+
+def pick_group(weight: torch.Tensor) -> int:
+    """The largest group size that divides the input and keeps the relative error within MOST_ERROR; else 32.
+
+    Speed does not depend on it (docs/self-drafting.md), so it is a matter of memory: 4 + 32 / group bits a weight.
+    Judged on a sample of the rows.
+    """
+    fits = [group for group in GROUPS if weight.shape[1] % group == 0]
+    sample = weight.detach()[:: max(1, len(weight) // 64)].float()
+    size = sample.norm()
+    for group in fits:
+        codes, grid = round_int4(sample, group)
+        if (values_int4(codes, grid, group) - sample).norm() <= MOST_ERROR * size:
+            return group
+    return min(fits, default=32)
+
+
+def round_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes 0 to 15 [out, in] int32, and scale and offset [out, in / group, 2] bf16, of the least squared error."""
+    codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+    grid = weight.new_empty(len(weight), weight.shape[1] // group, 2, dtype=torch.bfloat16)
+    step = max(1, CHUNK // weight.shape[1])
+    for part, own_codes, own_grid in zip(weight.split(step), codes.split(step), grid.split(step), strict=True):
+        columns = part.float().reshape(-1, group).T.contiguous()
+        found, scale, offset = _round_columns(columns)
+        own_codes.view(-1, group).copy_(found.T)
+        own_grid.view(-1, 2).copy_(torch.stack((scale, offset), -1))
+    return codes, grid
+
+
+def _round_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [size, n], scales [n] and offsets [n] of groups that stand in columns, each with its best clip."""
+    high, low = x.amax(0), x.amin(0)
+    best = torch.full_like(high, torch.inf)
+    codes, scales, offsets = torch.zeros_like(x), torch.ones_like(high), torch.zeros_like(high)
+    for clip in CLIPS:
+        scale = ((high - low) * (clip / 15)).clamp_(min=1e-8).bfloat16().float()
+        offset = ((high + low + scale) / 2).bfloat16().float()
+        tried = (x - offset).div_(scale).round_().clamp_(-8, 7)
+        error = torch.addcmul(offset, tried, scale).sub_(x).square_().sum(0)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
+        offsets, codes = torch.where(better, offset, offsets), torch.where(better, tried, codes)
+    return codes.add_(8), scales, offsets
+
+
+def values_int4(codes: torch.Tensor, grid: torch.Tensor, group: int) -> torch.Tensor:
+    """The weights [out, in] float32 that codes and grid stand for."""
+    scale, offset = grid.float().split(1, -1)
+    return torch.addcmul(offset, codes.unflatten(1, (-1, group)).float() - 8, scale).flatten(1)
+
+
+def round_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes -127 to 127 [out, in] and scales [out] float32, representable in `scale_dtype`."""
+    scale = (weight.abs().amax(1).float() / 127).clamp(min=1e-8).to(scale_dtype).float()
+    step = max(1, CHUNK // weight.shape[1])
+    parts = zip(weight.split(step), scale.split(step), strict=True)
+    return torch.cat([(p.float() / s[:, None]).round_().clamp_(-127, 127).to(torch.int8) for p, s in parts]), scale
+
+
+def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [out, in] in the layout of the device's kernel."""
+    if codes.device.type == "cpu":
+        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return packed
+    tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
+    return packed
