@@ -1,8 +1,9 @@
 """Mixture-of-experts layers whose rows do not depend on how the other rows were routed.
 
 An expert sees as many rows as chose it, so its products must agree for every row count: packed weights and at least
-two rows. (Measured in fp32: transformers' "eager" and "grouped_mm" change bits with the routing; "batched_mm" does not
-but copies the weights for every row, 17 times slower at four rows.) Routers that multiply by a bare weight get a row count that is a multiple of four. Knows nothing of attention.
+two rows. Measured in fp32, transformers' "eager" and "grouped_mm" change bits with the routing; its "batched_mm" does
+not, but copies the weights for every row: 17 times slower at four rows. Routers that multiply by a bare weight get a
+row count that is a multiple of four. Knows nothing of attention.
 """
 
 from typing import Any
