@@ -1,0 +1,95 @@
+"""Which drafts would have been kept on a text, and the decoding steps that follow from it.
+
+Knows nothing of models or clocks: run lengths in, counts of steps out.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a drafter would have got right, had its draft begun after any given output token.
+
+    `runs[k][j]` is how many tokens of a draft that begins after j + 1 output tokens of sample k equal the target's own;
+    `offered[k][j]` is how many it would propose there at most (None: as many as it is asked for). `alpha` is
+    E[sum min(p, q)] over positions, at temperature 0 the share of equal argmaxes. `depth` is the longest run that was
+    looked at.
+    """
+
+    runs: tuple[tuple[int, ...], ...]
+    alpha: float
+    depth: int
+    offered: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def positions(self) -> int:
+        return sum(map(len, self.runs))
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """The decoding steps of all samples at one draft length: what `SpecStats` would have counted."""
+
+    steps: dict[int, int]  # by tokens drafted
+    tokens: int  # emitted by these steps
+    drafted_at: tuple[int, ...]
+    accepted_at: tuple[int, ...]
+
+    @property
+    def passes(self) -> int:
+        return sum(self.steps.values())
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        drafted = sum(self.drafted_at)
+        return sum(self.accepted_at) / drafted if drafted else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Given that the draft got there."""
+        return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True) if d]
+
+
+def run_lengths(agree: Iterable[Sequence[bool]]) -> tuple[tuple[int, ...], ...]:
+    """From agreement at each position to the run of agreement that begins there."""
+    return tuple(tuple(_runs(row)) for row in agree)
+
+
+def _runs(agree: Sequence[bool]) -> list[int]:
+    runs = [0] * len(agree)
+    for j in reversed(range(len(agree))):
+        runs[j] = 1 + (runs[j + 1] if j + 1 < len(agree) else 0) if agree[j] else 0
+    return runs
+
+
+def walk(acceptance: Acceptance, gamma: int, max_new_tokens: int | None = None) -> Rounds:
+    """Decode every sample on paper with drafts of `gamma` tokens, as the engine does.
+
+    A sample of n + 1 output tokens gets its first one from the prompt and has n runs. A draft is never so long that
+    its last token could not be emitted; `max_new_tokens` is the limit that the engine goes by (None: the sample's own
+    length; a sample that ended earlier by itself was drafted past its end).
+    """
+    steps: Counter[int] = Counter()
+    drafted_at, accepted_at = [0] * gamma, [0] * gamma
+    for k, runs in enumerate(acceptance.runs):
+        most = len(runs) if max_new_tokens is None else max_new_tokens - 1
+        j = 0
+        while j < len(runs):
+            drafted = min(gamma, most - j - 1)
+            if acceptance.offered is not None:
+                drafted = min(drafted, acceptance.offered[k][j])
+            accepted = min(runs[j], drafted)
+            steps[drafted] += 1
+            ended = accepted == len(runs) - j  # by a drafted token: what was drafted beyond it is never tested
+            for i in range(accepted if ended else drafted):
+                drafted_at[i] += 1
+            for i in range(accepted):
+                accepted_at[i] += 1
+            j += accepted + 1
+    return Rounds(dict(sorted(steps.items())), acceptance.positions, tuple(drafted_at), tuple(accepted_at))
