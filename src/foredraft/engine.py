@@ -10,14 +10,14 @@ import torch
 
 from foredraft import sampling
 from foredraft.drafters.base import Drafter
-from foredraft.errors import ExactnessError, NumericsError
+from foredraft.errors import ExactnessError, NumericsError, VocabularyMismatchError
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy, PerRequest, StepTimes
 from foredraft.scheduler import Scheduler, chunk_end
 from foredraft.stats import SpecStats
-from foredraft.types import Draft, FinishReason, Sequence, StepOutput, Verdict
-from foredraft.verify import verify
+from foredraft.types import Draft, FinishReason, Phase, Sequence, StepOutput, Verdict
+from foredraft.verify import verify, verify_reached
 
 
 class Engine:
@@ -35,7 +35,7 @@ class Engine:
         self.policy = PerRequest(policy)
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(max_batch_size)
-        self.stats = SpecStats()
+        self.stats = SpecStats()  # of the sequences that have ended
 
     @property
     def has_work(self) -> bool:
@@ -46,17 +46,20 @@ class Engine:
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Take a sequence out wherever it is; what it has produced stays with it."""
-        self._finish(sequence, "abort")
+        """Take a sequence out wherever it is, unless it has ended; what it has produced stays with it."""
+        if sequence.phase is not Phase.FINISHED:
+            self._finish(sequence, "abort")
 
     def step(self) -> list[StepOutput]:
         """Advance every running sequence by one pass; return what reached the users.
 
-        Raises:
-            NumericsError: the target's logits are not numbers; the sequences of this step are aborted.
+        A sequence that cannot go on (its logits are not numbers, its own processor fails) is aborted with its `error`;
+        the others never notice.
         """
         began = perf_counter()
         sequences = self.scheduler.next_batch()
+        if not sequences:
+            return []
         drafts = self._propose(sequences)
         drafted_at = perf_counter()
         spans = [self._span(sequence, draft) for sequence, draft in zip(sequences, drafts, strict=True)]
@@ -87,10 +90,21 @@ class Engine:
     def _checked(self, draft: Draft, sequence: Sequence) -> Draft:
         if not draft.is_chain:
             raise ExactnessError(
-                f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, since "
+                f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, as "
                 "a branch's keys would lie elsewhere in the cache and change the bits: propose the likeliest path"
             )
-        assert len(draft) <= sequence.draft_limit, f"{draft.source} drafted {len(draft)} > {sequence.draft_limit}"
+        if len(draft) > sequence.draft_limit:
+            raise ExactnessError(
+                f"drafter {draft.source!r} proposed {len(draft)} tokens where {sequence.draft_limit} were allowed; "
+                "stop at sequence.draft_limit"
+            )
+        vocab_size = self.target.vocab_size
+        outside = next((token for token in draft.tokens if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise VocabularyMismatchError(
+                f"drafter {draft.source!r} proposed token {outside}, outside the target's {vocab_size} tokens; "
+                "draft in the target's tokens"
+            )
         return draft
 
     def _span(self, sequence: Sequence, draft: Draft) -> Span:
@@ -114,11 +128,12 @@ class Engine:
     def _commit(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
         try:
-            verdict = verify(draft, logits, sequence)
-        except NumericsError:
+            verdict = self._verify(draft, logits, sequence)
+        except Exception as error:  # a custom processor may raise anything
             self.target.cache.clear(sequence.slot)
+            sequence.error = error
             self._finish(sequence, "abort")
-            raise
+            return StepOutput(sequence, (), (), "abort")
         start = len(sequence.token_ids)
         kept = [draft.tokens[i] for i in verdict.accepted]
         reason: FinishReason | None = None
@@ -133,11 +148,18 @@ class Engine:
         sequence.cached = len(sequence.token_ids) - 1
         if sequence.params.logprobs is not None:
             sequence.logprobs += sampling.logprobs(logits[: len(added)], added, sequence.params.logprobs)
-        sequence.stats.count_pass(len(draft), sum(flags), len(added))
+        tested = len(added) if all(flags) else len(draft)  # a text that ends within its draft leaves the rest untested
+        sequence.stats.count_pass(tested, sum(flags), len(added))
         self._observe(sequence, draft, verdict)
         if reason:
             self._finish(sequence, reason)
         return StepOutput(sequence, added, flags, reason)
+
+    def _verify(self, draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
+        try:
+            return verify(draft, logits, sequence)
+        except NumericsError:
+            return verify_reached(draft, logits, sequence)  # a processor may mask all of a place the text never goes to
 
     def _ends(self, sequence: Sequence, token: int) -> FinishReason | None:
         stopped = token in sequence.stop_token_ids
@@ -155,6 +177,7 @@ class Engine:
         self.scheduler.retire(sequence)
         sequence.finish_reason = reason
         sequence.stats.seconds_total = perf_counter() - sequence.arrived
+        self.stats.add(sequence.stats)
         self.drafter.forget(sequence)
         self.policy.forget(sequence)
 

@@ -4,6 +4,7 @@ Owns the tokenizer, the engine and the shape of results. One loop serves every c
 """
 
 import secrets
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,7 @@ class LLM:
             max_batch_size=max_batch_size,
             max_model_len=self.max_model_len,
         )
+        self._inboxes: dict[Request, deque[StepOutput]] = {}
         self.eos_token_ids = frozenset(_eos_ids(self.model.config, self.model.generation_config, tokenizer))
 
     @property
@@ -223,6 +225,7 @@ class LLM:
         """A checked request, ready for the engine. Raises as `generate`."""
         params = params or SamplingParams()
         self._check_draft_length(num_draft_tokens)
+        self._check_bias(params)
         ids = self.encode(prompt)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
         stream = None if self._tokenizer is None else TextStream(self._tokenizer, params.stop, ids)
@@ -261,20 +264,34 @@ class LLM:
                 "was probed to be exact"
             )
 
+    def _check_bias(self, params: SamplingParams) -> None:
+        outside = [token for token in params.logit_bias if not 0 <= token < self.model.vocab_size]
+        if outside:
+            most = self.model.vocab_size - 1
+            raise RequestError(f"logit_bias names tokens {outside}; this vocabulary has ids 0 to {most}")
+
     def _run(self, jobs: list[Job]) -> Iterator[StepOutput]:
-        """Drive the engine until these jobs are finished; leave nothing behind when the caller walks away."""
-        for job in jobs:
-            self.engine.add(job.request)
-        left = {job.request for job in jobs}
+        """Drive the engine until these jobs are finished; leave nothing behind when the caller walks away.
+
+        A step advances every stream that is open; what it gave the others waits for them in their inboxes.
+        """
+        inboxes = {job.request: deque[StepOutput]() for job in jobs}
+        self._inboxes.update(inboxes)
+        for request in inboxes:
+            self.engine.add(request)
         try:
-            while left:
-                for output in self.engine.step():
-                    if output.finish_reason:
-                        left.discard(output.sequence)
+            while any(inbox or not request.finish_reason for request, inbox in inboxes.items()):
+                ready = [inbox.popleft() for inbox in inboxes.values() if inbox]
+                for output in () if ready else self.engine.step():
+                    self._inboxes[output.sequence].append(output)
+                for output in ready:
+                    if output.sequence.error is not None:
+                        raise output.sequence.error
                     yield output
         finally:
-            for request in left:
+            for request in inboxes:
                 self.engine.abort(request)
+                del self._inboxes[request]
 
 
 def _never(token_id: int) -> bool:

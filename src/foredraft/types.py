@@ -142,6 +142,7 @@ class Sequence:
     cached: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
+    error: Exception | None = None  # why it was aborted, where that was not its user's wish
     from_draft: list[bool] = field(default_factory=list)  # one for each output token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SpecStats = field(default_factory=SpecStats)

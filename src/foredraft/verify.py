@@ -29,10 +29,30 @@ def verify(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
         VocabularyMismatchError: the draft's distributions are not over the target's vocabulary.
     """
     assert len(logits) == len(draft) + 1, f"{len(draft)} draft tokens need {len(draft) + 1} rows, not {len(logits)}"
-    params, start = sequence.params, len(sequence.token_ids)
+    scores, positions = _scores(draft, logits, sequence)
+    return _decide(draft, scores, positions, sequence)
+
+
+def verify_reached(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
+    """As `verify`, but only rows that plain decoding would have come to need be numbers. Raises as `verify`."""
+    scores, positions = _scores(draft, logits, sequence)
+    peaks = scores.amax(-1)
+    verdict = _decide(draft, scores.where(peaks.isfinite().unsqueeze(1), 0.0), positions, sequence)
+    reached = [0, *(i + 1 for i in verdict.accepted)]
+    check_finite(peaks[reached], [positions[row] for row in reached])
+    return verdict
+
+
+def _scores(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> tuple[torch.Tensor, list[int]]:
+    """Scores [n + 1, V] after everything but the filters, and the position that each row decides."""
     rows = paths(draft)
-    positions = [start + len(path) for path in rows]
-    scores = adjust(logits, sequence.token_ids, rows, sequence.prompt_len, params)
+    start = len(sequence.token_ids)
+    scores = adjust(logits, sequence.token_ids, rows, sequence.prompt_len, sequence.params)
+    return scores, [start + len(path) for path in rows]
+
+
+def _decide(draft: Draft, scores: torch.Tensor, positions: list[int], sequence: Sequence) -> Verdict:
+    params = sequence.params
     if params.greedy or params.verifier == "coupled":
         return match(draft, choose(scores, params, sequence.seed, positions))
     check_finite(scores.amax(-1), positions)

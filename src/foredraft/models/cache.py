@@ -118,6 +118,7 @@ class SlotCache:
             values.unflatten(-1, (shape.heads, shape.value_dim)).transpose(1, 2),
         )
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Zero a slot; needed only after it held values that are not finite."""
         for tensor in self.storage:

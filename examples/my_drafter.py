@@ -1,0 +1,40 @@
+"""A drafter of one's own: what most often followed the last token, learnt while the text grows."""
+
+from collections import Counter, defaultdict
+
+from foredraft import LLM, Draft, SamplingParams
+from foredraft.drafters.base import NoDrafter
+
+
+class BigramDrafter(NoDrafter):
+    name = "bigram"
+
+    def __init__(self):
+        self.followers = defaultdict(Counter)
+        self.counted = defaultdict(int)  # tokens looked at, by sequence
+
+    def propose(self, sequences, policy):
+        return [self.draft(sequence, policy) for sequence in sequences]
+
+    def draft(self, sequence, policy):
+        ids = sequence.token_ids
+        for i in range(max(1, self.counted[sequence]), len(ids)):
+            self.followers[ids[i - 1]][ids[i]] += 1
+        self.counted[sequence] = len(ids)
+        tokens, sure, last = [], [], ids[-1]
+        while len(tokens) < sequence.draft_limit and last in self.followers:
+            last, count = self.followers[last].most_common(1)[0]
+            sure.append(count / self.followers[tokens[-1] if tokens else ids[-1]].total())
+            tokens.append(last)
+            if not policy.go_on(sequence, tuple(sure)):
+                break
+        return Draft(tuple(tokens), self.name, confidences=tuple(sure))
+
+    def forget(self, sequence):
+        self.counted.pop(sequence, None)
+
+
+if __name__ == "__main__":
+    llm = LLM(draft=BigramDrafter())
+    result = llm.generate("User: I need a table for two in Oakland.\nAssistant:", SamplingParams(max_new_tokens=200))
+    print(f"{result.text}\n{result.stats.accepted} of {result.stats.drafted} drafted tokens were right")

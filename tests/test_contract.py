@@ -1,0 +1,214 @@
+"""One contract for every drafter: it changes when tokens arrive, never which, nor a bit of the target's logits.
+
+Each run plays ragged requests with settings of their own through one engine: late joiners, early leavers, users who
+walk away, and drafts of 1 to 8 tokens side by side. Every text is held against the same request alone, without a draft.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from fakes import Ask, Oracle, RandomDrafter, Recorder, Wrong, play
+from models import tiny
+from transformers import LogitsProcessor
+
+from foredraft.drafters.base import NoDrafter
+from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.ngram import NgramDrafter
+from foredraft.engine import Engine
+from foredraft.models.load import LoadOptions, load_model, load_target
+from foredraft.policy import Gain
+from foredraft.types import SamplingParams
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "models"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "my_drafter.py"
+TINY, REAL = ("llama", "qwen3"), ("stories3M", "tinystories-656k")
+DTYPES = ("bfloat16", "float32")
+DRAFTERS = ("none", "ngram", "model", "oracle", "wrong", "random", "example")
+BATCHES = {"bfloat16": (1, 2, 3, 5, 8), "float32": (1, 3, 8)}
+LENGTHS = {"tiny": (1, 3, 40, 130, 250, 257, 380, 600), "real": (1, 3, 40, 120, 130, 256, 257, 420)}
+NEW_TOKENS = {"tiny": 36, "real": 18}
+WALKS_AWAY = 2  # requests of each run that are aborted on the way
+COMPARED: Counter[str] = Counter()  # tokens by dtype, over the whole session
+RAN: set[tuple[str, str, str]] = set()
+
+
+class AvoidLast(LogitsProcessor):
+    """A user's own processor: never the last token again, and every third position prefers low ids."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, input_ids[0, -1]] = -torch.inf
+        return scores - (torch.arange(scores.shape[1], device=scores.device) % 7) * (input_ids.shape[1] % 3 == 0)
+
+
+SETTINGS = (
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=20),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=1.0, min_p=0.05, presence_penalty=0.5, frequency_penalty=0.3),
+    SamplingParams(repetition_penalty=1.3),
+    SamplingParams(temperature=0.7, processors=(AvoidLast(),), logit_bias={5: 2.0, 9: -3.0}),
+    SamplingParams(temperature=1.0, top_k=40, top_p=0.8, repetition_penalty=1.1),
+    SamplingParams(temperature=0.7),
+)
+
+
+@dataclass
+class Case:
+    """A target, the requests, and what each gives alone and undrafted."""
+
+    name: str
+    dtype: str
+    target: Recorder
+    draft_model: object
+    asks: list[Ask]
+    tokens: dict[int, list[int]]  # by seed: the whole text
+    logits: dict[int, torch.Tensor]  # by seed
+
+    def drafter(self, name: str):
+        vocab = self.target.vocab_size
+        made = {
+            "none": NoDrafter,
+            "ngram": lambda: NgramDrafter(min_match=1),
+            "model": lambda: ModelDrafter(self.draft_model, vocab),
+            "oracle": lambda: Oracle(self.tokens),
+            "wrong": lambda: Wrong(self.tokens, vocab),
+            "random": lambda: RandomDrafter(vocab),
+            "example": example_drafter,
+        }
+        return made[name]()
+
+    def engine(self, drafter, batch: int) -> Engine:
+        self.target.cache.max_slots = batch
+        limit = self.target.max_positions
+        engine = Engine(self.target, drafter, Gain(), max_batch_size=batch, max_model_len=limit)
+        self.target.watch(engine)
+        return engine
+
+
+def example_drafter():
+    spec = spec_from_file_location("my_drafter", EXAMPLE)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BigramDrafter()
+
+
+def load(name: str, dtype: str, device: str, loader):
+    if name in REAL:
+        return loader(SHARED / name, LoadOptions(dtype, device))
+    return loader(tiny(name, getattr(torch, dtype), device), LoadOptions(dtype, device))
+
+
+@cache
+def case(name: str, dtype: str, device: str) -> Case:
+    """The draft model is the target in the other dtype: mostly right, never the same."""
+    other = next(d for d in DTYPES if d != dtype)
+    target = Recorder(load(name, dtype, device, load_target))
+    kind = "real" if name in REAL else "tiny"
+    asks = [make_ask(i, length, NEW_TOKENS[kind], target.vocab_size) for i, length in enumerate(LENGTHS[kind])]
+    made = Case(name, dtype, target, load(name, other, device, load_model), asks, {}, {})
+    for ask in asks:
+        (alone,) = play(made.engine(NoDrafter(), 1), [replace(ask, num_draft_tokens=0)])
+        made.tokens[ask.seed] = alone.token_ids
+        made.logits[ask.seed] = target.committed(alone)
+    return made
+
+
+def make_ask(i: int, length: int, new_tokens: int, vocab: int) -> Ask:
+    """Prompts repeat themselves here and there, so that lookups have something to find."""
+    source = Random(i)
+    words = [[source.randrange(3, vocab) for _ in range(source.randint(2, 6))] for _ in range(9)]
+    prompt = [token for _ in range(length) for token in source.choice(words)][:length]
+    params = replace(SETTINGS[i], max_new_tokens=new_tokens - 2 * (i % 4))
+    return Ask(prompt, params, seed=i)
+
+
+def devices() -> list[object]:
+    cuda = pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
+    )
+    return ["cpu", cuda]
+
+
+def crowd(asks: list[Ask], batch: int, gammas: list[int | None]) -> list[Ask]:
+    """The requests, in an order, with arrivals and drafts of this run; two of them leave before their end."""
+    source = Random(batch)
+    shuffled = source.sample(asks, len(asks))
+    return [
+        replace(
+            ask,
+            num_draft_tokens=gamma,
+            arrives=0 if i < batch // 2 + 1 else source.randint(0, 12),
+            leaves=source.randint(13, 20) if i >= len(asks) - WALKS_AWAY else None,
+        )
+        for i, (ask, gamma) in enumerate(zip(shuffled, gammas, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TINY + REAL)
+def test_tokens_and_logits_are_those_of_plain_decoding(name, dtype, device, drafter):
+    if name in REAL and not SHARED.is_dir():
+        pytest.skip("needs shared/ beside the repository (small real models), which is not there")
+    c = case(name, dtype, device)
+    if not c.target.row_invariance.exact:
+        pytest.skip(f"no row-invariant shapes for {name} in {dtype} on this {device}")
+    made = c.drafter(drafter)
+    accepted = drafted = 0
+    for run, batch in enumerate((*BATCHES[dtype], 4)):
+        last = run == len(BATCHES[dtype])
+        gammas = [None if last else (i + run) % 8 + 1 for i in range(len(c.asks))]
+        for request in play(c.engine(made, batch), crowd(c.asks, batch, gammas)):
+            check(c, request)
+            accepted, drafted = accepted + request.stats.accepted, drafted + request.stats.drafted
+    RAN.add((name, dtype, drafter))
+    assert (drafted > 0) == (drafter != "none")
+    assert accepted < drafted or drafter in ("none", "oracle")  # drafts were refused, so the rewind was tested
+    assert accepted > 0 or drafter not in ("model", "wrong", "oracle")
+    if drafter == "oracle":
+        assert accepted == drafted
+
+
+def check(c: Case, request) -> None:
+    truth = c.tokens[request.seed]
+    assert request.token_ids == truth[: len(request.token_ids)]
+    assert request.finish_reason == "abort" or len(request.token_ids) == len(truth)
+    if request.num_output:
+        assert torch.equal(c.target.committed(request), c.logits[request.seed][: request.num_output])
+    COMPARED[c.dtype] += request.num_output
+
+
+def test_at_least_20000_tokens_were_compared_in_bfloat16():
+    if not {(name, "bfloat16", drafter) for name in TINY for drafter in DRAFTERS} <= RAN:
+        pytest.skip("counts what the test above compared; run the whole file")
+    assert COMPARED["bfloat16"] >= 20_000
+
+
+class UnlikeNeighbours:
+    """A model that breaks the promise on purpose: a row's logits tell how many rows its pass has."""
+
+    def __init__(self, model) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def forward(self, rows):
+        return self._model.forward(rows) + len(rows.wanted) * 1e-3
+
+
+def test_planted_bug_a_pass_that_depends_on_its_width_is_found():
+    sound = case("llama", "bfloat16", "cpu")
+    c = replace(sound, target=Recorder(UnlikeNeighbours(sound.target._model)))
+    run = crowd(c.asks, 3, [4] * len(c.asks))
+    with pytest.raises(AssertionError):
+        for request in play(c.engine(c.drafter("random"), 3), run):
+            check(c, request)

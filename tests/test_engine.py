@@ -1,0 +1,433 @@
+"""The engine's promises that are not about bits: where texts end, what is counted, who is affected by a failure."""
+
+import math
+from random import Random
+
+import pytest
+import torch
+from fakes import Ask, Oracle, RandomDrafter, Scripted, TableModel, Wrong, play, sequence
+from models import tiny
+from transformers import LogitsProcessor
+
+from foredraft.drafters.base import NoDrafter
+from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.ngram import NgramDrafter
+from foredraft.engine import Engine
+from foredraft.errors import CacheMemoryError, ExactnessError, NumericsError, VocabularyMismatchError
+from foredraft.models.load import LoadOptions, load_target
+from foredraft.policy import Fixed
+from foredraft.scheduler import PREFILL_CHUNK
+from foredraft.types import Draft, Phase, SamplingParams, Sequence
+
+VOCAB = 8
+GREEDY = SamplingParams(max_new_tokens=24)
+
+
+def engine(drafter=None, *, model=None, gamma: int = 6, batch: int = 4, max_model_len: int = 400) -> Engine:
+    made = model or TableModel(VOCAB)
+    return Engine(made, drafter or NoDrafter(), Fixed(gamma), max_batch_size=batch, max_model_len=max_model_len)
+
+
+def plain(ask: Ask, **options) -> Sequence:
+    (alone,) = play(engine(**options), [ask])
+    return alone
+
+
+def oracle(*asks: Ask, new_tokens: int = 60) -> Oracle:
+    """Knows each text far beyond its end, whatever ends it."""
+    endless = {}
+    for ask in asks:
+        params = SamplingParams(temperature=ask.params.temperature, max_new_tokens=new_tokens)
+        endless[ask.seed] = plain(Ask(ask.prompt, params, ask.seed)).token_ids
+    return Oracle(endless)
+
+
+def first_seen(tokens: list[int], after: int) -> tuple[int, int]:
+    """A token that occurs for the first time at or after an index, and where."""
+    return next((t, i) for i, t in enumerate(tokens) if i >= after and t not in tokens[:i])
+
+
+# Ends
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 7, 8, 13])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_max_new_tokens_is_exact_inside_a_block(limit, temperature):
+    ask = Ask([1, 2], SamplingParams(temperature=temperature, max_new_tokens=limit), seed=3)
+    (request,) = play(engine(oracle(ask)), [ask])
+    assert request.token_ids == plain(ask).token_ids
+    assert (request.num_output, request.finish_reason) == (limit, "length")
+    assert request.stats.output_tokens == len(request.from_draft) == limit
+    assert request.stats.drafted == request.stats.accepted == sum(request.from_draft)
+
+
+@pytest.mark.parametrize("limit", [3, 4, 9, 10, 17])
+def test_max_model_len_is_exact_inside_a_block(limit):
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=60))
+    (request,) = play(engine(oracle(ask), max_model_len=limit), [ask])
+    assert (len(request.token_ids), request.finish_reason) == (limit, "length")
+    assert request.token_ids == plain(ask, max_model_len=limit).token_ids
+    assert request.stats.drafted == request.stats.accepted
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_stop_token_inside_a_block_ends_everything(batch):
+    endless = plain(Ask([1, 2], SamplingParams(max_new_tokens=40))).output_ids
+    stop, where = first_seen(endless, 2)
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=40), stop_token_ids=frozenset({stop}))
+    mates = [Ask([3, 4 + i], GREEDY, seed=i + 1) for i in range(batch - 1)]
+    request, *others = play(engine(oracle(ask, *mates), gamma=8), [ask, *mates])
+    assert request.output_ids == endless[: where + 1]
+    assert request.finish_reason == "stop"
+    assert request.stats.output_tokens == where + 1 == len(request.from_draft)
+    assert request.stats.drafted == request.stats.accepted == sum(request.from_draft)  # what came after: not counted
+    assert sum(request.stats.accepted_at) == request.stats.accepted
+    assert all(other.num_output == 24 for other in others)
+
+
+def test_a_stop_token_as_bonus_and_as_recovered_token():
+    endless = plain(Ask([1, 2], SamplingParams(max_new_tokens=40))).output_ids
+    stop, where = first_seen(endless, 2)
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=40), stop_token_ids=frozenset({stop}))
+    texts = oracle(ask).texts
+    for gamma in range(1, 9):
+        for made in (Oracle(texts), Wrong(texts, VOCAB), RandomDrafter(VOCAB)):
+            (request,) = play(engine(made, gamma=gamma), [ask])
+            assert request.output_ids == endless[: where + 1]
+
+
+def test_a_stop_rule_is_called_once_for_each_token_in_order():
+    seen: list[int] = []
+    ask = Ask([1, 2], GREEDY)
+    made = engine(oracle(ask))
+    request = sequence(ask, stop_rule=lambda token: seen.append(token) or len(seen) == 11)
+    made.add(request)
+    while made.has_work:
+        made.step()
+    assert seen == request.output_ids == plain(ask).output_ids[:11]
+    assert request.finish_reason == "stop"
+
+
+def test_stop_wins_over_length_on_the_same_token():
+    endless = plain(Ask([1, 2], GREEDY)).output_ids
+    stop, where = first_seen(endless, 1)
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=where + 1), stop_token_ids=frozenset({stop}))
+    assert plain(ask).finish_reason == "stop"
+
+
+def test_nothing_after_the_end_reaches_the_user():
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=5))
+    made = engine(oracle(ask), gamma=8)
+    made.add(sequence(ask))
+    outputs = []
+    while made.has_work:
+        outputs += made.step()
+    assert [t for o in outputs for t in o.token_ids] == plain(ask).output_ids
+    assert [o.finish_reason for o in outputs][:-1] == [None] * (len(outputs) - 1)
+    assert made.step() == []
+
+
+# Counts
+
+
+@pytest.mark.parametrize("name", ["none", "ngram", "model", "oracle", "wrong", "random"])
+@pytest.mark.parametrize("verifier", ["greedy", "coupled", "rejection"])
+def test_counters_add_up(name, verifier):
+    temperature = 0.0 if verifier == "greedy" else 1.0
+    chosen = "coupled" if verifier == "greedy" else verifier
+    params = SamplingParams(temperature=temperature, max_new_tokens=31, verifier=chosen)
+    asks = [Ask([1, 2, 3 + i], params, seed=i) for i in range(5)]
+    texts = oracle(*asks).texts
+    makers = {
+        "none": NoDrafter,
+        "ngram": lambda: NgramDrafter(min_match=1),
+        "model": lambda: ModelDrafter(TableModel(VOCAB, seed=1), VOCAB),
+        "oracle": lambda: Oracle(texts),
+        "wrong": lambda: Wrong(texts, VOCAB),
+        "random": lambda: RandomDrafter(VOCAB),
+    }
+    made = engine(makers[name](), gamma=4, batch=3)
+    for request in play(made, asks):
+        s = request.stats
+        ended_in_draft = request.from_draft[-1]
+        assert s.output_tokens == request.num_output == len(request.from_draft) == 31
+        assert s.accepted == sum(request.from_draft) <= s.drafted
+        assert s.output_tokens == s.accepted + s.target_passes - ended_in_draft  # one recovered or bonus token a pass
+        assert (sum(s.drafted_at), sum(s.accepted_at)) == (s.drafted, s.accepted)
+        assert s.drafts == (s.drafted_at[0] if s.drafted_at else 0)
+        assert s.accepted_at == sorted(s.accepted_at, reverse=True)
+        assert s.prompt_tokens == 3
+        assert s.seconds_total >= s.seconds_to_first_token > 0
+    assert made.stats.output_tokens == 5 * 31
+    assert made.stats.prompt_tokens == 15
+
+
+def test_every_token_says_whether_it_was_drafted():
+    ask = Ask([1, 2], GREEDY)
+    (request,) = play(engine(Wrong(oracle(ask).texts, VOCAB), gamma=3), [ask])
+    assert any(request.from_draft) and not all(request.from_draft)
+    assert not request.from_draft[0] or len(ask.prompt) % 3
+
+
+# Probabilities and processors
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return load_target(tiny("llama"), LoadOptions("float32", "cpu"))
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 4, 8])
+def test_logprobs_are_those_of_a_plain_recomputation(llama, gamma):
+    ask = Ask([5, 6, 7, 8], SamplingParams(temperature=0.8, top_k=9, max_new_tokens=20, logprobs=3), seed=1)
+    draft = ModelDrafter(load_target(tiny("llama"), LoadOptions("float32", "cpu")), llama.vocab_size)
+    (request,) = play(engine(draft, model=llama, gamma=gamma), [ask])
+    with torch.inference_mode():
+        logits = tiny("llama")(input_ids=torch.tensor([request.token_ids])).logits[0, 3:-1]
+    logs = logits.log_softmax(-1)
+    assert (request.stats.accepted > 0) == (gamma > 0)
+    assert [found.token for found in request.logprobs] == request.output_ids
+    for found, row in zip(request.logprobs, logs, strict=True):
+        assert found.logprob == pytest.approx(float(row[found.token]), abs=1e-3)
+        assert [value for _, value in found.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+
+
+def test_logprobs_stop_where_the_text_stops():
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=5, logprobs=0))
+    (request,) = play(engine(oracle(ask), gamma=8), [ask])
+    assert len(request.logprobs) == 5
+    assert all(found.top == () and found.logprob < 0 for found in request.logprobs)
+
+
+class Witness(LogitsProcessor):
+    """Writes in place, as many do, and remembers for which prefixes it was asked."""
+
+    def __init__(self) -> None:
+        self.prefixes: list[tuple[int, ...]] = []
+
+    def __call__(self, input_ids, scores):
+        assert input_ids.shape[0] == scores.shape[0] == 1
+        self.prefixes.append(tuple(input_ids[0].tolist()))
+        scores[:, input_ids[0, -1]] -= 1.0
+        scores[:, 0] += 0.5 * math.sin(input_ids.shape[1])
+        return scores
+
+
+@pytest.mark.parametrize("name", ["oracle", "wrong", "random", "model"])
+def test_a_custom_processor_sees_the_true_prefix_of_every_position(name):
+    def ask(witness: Witness) -> Ask:
+        return Ask([1, 2], SamplingParams(temperature=0.9, max_new_tokens=20, processors=(witness,)), seed=2)
+
+    undrafted = Witness()
+    truth = plain(ask(undrafted)).token_ids
+    assert undrafted.prefixes == [tuple(truth[:i]) for i in range(2, len(truth))]
+    witness = Witness()
+    texts = {2: truth}
+    makers = {
+        "oracle": lambda: Oracle(texts),
+        "wrong": lambda: Wrong(texts, VOCAB),
+        "random": lambda: RandomDrafter(VOCAB),
+        "model": lambda: ModelDrafter(TableModel(VOCAB, seed=1), VOCAB),
+    }
+    (request,) = play(engine(makers[name](), gamma=5), [ask(witness)])
+    assert request.token_ids == truth
+    assert set(undrafted.prefixes) <= set(witness.prefixes)
+
+
+# Failures
+
+
+class Poisoned(TableModel):
+    """Gives NaN after one token; everybody else's logits are sound."""
+
+    poison = 7
+
+    def _row(self, slot, position):
+        row = super()._row(slot, position)
+        return row * math.nan if self.written[slot, position] == self.poison else row
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_nan_logits_end_one_request_and_no_other(order):
+    params = SamplingParams(max_new_tokens=12, logit_bias={7: -100.0})
+    asks = [Ask([1, 2 + i], params, seed=i) for i in range(2)]
+    asks.insert(order, Ask([1, 7], params, seed=9))
+    model = Poisoned(VOCAB)
+    cleared: list[int] = []
+    model.cache.clear = cleared.append
+    made = engine(model=model)
+    requests = play(made, asks)
+    broken = requests.pop(order)
+    assert isinstance(broken.error, NumericsError) and "nan" in str(broken.error)
+    assert (broken.finish_reason, broken.num_output, cleared) == ("abort", 0, [order])
+    assert [request.token_ids for request in requests] == [plain(a).token_ids for a in asks if a.seed != 9]
+    assert not made.has_work and len(made.scheduler.free_slots) == 4
+
+
+class Sevens(Scripted):
+    def tokens(self, sequence):
+        return [7] * 3
+
+
+@pytest.mark.parametrize("temperature, verifier", [(0.0, "coupled"), (1.0, "coupled"), (1.0, "rejection")])
+def test_nan_after_a_token_that_is_never_reached_hurts_nobody(temperature, verifier):
+    """A drafted token may break the model; what plain decoding never computes must not end a request."""
+    params = SamplingParams(temperature=temperature, max_new_tokens=12, logit_bias={7: -100.0}, verifier=verifier)
+    (request,) = play(engine(Sevens(), model=Poisoned(VOCAB)), [Ask([1, 2], params, seed=5)])
+    assert request.error is None
+    assert request.num_output == 12
+    assert request.stats.accepted == 0 < request.stats.drafted
+
+
+def test_a_processor_that_masks_everything_after_a_refused_draft_hurts_nobody():
+    class Grammar(LogitsProcessor):
+        """Forbids 7, and knows no way on from there."""
+
+        def __call__(self, input_ids, scores):
+            scores[:, 7] = -math.inf
+            return scores.fill_(-math.inf) if 7 in input_ids else scores
+
+    ask = Ask([1, 2], SamplingParams(temperature=1.0, max_new_tokens=12, processors=(Grammar(),)), seed=5)
+    (request,) = play(engine(Sevens()), [ask])
+    assert request.error is None
+    assert request.token_ids == plain(ask).token_ids
+
+
+def test_a_slot_that_held_nan_serves_again(llama):
+    asks = [Ask([1, 2, 7], GREEDY), Ask([1, 2, 3], GREEDY)]
+    embedding = llama.embedding
+    llama.embedding = embedding.clone()
+    llama.embedding[7] = math.nan
+    try:
+        broken, sound = play(engine(model=llama, batch=1), asks)
+    finally:
+        llama.embedding = embedding
+    assert isinstance(broken.error, NumericsError)
+    assert broken.slot == sound.slot
+    assert sound.token_ids == plain(asks[1], model=llama).token_ids
+
+
+def test_a_processor_that_fails_ends_its_own_request():
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > 6:
+                raise KeyError("six")
+            return scores
+
+    asks = [Ask([1, 2], SamplingParams(max_new_tokens=10, processors=(Fails(),))), Ask([1, 3], GREEDY, seed=1)]
+    broken, sound = play(engine(), asks)
+    assert isinstance(broken.error, KeyError)
+    assert broken.num_output == 5
+    assert sound.token_ids == plain(asks[1]).token_ids
+
+
+def test_out_of_memory_names_the_bytes_and_the_remedy(llama, monkeypatch):
+    made = engine(model=llama)
+    made.add(sequence(Ask([1, 2, 3], GREEDY)))
+    llama.cache.release()
+
+    def zeros(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", zeros)
+        with pytest.raises(CacheMemoryError, match=r"[\d.]+ GiB on cpu .*lower max_model_len or max_batch_size"):
+            made.step()
+    while made.has_work:  # the memory came back: nothing is lost
+        made.step()
+    assert made.stats.output_tokens == 24
+
+
+def proposing(*drafts: Draft) -> Engine:
+    class Proposes(Scripted):
+        def propose(self, sequences, policy):
+            return list(drafts)
+
+    made = engine(Proposes(), gamma=3)
+    made.add(sequence(Ask([1], GREEDY)))
+    return made
+
+
+def test_a_tree_is_refused():
+    with pytest.raises(ExactnessError, match="proposed a tree"):
+        proposing(Draft((1, 2), "forest", parents=(-1, -1))).step()
+
+
+def test_a_draft_beyond_its_limit_is_refused():
+    with pytest.raises(ExactnessError, match=r"'eager' proposed 4 tokens where 3 were allowed"):
+        proposing(Draft((1, 2, 3, 4), "eager")).step()
+
+
+@pytest.mark.parametrize("token", [-1, 8, 10**9])
+def test_a_draft_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(VocabularyMismatchError, match=rf"'foreign' proposed token {token}.*8 tokens"):
+        proposing(Draft((1, token), "foreign")).step()
+
+
+# Scheduling
+
+
+def test_slots_are_reused_and_waiting_requests_admitted_in_order():
+    made = engine(RandomDrafter(VOCAB), batch=2)
+    asks = [Ask([1, 2, i], SamplingParams(max_new_tokens=3 + 2 * i), seed=i) for i in range(6)]
+    requests = [sequence(ask) for ask in asks]
+    started: list[Sequence] = []
+    for request in requests:
+        made.add(request)
+    while made.has_work:
+        made.step()
+        assert len(made.scheduler.running) <= 2
+        started += [r for r in requests if r.phase is not Phase.WAITING and r not in started]
+    assert started == requests
+    assert {request.slot for request in requests} == {0, 1}
+    assert [request.token_ids for request in requests] == [plain(ask).token_ids for ask in asks]
+
+
+def test_abort_while_waiting_running_and_after_the_end():
+    made = engine(batch=1)
+    running, waiting, last = (sequence(Ask([1, 2, i], GREEDY, seed=i)) for i in range(3))
+    for request in (running, waiting, last):
+        made.add(request)
+    made.step()
+    made.abort(waiting)
+    made.abort(running)
+    assert (running.num_output, waiting.num_output) == (1, 0)
+    assert running.finish_reason == waiting.finish_reason == "abort"
+    while made.has_work:
+        made.step()
+    assert last.token_ids == plain(Ask([1, 2, 2], GREEDY, seed=2)).token_ids
+    made.abort(last)
+    assert last.finish_reason == "length"
+    assert made.stats.output_tokens == 25
+
+
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 300])
+def test_prefill_is_cut_alike_whoever_else_is_there(length):
+    """Chunks begin at multiples of a fixed size; a mate's prompt may not move them."""
+    source = Random(length)
+    prompt = [source.randrange(VOCAB) for _ in range(length)]
+    mates = [Ask([source.randrange(VOCAB) for _ in range(n)], GREEDY, seed=n) for n in (1, 70, 290)]
+    chunks = {}
+    for crowd in ([], mates):
+        made = engine()
+        seen: list[tuple[int, int]] = []
+        request = sequence(Ask(prompt, GREEDY))
+        for ask in crowd:
+            made.add(sequence(ask))
+        made.add(request)
+        while request.cached < length:
+            before = request.cached
+            made.step()
+            seen.append((before, min(request.cached, length)))
+        chunks[len(crowd)] = seen
+    assert chunks[0] == chunks[3]
+    assert all(start % PREFILL_CHUNK == 0 or end - start == 1 for start, end in chunks[0])
+    assert all(end - start <= PREFILL_CHUNK for start, end in chunks[0])
+
+
+def test_drafting_per_request():
+    """`num_draft_tokens` of a request is what it gets, 0 is plain decoding, None the policy's choice."""
+    asks = [Ask([1, 2], GREEDY, seed=i, num_draft_tokens=gamma) for i, gamma in enumerate((0, 1, 5, None))]
+    requests = play(engine(oracle(*asks), gamma=3), asks)
+    assert [len(request.stats.drafted_at) for request in requests] == [0, 1, 5, 3]
+    assert len({tuple(request.token_ids) for request in requests}) == 1
