@@ -18,6 +18,7 @@ from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.linear import LinearLayer, linear
 from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
+from foredraft.models.stored import StoredLinear, fuse
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -157,7 +158,7 @@ class Decoder:
         self.rope = Rope(base.rotary_emb, self.dtype)
         self.sublayers: list[Sublayer] = _sublayers(base, config, make_linear, consume)
         self.norm = RMSNorm(base.norm.weight, base.norm.variance_epsilon, config.hidden_size)
-        self.head: LinearLayer = make_linear(model.get_output_embeddings().weight, None)
+        self.head: LinearLayer = _fused([model.get_output_embeddings()], make_linear, consume=False)
         attentions = [s for s in self.sublayers if isinstance(s, Attention)]
         self.fold = attentions[0].heads // attentions[0].kv_heads
         self.windows = {s.window for s in attentions}
@@ -169,7 +170,7 @@ class Decoder:
         layers = [self.head]
         for s in self.sublayers:
             layers += [s.qkv, s.out] if isinstance(s, Attention) else [s.gate_up, s.down]
-        table = self.embedding.numel() * self.embedding.element_size()
+        table: int = self.embedding.numel() * self.embedding.element_size()
         return table + sum(layer.nbytes for layer in layers)
 
     def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> "Decoder":
@@ -294,8 +295,11 @@ def _window(config: PreTrainedConfig, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _fused(parts: list[nn.Linear], make_linear: MakeLinear, consume: bool) -> LinearLayer:
-    """One layer for several over the same input."""
+def _fused(parts: Sequence[Any], make_linear: MakeLinear, consume: bool) -> LinearLayer:
+    """One layer for several over the same input; layers stored in few bits keep their format."""
+    stored = [part for part in parts if isinstance(part, StoredLinear)]
+    if stored:
+        return fuse(stored, consume=consume)
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     biases: list[torch.Tensor] = [part.bias for part in parts if part.bias is not None]
     if biases and len(biases) < len(parts):

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.errors import ModelError, RequestError, UnsupportedModelError
-from foredraft.models import decoder
+from foredraft.errors import ForedraftError, ModelError, RequestError, UnsupportedModelError
+from foredraft.models import decoder, lowbit
 from foredraft.models.base import CausalModel
 from foredraft.models.hf import HFModel
 from foredraft.models.invariance import probe
+from foredraft.models.stored import start
 from foredraft.models.support import check_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,6 +89,7 @@ def wrap(model: PreTrainedModel, *, consume: bool = False) -> CausalModel:
     model.eval()
     if decoder.supports(model.config) and not getattr(model, "hf_device_map", None):
         return decoder.Decoder(model, consume=consume)
+    start(model)
     return HFModel(model)
 
 
@@ -95,6 +97,11 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
     """What transformers loads, with errors that say what is wrong. Raises as `load_target`."""
     check_source(source)
     device = parse_device(options.device)
+    if lowbit.has_manifest(source):
+        folder = Path(source).expanduser()
+        manifest = lowbit.check(folder)
+        if manifest.layers:
+            return load_low_bit(folder, manifest, options, device)
     remote = {"trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **remote)
@@ -104,9 +111,27 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors and pickle each have errors of their own for a bad file
-        raise _explained(source, error) from error
+        raise explained(source, error) from error
     if not options.device_map:
         model.to(device)  # type: ignore[arg-type]  # decorated in transformers without its types
+    return model
+
+
+def load_low_bit(
+    folder: Path, manifest: lowbit.Manifest, options: LoadOptions, device: torch.device
+) -> PreTrainedModel:
+    """A folder that `foredraft convert` wrote in four or eight bits. Raises as `load_target`."""
+    if options.device_map:
+        raise RequestError(
+            f"device_map={options.device_map!r} cannot place low-bit weights; use device={device.type!r}"
+        )
+    try:
+        model = lowbit.load(folder, manifest, parse_dtype(options.dtype), trust_remote_code=options.trust_remote_code)
+    except ForedraftError:
+        raise
+    except Exception as error:  # as above
+        raise explained(folder, error) from error
+    model.to(device)  # type: ignore[arg-type]  # as above
     return model
 
 
@@ -148,7 +173,8 @@ def check_source(source: str | Path) -> None:
         raise ModelError(f"{path} has no config.json, so it is no model folder; give the folder of a checkpoint")
 
 
-def _explained(source: str | Path, error: Exception) -> ModelError:
+def explained(source: str | Path, error: Exception) -> ModelError:
+    """The error of a checkpoint that did not load, in our words."""
     text = _first_line(error)
     if "Unrecognized configuration class" in str(error) or "Unrecognized model" in str(error):
         return UnsupportedModelError(f"{source} is not a causal language model transformers knows: {text}")
