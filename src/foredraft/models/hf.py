@@ -4,6 +4,7 @@ Their modules compute; keys and values live in our SlotCache, the masks and posi
 one call. Knows no architecture beyond the few table entries below and in support.py.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,10 +17,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from transformers.cache_utils import Cache
 
 from foredraft.errors import UnsupportedModelError
-from foredraft.models import attention
+from foredraft.models import attention, sublayers
+from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.experts import pack_experts, pad_routers
 from foredraft.models.linear import PackedLinear, PlainLinear, pack_linears
+from foredraft.models.quantize import QuantLinear, dense, is_linear
 from foredraft.models.rope import pin_rope
 from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan
 from foredraft.models.support import ADVICE, check_supported
@@ -82,7 +85,9 @@ class HFModel:
         self.dtype = model.dtype
         self.device: torch.device = _embedding(model).device
         self.max_positions = min(_max_positions(model), pin_rope(model))
+        self.num_layers: int = self.config.get_text_config(decoder=True).num_hidden_layers
         self.row_invariance = RowInvariance()
+        self._arity: dict[int, int] = {}  # of what sub-layers return, once a variant has asked
         parameters = inspect.signature(model.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
         self._alone = "position_ids" not in parameters or bool(getattr(self.config, "alibi", _is_alibi(model)))
@@ -96,9 +101,42 @@ class HFModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights a pass reads."""
-        packed = sum(m.nbytes for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear))
+        packed = sum(m.nbytes for m in self.model.modules() if isinstance(m, PackedLinear | PlainLinear | QuantLinear))
         unpacked: int = sum(p.numel() * p.element_size() for p in self.model.parameters())
         return packed + unpacked
+
+    def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> "HFModel":
+        """This model as another tree of modules over the same cache; see `CausalModel.variant`."""
+        skip.check(self.num_layers)
+        stand_ins: dict[int, nn.Module] = {}
+        if skip:
+            layers = sublayers.find_layers(self.model, self.num_layers)
+            self._check_skippable(layers)
+            stand_ins = sublayers.stand_ins(layers, skip, self._arity)
+        return self._over(sublayers.rebuilt(self.model, convert, stand_ins))
+
+    def _over(self, model: PreTrainedModel, cache: SlotCache | None = None) -> "HFModel":
+        other = copy.copy(self)
+        other.model, other.cache = model, cache or self.cache
+        return other
+
+    def _check_skippable(self, layers: list[sublayers.Layer]) -> None:
+        """Raise ModelError unless skipped sub-layers leave the residual stream alone; asked once, on a cache apart."""
+        if self._arity:
+            return
+        cache = SlotCache(self.cache.layers, dtype=self.cache.dtype, devices=self.cache.devices)
+        rows = plan([Span(0, 0, _sample(self.model, self.max_positions))], 4, 128)
+        arity = sublayers.output_arity(layers, lambda: self._over(self.model, cache).forward(rows))
+        everything = SkipSet(tuple(range(self.num_layers)), tuple(range(self.num_layers)))
+        bare = sublayers.rebuilt(self.model, unchanged, sublayers.stand_ins(layers, everything, arity))
+        empty = [layer.whole for layer in sublayers.find_layers(bare, self.num_layers)]
+        sublayers.check_identity(empty, lambda: self._over(bare, cache).forward(rows), self.config.model_type)
+        self._arity.update(arity)
+
+    def weight_sample(self) -> list[torch.Tensor]:
+        """The table, and the first, middle and last weight of all linear layers."""
+        linears = [module for module in self.model.modules() if is_linear(module)]
+        return [_embedding(self.model).detach(), *(dense(linears[i]) for i in (0, len(linears) // 2, -1))]
 
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
