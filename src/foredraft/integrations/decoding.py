@@ -27,7 +27,7 @@ from transformers import (
 
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
-from foredraft.types import SamplingParams, Sequence, StepOutput
+from foredraft.types import SamplingParams, Sequence, StepOutput, VerifierName
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in transformers' order
 
@@ -43,6 +43,7 @@ class Call:
     do_sample: bool
     pad_token_id: int | None
     seed: int
+    verifier: VerifierName = "coupled"
     streamer: Any = None
 
     @property
@@ -145,13 +146,13 @@ def _params(call: Call) -> tuple[SamplingParams, list[LogitsProcessor]]:
     """
     rest = list(call.processors)
     if not call.do_sample:
-        return SamplingParams(max_new_tokens=call.max_new_tokens), rest
+        return SamplingParams(max_new_tokens=call.max_new_tokens, verifier=call.verifier), rest
     known: dict[str, Any] = {}
     for kind in reversed(WARPERS):
         if rest and type(rest[-1]) is kind and _is_plain(rest[-1]):
             known |= _settings(rest.pop())
     known.setdefault("temperature", 1.0)
-    return SamplingParams(max_new_tokens=call.max_new_tokens, **known), rest
+    return SamplingParams(max_new_tokens=call.max_new_tokens, verifier=call.verifier, **known), rest
 
 
 def _is_plain(warper: Any) -> bool:

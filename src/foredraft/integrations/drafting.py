@@ -21,7 +21,8 @@ ASSISTED = (
     "max_matching_ngram_size",
 )
 IPEX = ("max_step_draft", "th_stop_draft", "auto_th_stop_draft", "auto_parameters", "hf_adjust", "min_step_draft")
-NAMES = (*ASSISTED, *IPEX, "assistant_model", "lookahead", "th_batch_num")
+NAMES = (*ASSISTED, *IPEX, "assistant_model", "lookahead", "num_draft_tokens", "th_batch_num")
+LENGTHS = ("num_assistant_tokens", "prompt_lookup_num_tokens", "lookahead", "max_step_draft", "num_draft_tokens")
 IPEX_DEFAULTS: dict[str, Any] = {
     "max_step_draft": 8,
     "th_stop_draft": 0.8,
@@ -117,6 +118,12 @@ class Drafting:
         return cls(assistant, tuple(sorted(given.items())))
 
     @property
+    def learns_on(self) -> bool:
+        """Whether the next call with these options goes on with what this one's policy has learned."""
+        given = dict(self.options)
+        return "lookahead" in given or given.get("num_assistant_tokens_schedule") == "heuristic"
+
+    @property
     def lookup(self) -> bool:
         return any(name in ("prompt_lookup_num_tokens", "lookahead") for name, _ in self.options)
 
@@ -134,12 +141,14 @@ class Drafting:
             RequestError: a draft longer than that was asked for.
         """
         given = dict(self.options)
-        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "lookahead", "max_step_draft"):
+        for name in LENGTHS:
             if given.get(name, 0) > most:
                 raise RequestError(
                     f"{name}={given[name]} is not usable; it must be at most {most}, since wider passes are not known "
                     "to be exact"
                 )
+        if "num_draft_tokens" in given:
+            return Fixed(given["num_draft_tokens"])
         if any(name in given for name in IPEX):
             return _ipex_policy(given)
         if "lookahead" in given:
@@ -176,6 +185,7 @@ def _check(given: dict[str, Any], assistant: Any) -> None:
     for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size", "lookahead"):
         _require(given, name, lambda v: _is_int(v) and v >= 1, "an integer, 1 or more")
     _require(given, "max_step_draft", lambda v: _is_int(v) and v >= 1, "an integer, 1 or more")
+    _require(given, "num_draft_tokens", lambda v: _is_int(v) and v >= 0, "an integer, 0 (plain decoding) or more")
     _require(given, "min_step_draft", lambda v: _is_int(v) and v >= 0, "an integer, 0 or more")
     for name in ("assistant_confidence_threshold", "th_stop_draft"):
         _require(given, name, lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "in [0, 1]")
@@ -191,10 +201,11 @@ def _check_together(given: dict[str, Any], assistant: Any) -> None:
     drafters += ["assistant_model"] if assistant is not None else []
     if len(drafters) > 1:
         raise RequestError(f"{' and '.join(drafters)} contradict each other: they are different drafters; give one")
-    lengths = [name for name in given if name in ASSISTED[:3]], [name for name in given if name in IPEX]
-    rules = [*lengths[0], *lengths[1], *(["lookahead"] if "lookahead" in given else [])]
-    if bool(lengths[0]) + bool(lengths[1]) + ("lookahead" in given) > 1:
-        raise RequestError(f"{', '.join(rules)} are different rules of how far to draft; give those of one library")
+    rules = [[name for name in names if name in given] for names in (ASSISTED[:3], IPEX, ("num_draft_tokens",))]
+    rules.append(["lookahead"] if "lookahead" in given else [])
+    if sum(map(bool, rules)) > 1:
+        names = ", ".join(name for rule in rules for name in rule)
+        raise RequestError(f"{names} are different rules of how far to draft; give those of one library")
     if "max_matching_ngram_size" in given and not drafters:
         size = given["max_matching_ngram_size"]
         raise RequestError(f"max_matching_ngram_size={size} needs prompt_lookup_num_tokens=... or lookahead=...")

@@ -5,7 +5,7 @@ over where its loop over tokens would begin.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +21,10 @@ from foredraft.integrations.decoding import Benchmarks, Call, decode
 from foredraft.integrations.drafting import Drafting
 from foredraft.integrations.recipe import Recipe
 from foredraft.integrations.refusals import check_call, check_prepared
+from foredraft.models.base import NO_SKIP, SkipSet
 from foredraft.policy import DraftPolicy, PerRequest, make_policy
 from foredraft.stats import SpecStats
+from foredraft.types import VerifierName
 
 
 class SpeculativeModel(GenerationMixin):
@@ -45,11 +47,13 @@ class SpeculativeModel(GenerationMixin):
     n_matched: int
     n_token_generated: int
     e2e_time_without_first: float
+    th_stop_draft: float | None = None  # where the last call's confidence threshold ended, if it had one
 
     def __init__(self, recipe: Recipe) -> None:
         self._lock = threading.Lock()
         self._busy: int | None = None  # the thread that generates
-        self._seed: int | None = None  # of the call that runs
+        self._seed: int | None = None  # of the call that runs, as is
+        self._verifier: VerifierName = "coupled"
         self._build(recipe)
         original = recipe.source if isinstance(recipe.source, PreTrainedModel) else None
         target = self.engine.target
@@ -66,7 +70,7 @@ class SpeculativeModel(GenerationMixin):
         self._policies: dict[Any, DraftPolicy] = {}
         self.engine = Engine(
             target,
-            recipe.drafter(recipe.draft, target),
+            recipe.own_drafter(target),
             make_policy(recipe.policy),
             max_batch_size=recipe.max_batch_size,
             max_model_len=target.max_positions,
@@ -121,8 +125,8 @@ class SpeculativeModel(GenerationMixin):
     def cpu(self) -> "SpeculativeModel":
         return self.to("cpu")
 
-    def cuda(self, device: int | None = None) -> "SpeculativeModel":
-        return self.to("cuda" if device is None else f"cuda:{device}")
+    def cuda(self, device: int = 0) -> "SpeculativeModel":
+        return self.to(f"cuda:{device}")
 
     def half(self) -> "SpeculativeModel":
         return self.to(torch.float16)
@@ -182,6 +186,7 @@ class SpeculativeModel(GenerationMixin):
         prefix_allowed_tokens_fn: Any = None,
         *,
         seed: int | None = None,
+        verifier: VerifierName = "coupled",
         **kwargs: Any,
     ) -> Any:
         """As transformers' `generate`: ids [B, L + new], prompts included.
@@ -191,7 +196,8 @@ class SpeculativeModel(GenerationMixin):
             generation_config: the base of this call's configuration; keywords come before it.
             logits_processor, stopping_criteria, prefix_allowed_tokens_fn: called for one row at a time.
             seed: of row 0; row i has seed + i. None takes it from torch's generator, so that `set_seed` holds.
-            kwargs: transformers' options, its assisted-generation options, and IPEX-LLM's.
+            verifier: "coupled": the same tokens with and without drafting; "rejection": the same distribution.
+            kwargs: `num_draft_tokens` (0 decodes plainly), and the options of transformers and IPEX-LLM.
 
         Raises:
             RequestError: an option cannot be honoured, or its value is not usable (a ValueError, as in transformers).
@@ -203,7 +209,7 @@ class SpeculativeModel(GenerationMixin):
         if self._busy == threading.get_ident():
             raise RequestError("generate() was called from within generate(); call it from outside, or another model")
         with self._lock:
-            self._busy, self._seed = threading.get_ident(), seed
+            self._busy, self._seed, self._verifier = threading.get_ident(), seed, verifier
             usual = self.engine.drafter, self.engine.policy
             try:
                 self._choose(drafting)
@@ -244,10 +250,12 @@ class SpeculativeModel(GenerationMixin):
             bool(generation_config.do_sample),
             None if pad is None else int(pad),
             seed,
+            self._verifier,
             streamer,
         )
         ids, benchmarks = decode(self.engine, call)
         self._publish(benchmarks)
+        self.th_stop_draft = getattr(self.engine.policy.policy, "threshold", None)
         return GenerateDecoderOnlyOutput(sequences=cast(Any, ids)) if generation_config.return_dict_in_generate else ids
 
     _assisted_decoding = cast(Any, _sample)  # a configuration that asks for lookup: our engine does that itself
@@ -257,8 +265,7 @@ class SpeculativeModel(GenerationMixin):
         most = self.engine.target.row_invariance.max_draft_tokens
         policy = drafting.policy(most)
         if policy is not None:
-            fresh = ("num_assistant_tokens_schedule", "heuristic_transient") in drafting.options
-            kept = policy if fresh else self._policies.setdefault(drafting.options, policy)
+            kept = self._policies.setdefault(drafting.options, policy) if drafting.learns_on else policy
             self.engine.policy = PerRequest(kept)
         if drafting.lookup:
             self.engine.drafter = self._drafter(("ngram", drafting.drafter().min_match), drafting.drafter)
@@ -266,6 +273,22 @@ class SpeculativeModel(GenerationMixin):
             spec = _draft_source(drafting.assistant)
             make = lambda: self.recipe.drafter(spec, self.engine.target)  # noqa: E731
             self.engine.drafter = self._drafter(spec, make)
+
+    def set_skip_layers(self, attn_skip_layer_ids: Iterable[int], mlp_skip_layer_ids: Iterable[int]) -> None:
+        """From here on draft with this model less these layers' attention and MLP (Draft & Verify's name).
+
+        Raises:
+            ModelError: the model has no such layer, or nothing would be left.
+        """
+        skip = SkipSet(tuple(attn_skip_layer_ids), tuple(mlp_skip_layer_ids))
+        recipe = replace(self.recipe, skip=skip)
+        self.engine.drafter = recipe.own_drafter(self.engine.target)
+        self.recipe = recipe
+
+    def get_skip_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The layers whose attention, and those whose MLP, the draft goes without."""
+        skip = getattr(self.engine.drafter, "skip", NO_SKIP)
+        return skip.attention, skip.mlp
 
     def _drafter(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
         if key not in self._drafters:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
-from foredraft.models.base import CausalModel
+from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.invariance import probe
 from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, wrap
 from foredraft.policy import DraftPolicy
@@ -34,7 +35,9 @@ class Recipe:
     options: LoadOptions
     policy: str | DraftPolicy | None = None
     max_batch_size: int = 8
+    draft_profile: str | Path | None = None
     loading: dict[str, Any] = field(default_factory=dict)  # transformers' own options
+    skip: SkipSet | None = None  # given by hand, it comes before `draft`
 
     def target(self) -> CausalModel:
         if isinstance(self.source, PreTrainedModel):
@@ -54,7 +57,14 @@ class Recipe:
         model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
         return cast(PreTrainedModel, model if o.device_map else model.to(parse_device(o.device)))
 
+    def own_drafter(self, target: CausalModel) -> Drafter:
+        if self.skip is not None:
+            return SelfDrafter(target, "skip", skip=self.skip)
+        context = DraftContext(target, self._tokenizer(self.draft), self.options, self.draft_profile)
+        return make_drafter(self.draft, context)
+
     def drafter(self, spec: DraftSpec, target: CausalModel) -> Drafter:
+        """One that a call asks for."""
         return make_drafter(spec, DraftContext(target, self._tokenizer(spec), self.options))
 
     def _tokenizer(self, spec: DraftSpec) -> Any:

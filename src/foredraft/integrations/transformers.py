@@ -33,6 +33,7 @@ class AutoModelForCausalLM:
         optimize_model: bool = True,
         speculative: bool | None = None,
         draft: DraftSpec = None,
+        draft_profile: str | Path | None = None,
         policy: str | DraftPolicy | None = None,
         trust_remote_code: bool = False,
         use_cache: bool = True,
@@ -49,6 +50,7 @@ class AutoModelForCausalLM:
             optimize_model, use_cache: IPEX-LLM's; always on.
             speculative: False decodes plainly. True, and None where the checkpoint is not low-bit, drafts.
             draft: who drafts; as `foredraft.LLM` takes it. By default "int4", the model's own weights in 4 bits.
+            draft_profile: of a skip draft, which sub-layers it skips; by default the one kept for this model.
             policy: how far to draft; as `foredraft.LLM` takes it.
             trust_remote_code, device_map: as in transformers. Without a device map the model is on the CPU.
             max_batch_size: rows that run at once; others wait.
@@ -65,13 +67,14 @@ class AutoModelForCausalLM:
         device, placement = loading_place(device_map)
         options = LoadOptions(loading_dtype(dtype, torch_dtype, load_in_low_bit), device, placement, trust_remote_code)
         spec = draft_of(source, speculative, draft)
-        return SpeculativeModel(Recipe(source, spec, options, policy, max_batch_size, loading))
+        return SpeculativeModel(Recipe(source, spec, options, policy, max_batch_size, draft_profile, loading))
 
 
 def accelerate(
     model: PreTrainedModel,
     draft: DraftSpec = DEFAULT_DRAFT,
     *,
+    draft_profile: str | Path | None = None,
     policy: str | DraftPolicy | None = None,
     max_batch_size: int = 8,
 ) -> SpeculativeModel:
@@ -83,4 +86,4 @@ def accelerate(
         ModelError: the model cannot serve.
     """
     options = LoadOptions(dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
-    return SpeculativeModel(Recipe(model, draft, options, policy, max_batch_size))
+    return SpeculativeModel(Recipe(model, draft, options, policy, max_batch_size, draft_profile))
