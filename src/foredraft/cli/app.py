@@ -6,9 +6,10 @@ import typer
 
 from foredraft import __version__
 from foredraft.cli.chat import chat
+from foredraft.cli.convert import convert
 from foredraft.cli.generate import generate
 
-COMMANDS = {"generate": generate, "chat": chat}
+COMMANDS = {"generate": generate, "chat": chat, "convert": convert}
 
 app = typer.Typer(
     name="foredraft",
