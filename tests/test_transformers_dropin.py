@@ -27,6 +27,7 @@ from foredraft.errors import ModelError, PromptTooLongError, RequestError, Unsup
 from foredraft.integrations.draft_and_verify import base_generate, infer
 from foredraft.integrations.drafting import Assisted, Drafting, IpexPolicy
 from foredraft.integrations.transformers import AutoModelForCausalLM, SpeculativeModel
+from foredraft.models.convert import convert
 from foredraft.policy import Fixed, Gain
 
 NEW = 32
@@ -547,11 +548,21 @@ def test_a_model_that_cannot_be_rewound() -> None:
         foredraft.accelerate(mamba(), draft=None)
 
 
-def test_speculative_on_a_low_bit_checkpoint(llama: PreTrainedModel, tmp_path: Path) -> None:
-    llama.save_pretrained(tmp_path)
-    (tmp_path / "foredraft_quant.json").write_text("{}")
+def test_a_low_bit_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("low") / "int4"
+    convert(checkpoint, folder, "int4")
     with pytest.raises(RequestError, match=r"speculative=True .* holds low-bit weights already"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, speculative=True)
+        AutoModelForCausalLM.from_pretrained(folder, speculative=True)
+    with pytest.raises(RequestError, match="revision cannot be honoured"):
+        AutoModelForCausalLM.from_pretrained(folder, revision="main")
+    plainly = AutoModelForCausalLM.from_pretrained(folder, speculative=False)
+    drafting = AutoModelForCausalLM.from_pretrained(folder)
+    assert drafting.engine.drafter.name == "ngram"
+    ids = prompts(2).repeat(1, 3)
+    expected = plainly.generate(ids, max_new_tokens=NEW)
+    options = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    assert drafting.generate(ids, max_new_tokens=NEW, **options).tolist() == expected.tolist()
+    assert drafting.n_drafted > 0
 
 
 # --- drafting --------------------------------------------------------------------------------------------------------
@@ -680,6 +691,13 @@ def test_moving(llama: PreTrainedModel, tmp_path: Path) -> None:
         accelerated.to(torch.bfloat16)
 
 
+def test_in_a_pipeline(llama: PreTrainedModel, llama_fast: SpeculativeModel) -> None:
+    pipe = transformers.pipeline("text-generation", model=llama_fast, tokenizer=tokenizer())
+    found = pipe("a story", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ids = tokenizer()("a story", return_tensors="pt").input_ids
+    assert found == tokenizer().decode(continuation(llama, ids, 8), skip_special_tokens=True)
+
+
 def test_generate_within_generate(llama_fast: SpeculativeModel) -> None:
     class Nested(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
@@ -703,11 +721,11 @@ def test_threads_take_turns(llama: PreTrainedModel, llama_fast: SpeculativeModel
     assert found == {seed: llama.generate(prompts(seed=seed), max_new_tokens=NEW).tolist() for seed in range(4)}
 
 
-def test_the_default_draft_is_the_model_itself(llama: PreTrainedModel, tmp_path: Path) -> None:
-    llama.save_pretrained(tmp_path)
+def test_the_default_draft_is_the_model_itself(plain: PreTrainedModel, tmp_path: Path) -> None:
+    plain.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, speculative=True, policy="fixed")
-    assert loaded.engine.drafter.name == foredraft.accelerate(llama).engine.drafter.name == "int4"
-    same(llama, loaded, padded(), max_new_tokens=NEW, pad_token_id=3)
+    assert loaded.engine.drafter.name == foredraft.accelerate(plain).engine.drafter.name == "int4"
+    same(plain, loaded, padded(), max_new_tokens=NEW, pad_token_id=3)
     assert 0 < loaded.n_matched < loaded.n_drafted
 
 

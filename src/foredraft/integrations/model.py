@@ -96,6 +96,9 @@ class SpeculativeModel(GenerationMixin):
         source = self.recipe.source
         return str(source.name_or_path if isinstance(source, PreTrainedModel) else source)
 
+    def can_generate(self) -> bool:
+        return True
+
     def eval(self) -> "SpeculativeModel":
         return self
 

@@ -19,11 +19,11 @@ from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.invariance import probe
 from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, wrap
+from foredraft.models.lowbit import is_low_bit
 from foredraft.policy import DraftPolicy
 
 DraftSpec = str | Path | PreTrainedModel | Drafter | None
 DEFAULT_DRAFT = "int4"
-LOW_BIT_MANIFEST = "foredraft_quant.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ class Recipe:
     def target(self) -> CausalModel:
         if isinstance(self.source, PreTrainedModel):
             model = wrap(_sharing_weights(self.source))
+        elif self.loading and is_low_bit(self.source):
+            names = ", ".join(self.loading)
+            raise RequestError(f"{names} cannot be honoured for low-bit weights in {self.source}; leave them out")
         elif self.loading:
             model = wrap(self._with_transformers(), consume=True)
         else:
@@ -87,8 +90,7 @@ def draft_of(source: str | Path, speculative: bool | None, draft: DraftSpec) -> 
         if draft is not None:
             raise RequestError(f"speculative=False contradicts draft={draft!r}; drop one of them")
         return None
-    low_bit = (Path(source).expanduser() / LOW_BIT_MANIFEST).exists()
-    if low_bit and draft is None:
+    if draft is None and is_low_bit(source):
         if speculative:
             raise RequestError(
                 f"speculative=True drafts with a 4-bit copy, and {source} holds low-bit weights already; load the "
