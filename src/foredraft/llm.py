@@ -12,11 +12,13 @@ from typing import Any, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.drafters import DraftContext, make_drafter
+from foredraft.drafters import SELF_DRAFTERS, DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
+from foredraft.models.cache import GRANULE
 from foredraft.models.load import LoadOptions, check_source, load_target, load_tokenizer
+from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
 from foredraft.stats import SpecStats
 from foredraft.text import TextStream, end_of_turn_ids, render_chat
@@ -93,6 +95,8 @@ class LLM:
         dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16.
         device: "auto" is CUDA where there is one; cpu, cuda, cuda:N.
         draft_device, draft_dtype: the drafter's own; by default the target's.
+        draft_profile: the skip profile of "skip" and "int4+skip"; by default the one that is kept for this model.
+        force_profile: take a skip profile that was found for another model, if it fits.
         device_map: as transformers takes it, instead of `device`.
         tokenizer: by default the target's own; needed for text with a model object.
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
@@ -113,6 +117,8 @@ class LLM:
         device: str = "auto",
         draft_dtype: str | None = None,
         draft_device: str | None = None,
+        draft_profile: str | Path | None = None,
+        force_profile: bool = False,
         device_map: str | dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = False,
@@ -123,6 +129,11 @@ class LLM:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
         options = LoadOptions(dtype, device, device_map, trust_remote_code)
+        if draft in SELF_DRAFTERS and (draft_dtype or draft_device):
+            raise RequestError(
+                f"draft={draft!r} drafts with the target's own weights, so draft_dtype={draft_dtype!r} and "
+                f"draft_device={draft_device!r} cannot be honoured; leave them out"
+            )
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
@@ -134,8 +145,10 @@ class LLM:
         self._tokenizer = tokenizer
         self.model = load_target(target, options)
         self.max_model_len = _context(max_model_len, self.model.max_positions)
-        self.drafter = make_drafter(draft, DraftContext(self.model, tokenizer, draft_options))
+        context = DraftContext(self.model, tokenizer, draft_options, draft_profile, force_profile)
+        self.drafter = make_drafter(draft, context)
         self.model.cache.max_slots = max_batch_size
+        self.model.cache.max_length = round_up(self.max_model_len, GRANULE)
         self.engine = Engine(
             self.model,
             self.drafter,
@@ -151,6 +164,16 @@ class LLM:
         if self._tokenizer is None:
             raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
         return self._tokenizer
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the target's weights, of what drafting adds to them, and of both caches as they are now."""
+        return {
+            "target_weights": self.model.weight_bytes,
+            "draft_weights": getattr(self.drafter, "weight_bytes", 0),
+            "target_cache": self.model.cache.nbytes,
+            "draft_cache": getattr(self.drafter, "cache_bytes", 0),
+        }
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
