@@ -8,8 +8,9 @@ from foredraft import __version__
 from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
 from foredraft.cli.generate import generate
+from foredraft.cli.tune import tune
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert}
+COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune}
 
 app = typer.Typer(
     name="foredraft",

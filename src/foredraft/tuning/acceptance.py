@@ -75,21 +75,22 @@ def walk(acceptance: Acceptance, gamma: int, max_new_tokens: int | None = None) 
     its last token could not be emitted; `max_new_tokens` is the limit that the engine goes by (None: the sample's own
     length; a sample that ended earlier by itself was drafted past its end).
     """
-    steps: Counter[int] = Counter()
-    drafted_at, accepted_at = [0] * gamma, [0] * gamma
+    steps, tested, kept = Counter[int](), Counter[int](), Counter[int]()
     for k, runs in enumerate(acceptance.runs):
         most = len(runs) if max_new_tokens is None else max_new_tokens - 1
+        offered = None if acceptance.offered is None else acceptance.offered[k]
         j = 0
         while j < len(runs):
-            drafted = min(gamma, most - j - 1)
-            if acceptance.offered is not None:
-                drafted = min(drafted, acceptance.offered[k][j])
+            drafted = min(gamma, most - j - 1, gamma if offered is None else offered[j])
             accepted = min(runs[j], drafted)
-            steps[drafted] += 1
             ended = accepted == len(runs) - j  # by a drafted token: what was drafted beyond it is never tested
-            for i in range(accepted if ended else drafted):
-                drafted_at[i] += 1
-            for i in range(accepted):
-                accepted_at[i] += 1
+            steps[drafted] += 1
+            tested[accepted if ended else drafted] += 1
+            kept[accepted] += 1
             j += accepted + 1
-    return Rounds(dict(sorted(steps.items())), acceptance.positions, tuple(drafted_at), tuple(accepted_at))
+    return Rounds(dict(sorted(steps.items())), acceptance.positions, _reached(tested, gamma), _reached(kept, gamma))
+
+
+def _reached(counts: Counter[int], gamma: int) -> tuple[int, ...]:
+    """How many counted lengths go beyond each i."""
+    return tuple(sum(n for length, n in counts.items() if length > i) for i in range(gamma))

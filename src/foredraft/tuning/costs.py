@@ -15,15 +15,14 @@ import numpy as np
 
 from foredraft.drafters.base import Drafter, NoDrafter
 from foredraft.llm import LLM
-from foredraft.policy import StepTimes
+from foredraft.policy import DraftPolicy, StepTimes
 from foredraft.tuning.calibration import Calibration
 from foredraft.tuning.driving import driven_by
 from foredraft.types import Draft, Verdict
 from foredraft.types import Sequence as Request
 
 STRETCH = 4  # steps an arm runs in a row; the first, which warms caches up and catches up on tokens, is not counted
-LAPS = 12
-QUANTILE = 0.4  # of a cell's timings: robust against what else the machine does
+QUANTILE = 0.3  # of a cell's timings: robust against what else the machine does
 PLAIN = ""
 
 
@@ -100,6 +99,15 @@ class Arm:
     mlps: int = 0
 
 
+class Repeat(NoDrafter):
+    """Drafts the last token again, at no cost: for the price of a pass of any width."""
+
+    name = "repeat"
+
+    def propose(self, sequences: list[Request], policy: DraftPolicy) -> list[Draft]:
+        return [Draft((s.token_ids[-1],) * s.draft_limit, self.name) for s in sequences]
+
+
 @dataclass(frozen=True, slots=True)
 class Timed:
     arm: Arm
@@ -136,7 +144,7 @@ class Carousel:
     def go_on(self, sequence: Request, confidences: tuple[float, ...]) -> bool:
         return True
 
-    def propose(self, sequences: list[Request], policy: Any) -> list[Draft]:
+    def propose(self, sequences: list[Request], policy: DraftPolicy) -> list[Draft]:
         assert self.current is not None
         return self.current.drafter.propose(sequences, policy)
 
@@ -164,8 +172,8 @@ def measure(
     calibration: Calibration,
     arms: Sequence[Arm],
     *,
-    laps: int = LAPS,
-    max_seconds: float = 60.0,
+    laps: int,
+    max_seconds: float,
     seed: int = 0,
 ) -> Costs:
     """Decode the calibration prompts with all arms in turn, `laps` times or until the time is up."""
@@ -182,17 +190,23 @@ def measure(
 
 
 def fit(timed: Iterable[Timed], prefills: Sequence[float]) -> Costs:
-    """From timed steps to costs."""
-    timed = list(timed)
-    steps = _cells((it.times.drafted, it.times.total - it.times.drafting) for it in timed)
-    prefill = _low(prefills) if prefills else 0.0
-    own = [it for it in timed if it.times.drafted]
-    names = {it.arm.name for it in own if not it.arm.weights}
-    families = {it.arm.weights for it in own if it.arm.weights}
+    """From timed steps to costs.
+
+    A step's own price is that of steps whose drafts cost nothing. What a step takes beyond it is the draft's price, so
+    that this has in it what drafting does to the processor's caches before the target's pass.
+    """
+    free: list[Timed] = []
+    drafted: list[Timed] = []
+    for it in timed:
+        (free if it.arm.name in (PLAIN, Repeat.name) else drafted).append(it)
+    steps = _steps(free, _low(prefills) if prefills else 0.0)
+    beyond = [(it, it.times.total - steps.step(it.times.drafted)) for it in drafted if it.times.drafted]
+    names = {it.arm.name for it, _ in beyond}
+    families = {it.arm.weights for it, _ in beyond if it.arm.weights}
     return Costs(
-        _monotone(steps, prefill),
-        {name: _line([it for it in own if it.arm.name == name]) for name in sorted(names)},
-        {name: _plane([it for it in own if it.arm.weights == name]) for name in sorted(families)},
+        steps,
+        {name: _line([pair for pair in beyond if pair[0].arm.name == name]) for name in sorted(names)},
+        {name: _plane([pair for pair in beyond if pair[0].arm.weights == name]) for name in sorted(families)},
     )
 
 
@@ -205,34 +219,35 @@ def _cells(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
     found: dict[Any, list[float]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)
-    enough = max(map(len, found.values())) / 4
+    enough = min(6, max(map(len, found.values())) / 4)
     return {key: _low(values) for key, values in sorted(found.items()) if len(values) >= enough}
 
 
-def _monotone(cells: Mapping[int, float], prefill: float) -> StepCosts:
+def _steps(free: Iterable[Timed], prefill: float) -> StepCosts:
     """A wider pass never costs less: what says otherwise is noise."""
+    cells = _cells((it.times.drafted, it.times.total - it.times.drafting) for it in free)
     seconds = np.maximum.accumulate(list(cells.values())).tolist()
     return StepCosts(tuple(cells), tuple(seconds), prefill)
 
 
-def _line(timed: Sequence[Timed]) -> DraftCost:
-    cells = _cells((it.times.drafted, it.times.drafting) for it in timed)
-    x, y = np.array(list(cells)), np.array(list(cells.values()))
-    fixed, token = _least_squares(np.stack([np.ones_like(x), x], 1), y)
+def _line(beyond: Sequence[tuple[Timed, float]]) -> DraftCost:
+    cells = _cells((it.times.drafted, seconds) for it, seconds in beyond)
+    x = np.array(list(cells))
+    fixed, token = _least_squares(np.stack([np.ones_like(x), x], 1), list(cells.values()))
     return DraftCost(fixed, token)
 
 
-def _plane(timed: Sequence[Timed]) -> SublayerCosts:
-    """fixed + d (token + attentions * a + mlps * m), relative errors weighed alike."""
-    cells = _cells(((it.times.drafted, it.arm.attentions, it.arm.mlps), it.times.drafting) for it in timed)
+def _plane(beyond: Sequence[tuple[Timed, float]]) -> SublayerCosts:
+    """fixed + d (token + attentions * a + mlps * m)"""
+    cells = _cells(((it.times.drafted, it.arm.attentions, it.arm.mlps), seconds) for it, seconds in beyond)
     d, a, m = np.array(list(cells)).T
     fixed, token, attention, mlp = _least_squares(np.stack([np.ones_like(d), d, d * a, d * m], 1), list(cells.values()))
     return SublayerCosts(fixed, token, attention, mlp)
 
 
-def _least_squares(columns: Any, values: Any) -> list[float]:
+def _least_squares(columns: Any, values: Sequence[float]) -> list[float]:
     """Coefficients, none of them negative, of the least relative error; a column that would be is left out."""
-    y = np.asarray(values, dtype=float)
+    y = np.maximum(np.asarray(values, dtype=float), 1e-6)
     scaled = columns / y[:, None]
     active = list(range(columns.shape[1]))
     while active:

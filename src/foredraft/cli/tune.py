@@ -1,0 +1,187 @@
+"""`foredraft tune`: which drafter serves a model best, and which of its layers it can draft without."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from foredraft.cli.console import busy, note, only_result
+from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, flag, takes
+
+if TYPE_CHECKING:
+    from foredraft import LLM
+    from foredraft.models.load import LoadOptions
+    from foredraft.tuning.advice import Advice, TuneOptions, Watcher
+
+TEXT, SEARCH = "Text", "Search"
+
+
+@dataclass(frozen=True, slots=True)
+class TuneFlags:
+    model: Annotated[
+        str | None,
+        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
+    ] = None
+    draft: Annotated[
+        list[str] | None,
+        flag(
+            "--draft",
+            "--draft-model",
+            help="A draft model to compare as well; may be given several times.",
+            panel=DRAFTING,
+        ),
+    ] = None
+    without: Annotated[
+        list[str] | None,
+        flag(
+            "--without",
+            help="Leave a drafter out: ngram, int4, int8, skip, int4+skip; may be given several times.",
+            panel=DRAFTING,
+        ),
+    ] = None
+    dtype: Annotated[
+        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
+    ] = "auto"
+    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    trust_remote_code: Annotated[
+        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
+    ] = False
+    calibration: Annotated[
+        Path | None,
+        flag(
+            "--calibration",
+            help="Prompts: a .jsonl or .txt file (may be .gz), or a folder of them. Default: the model's own.",
+            panel=TEXT,
+        ),
+    ] = None
+    prompts: Annotated[
+        int, flag("--prompts", help="Held-out prompts to confirm with; twice as many calibrate.", panel=TEXT)
+    ] = 16
+    tokens: Annotated[int, flag("--tokens", help="Tokens to generate after each prompt.", panel=TEXT)] = 128
+    temperature: Annotated[float, flag("--temperature", help="0 decodes greedily.", panel=SAMPLING)] = 0.0
+    trials: Annotated[
+        int, flag("--trials", help="Sets that each search tries, earlier runs of a study included.", panel=SEARCH)
+    ] = 400
+    max_seconds: Annotated[float, flag("--max-seconds", help="Time for searching.", panel=SEARCH)] = 240.0
+    seed: Annotated[int, flag("--seed", help="Of prompts, sampling and search.", panel=SEARCH)] = 0
+    study: Annotated[
+        Path | None, flag("--study", help="An SQLite file to keep trials in, and to go on from.", panel=SEARCH)
+    ] = None
+    rounds: Annotated[int, flag("--rounds", help="Times that the confirmation runs each prompt.", panel=SEARCH)] = 3
+    out: Annotated[
+        Path | None,
+        flag("--out", help="Where to write the skip profile. Default: where --draft skip finds it.", panel=OUTPUT),
+    ] = None
+    plot: Annotated[Path | None, flag("--plot", help="Write a picture (.png, .svg, .pdf).", panel=OUTPUT)] = None
+    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+
+
+@takes(TuneFlags)
+def tune(options: TuneFlags) -> None:
+    """Find the best drafter for a model: score, search layers to skip, confirm; Ctrl-C keeps what was found."""
+    with only_result() as stdout:
+        with busy("importing torch and transformers"):
+            chosen = tune_options(options)
+        llm, load = open_target(options)
+        with progress() as watcher:
+            advice = advise(llm, chosen, options, load, watcher)
+        written = write_profile(advice, options.out)
+        if options.plot is not None:
+            from foredraft.tuning.report import plot
+
+            plot(advice, options.plot)
+    if options.json:
+        stdout.write(json.dumps(advice.as_dict() | {"profile": written and str(written)}) + "\n")
+        stdout.flush()
+        return
+    from rich.console import Console
+
+    from foredraft.tuning.report import show
+
+    show(advice, Console(highlight=False))
+    note(f"profile: {written}" if written else "no skip profile was written")
+
+
+def tune_options(options: TuneFlags) -> "TuneOptions":
+    """Raises RequestError for values out of range."""
+    from foredraft.tuning.advice import TuneOptions
+    from foredraft.types import SamplingParams
+
+    SamplingParams(temperature=options.temperature)
+    return TuneOptions(
+        drafts=tuple(options.draft or ()),
+        without=tuple(options.without or ()),
+        calibration=options.calibration,
+        prompts=options.prompts,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        trials=options.trials,
+        max_seconds=options.max_seconds,
+        seed=options.seed,
+        study=options.study,
+        rounds=options.rounds,
+    )
+
+
+def open_target(options: TuneFlags) -> "tuple[LLM, LoadOptions]":
+    from transformers.utils.logging import disable_progress_bar
+
+    from foredraft import LLM
+    from foredraft.models.load import LoadOptions
+
+    disable_progress_bar()
+    remote = options.trust_remote_code
+    with busy(f"loading {options.model or 'the bundled target'}"):
+        llm = LLM(options.model, "none", dtype=options.dtype, device=options.device, trust_remote_code=remote)
+    return llm, LoadOptions(options.dtype, options.device, None, remote)
+
+
+def advise(llm: "LLM", chosen: "TuneOptions", options: TuneFlags, load: "LoadOptions", watcher: "Watcher") -> "Advice":
+    from foredraft.tuning.advise import advise as run
+
+    return run(llm, chosen, name=options.model or "the bundled target", load=load, watcher=watcher)
+
+
+def write_profile(advice: "Advice", out: Path | None) -> Path | None:
+    """Where the profile went: where it was asked for, else where drafters find it, unless it does not pay."""
+    from foredraft import profile
+    from foredraft.tuning.advice import WORTH
+
+    if advice.profile is None:
+        return None
+    if out is None and max(figures.speedup for figures in advice.profile.measured.values()) < WORTH:
+        return None
+    return profile.save(advice.profile, out)
+
+
+@contextmanager
+def progress() -> "Iterator[Watcher]":
+    """A bar for each stage on a terminal's stderr; a line for each stage elsewhere."""
+    from foredraft.tuning.advice import Watcher
+
+    if not sys.stderr.isatty():
+        yield Watcher(lambda stage, total: note(f"{stage} ..."))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def stage(name: str, total: int) -> None:
+            bar.add_task(name, total=total or None, text="")
+
+        def tick(text: str) -> None:
+            task = bar.tasks[-1]
+            bar.update(task.id, advance=1, text=text or task.fields["text"])
+
+        yield Watcher(stage, tick)

@@ -1,0 +1,112 @@
+"""The advice as a table and as plots. Knows nothing of how it was found."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from foredraft.errors import ForedraftError
+from foredraft.tuning.advice import Advice, Row
+
+HEADERS = ("drafter", "alpha", "cost", "length", "tokens/pass", "predicted", "measured", "range", "memory", "tokens")
+
+
+def render(advice: Advice) -> RenderableType:
+    """The table of drafters, what each skips, and the recommendation."""
+    table = Table(*HEADERS, title=f"drafters for {advice.model}" if advice.model else None)
+    best = advice.recommended
+    for row in advice.rows:
+        table.add_row(*_cells(row), style="bold" if row is best else None)
+    for name, reason in advice.refused.items():
+        table.add_row(name, Text(reason, style="dim"), *[""] * (len(HEADERS) - 2))
+    return Group(table, *(Text(line) for line in lines(advice)))
+
+
+def show(advice: Advice, console: Console) -> None:
+    console.print(render(advice))
+
+
+def lines(advice: Advice) -> Iterator[str]:
+    """What the table leaves to words."""
+    for row in advice.rows:
+        if row.skip is not None:
+            skipped = f"attention {_list(row.skip.attention)}, MLP {_list(row.skip.mlp)}"
+            yield f"{row.name} leaves out {len(row.skip)} sub-layers: {skipped}"
+    best = advice.recommended
+    if best is None:
+        yield "recommended: plain decoding; no drafter makes this model faster here"
+    else:
+        kind = "measured" if best.measured else "predicted"
+        yield (
+            f"recommended: {best.name}, {best.forecast.gamma} tokens a draft, "
+            f"{best.speedup:.2f} times plain decoding ({kind})"
+        )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    measured = row.measured
+    return (
+        row.name,
+        f"{row.alpha:.3f}",
+        f"{row.cost_ratio:.3f}",
+        str(row.forecast.gamma),
+        f"{row.forecast.tokens_per_pass:.2f}",
+        f"{row.forecast.speedup:.2f}",
+        f"{measured.speedup:.2f}" if measured else "-",
+        f"{measured.low:.2f} to {measured.high:.2f}" if measured else "-",
+        f"{row.memory / 2**20:.1f} MiB" if row.memory else "-",
+        ("equal" if measured.equal else "DIFFERENT") if measured else "-",
+    )
+
+
+def _list(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers)) or "none"
+
+
+def plot(advice: Advice, path: Path) -> None:
+    """Search history, and speed-up by draft length of every drafter, as a picture.
+
+    Raises:
+        ForedraftError: matplotlib is not installed, or cannot write there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ForedraftError("--plot needs matplotlib; install it with: pip install 'foredraft[tune]'") from error
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _history(left, advice)
+    _lengths(right, advice)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ForedraftError(f"the plot cannot be written to {path}: {error}") from error
+
+
+def _history(axes: Any, advice: Advice) -> None:
+    for i, (name, trials) in enumerate(advice.trials.items()):
+        speedups = [trial.speedup for trial in trials]
+        best = [max(speedups[: n + 1]) for n in range(len(speedups))]
+        axes.scatter(range(1, len(speedups) + 1), speedups, s=6, alpha=0.4, color=f"C{i}")
+        axes.step(range(1, len(best) + 1), best, where="post", color=f"C{i}", label=f"{name}, best so far")
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(title="search", xlabel="trial", ylabel="predicted speed-up")
+    if advice.trials:
+        axes.legend(loc="lower right")
+
+
+def _lengths(axes: Any, advice: Advice) -> None:
+    for i, row in enumerate(advice.rows):
+        lengths = range(len(row.forecast.by_length))
+        axes.plot(lengths, row.forecast.by_length, color=f"C{i}", marker=".", label=Path(row.name).name)
+        if row.measured:
+            error = [[row.speedup - row.measured.low], [row.measured.high - row.speedup]]
+            spread = [[max(0.0, side[0])] for side in error]
+            axes.errorbar([row.forecast.gamma], [row.speedup], yerr=spread, color=f"C{i}", marker="D", capsize=3)
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(title="speed-up by draft length (diamonds: measured)", xlabel="tokens a draft", ylabel="speed-up")
+    axes.legend()
