@@ -36,6 +36,7 @@ DRAFTERS: dict[str, Callable[[DraftContext], Drafter]] = {
     "skip": lambda context: SelfDrafter(context.target, "skip", skip=_skip_set(context)),
     "int4+skip": lambda context: SelfDrafter(context.target, "int4+skip", "int4", _skip_set(context)),
 }
+SELF_DRAFTERS = ("int4", "int8", "skip", "int4+skip")
 WITH_PROFILE = ("skip", "int4+skip")
 
 

@@ -55,6 +55,16 @@ class ModelDrafter:
         self.vocab_size = vocab_size
         self.held: dict[Sequence, list[int]] = {}  # the tokens whose keys and values its cache holds
 
+    @property
+    def weight_bytes(self) -> int:
+        """What drafting adds to the target's weights."""
+        return self.model.weight_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """What drafting adds to the target's cache."""
+        return self.model.cache.nbytes
+
     def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]:
         chains = {s: Chain(s) for s in sequences if s.draft_limit and self._has_room(s)}
         spans = [self._catch_up(s) for s in chains]

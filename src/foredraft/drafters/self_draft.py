@@ -18,7 +18,7 @@ from foredraft.types import Sequence
 
 
 class SelfDrafter(ModelDrafter):
-    """Drafts with a variant of the target, which shares its cache; `weight_bytes` is what the variant adds."""
+    """Drafts with a variant of the target, which shares its cache."""
 
     def __init__(
         self, target: CausalModel, name: str, weight_format: WeightFormat | None = None, skip: SkipSet = NO_SKIP
@@ -28,7 +28,15 @@ class SelfDrafter(ModelDrafter):
         draft.row_invariance = replace(target.row_invariance, min_rows=1, row_multiple=1)
         super().__init__(draft, target.vocab_size, name)
         self.skip = skip
-        self.weight_bytes = 0 if quantizer is None else quantizer.nbytes
+        self.added_bytes = 0 if quantizer is None else quantizer.nbytes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.added_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0
 
     def _catch_up(self, sequence: Sequence) -> Span:
         return Span(sequence.slot, sequence.cached, sequence.token_ids[sequence.cached :])
