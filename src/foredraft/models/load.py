@@ -178,6 +178,8 @@ def explained(source: str | Path, error: Exception) -> ModelError:
     text = _first_line(error)
     if "Unrecognized configuration class" in str(error) or "Unrecognized model" in str(error):
         return UnsupportedModelError(f"{source} is not a causal language model transformers knows: {text}")
+    if "no file named" in str(error):
+        return ModelError(f"{source} has no weights ({text}); download or convert it again")
     if type(error).__name__ == "SafetensorError" or "safetensors" in str(error).lower():
         return ModelError(f"the weights of {source} are damaged ({text}); download or convert them again")
     return ModelError(f"{source} cannot be loaded: {text}")

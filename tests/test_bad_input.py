@@ -1,0 +1,316 @@
+"""Every mistake a user can make gets an error that says what is wrong, the value, and what to do about it."""
+
+import math
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import mamba, tiny
+from transformers import BertConfig, BertModel, LogitsProcessor
+
+from foredraft import LLM, SamplingParams
+from foredraft.errors import (
+    CacheMemoryError,
+    ForedraftError,
+    ModelError,
+    NumericsError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedModelError,
+    VocabularyMismatchError,
+)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(tiny("llama"), "ngram", max_model_len=64, max_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small real checkpoint with a tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny("llama").save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(160)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+def copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+# Models
+
+
+def test_the_checkpoint_itself_is_sound(checkpoint):
+    assert len(LLM(checkpoint, "none").generate("w1 w2", SamplingParams(max_new_tokens=3)).token_ids) == 3
+
+
+def test_missing_path():
+    with pytest.raises(ModelError, match=r"no model at /nowhere/llama: the path does not exist; give a folder"):
+        LLM("/nowhere/llama")
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json, so it is no model folder"):
+        LLM(tmp_path)
+
+
+def test_not_a_causal_model(tmp_path, checkpoint):
+    folder = copy(checkpoint, tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    BertModel(BertConfig(vocab_size=160, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        folder
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UnsupportedModelError, match=r"'bert' cannot serve: it is no causal language model"):
+            LLM(folder)
+
+
+def test_state_that_cannot_be_rewound():
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' cannot serve: .*cannot be rewound"):
+        LLM(mamba())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_corrupt_safetensors(tmp_path, checkpoint, damage):
+    weights = copy(checkpoint, tmp_path / "broken") / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes({"truncated": content[: len(content) // 2], "header": b"x" * 64, "empty": b""}[damage])
+    with pytest.raises(ModelError, match=r"the weights of .*broken are damaged .*; download or convert them again"):
+        LLM(weights.parent)
+
+
+def test_missing_weights(tmp_path, checkpoint):
+    folder = copy(checkpoint, tmp_path / "bare")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"bare has no weights .*; download or convert it again"):
+        LLM(folder)
+
+
+def test_missing_tokenizer(tmp_path, checkpoint):
+    folder = copy(checkpoint, tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match=r"mute has no tokenizer that loads"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": "float8"}, r"dtype='float8' is not known; use auto, "),
+        ({"device": "quantum"}, r"device='quantum' is not known; use auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, r"device='cuda:99': this machine has \d+ CUDA devices; use cpu"),
+        ({"draft_device": "abacus"}, r"device='abacus' is not known"),
+        ({"draft_dtype": "int3"}, r"dtype='int3' is not known"),
+        ({"policy": "greedy"}, r"policy='greedy' is not known; use one of gain, fixed, heuristic, threshold"),
+        ({"max_batch_size": 0}, r"max_batch_size=0 is not usable; it must be 1 or more"),
+        ({"max_model_len": 1}, r"max_model_len=1 is not usable; this model's context allows 2 to 1024"),
+        ({"max_model_len": 5000}, r"max_model_len=5000 is not usable; this model's context allows 2 to 1024"),
+    ],
+)
+def test_arguments(options, message):
+    with pytest.raises(RequestError, match=message):
+        LLM(tiny("llama"), "ngram", **options)
+
+
+# Drafters
+
+
+@pytest.mark.parametrize("name, nearest", [("ngrams", "ngram"), ("n-gram", "ngram"), ("non", "none")])
+def test_unknown_draft_name_suggests_the_nearest(name, nearest):
+    with pytest.raises(ModelError, match=rf"draft='{name}' is not known; did you mean '{nearest}'\?"):
+        LLM(tiny("llama"), name)
+
+
+def test_a_draft_path_that_does_not_exist():
+    with pytest.raises(ModelError, match=r"draft='\./no/such/draft': no model at no/such/draft.*drafters by name: "):
+        LLM(tiny("llama"), "./no/such/draft")
+
+
+def test_vocabulary_mismatch_names_the_first_difference(shared):
+    models = shared / "models"
+    with pytest.raises(VocabularyMismatchError) as caught:
+        LLM(models / "stories3M", models / "stories260K")
+    message = str(caught.value)
+    assert "differ (512 and 4096 tokens): token " in message
+    assert "in the draft and" in message and "in the target" in message
+    assert message.endswith("with the target's tokenizer")
+
+
+def test_vocabulary_mismatch_of_one_token(tmp_path, checkpoint):
+    other = copy(checkpoint, tmp_path / "other")
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"w57"', '"x57"'))
+    with pytest.raises(VocabularyMismatchError, match=r"token 57 is 'x57' in the draft and 'w57' in the target"):
+        LLM(checkpoint, other)
+
+
+def test_gamma_beyond_the_probes_width(llm):
+    most = llm.model.row_invariance.max_draft_tokens
+    with pytest.raises(RequestError, match=rf"num_draft_tokens={most + 1} is not usable; it must be in \[0, {most}\]"):
+        llm.generate([1, 2], num_draft_tokens=most + 1)
+    with pytest.raises(RequestError, match=r"num_draft_tokens=-1 is not usable"):
+        llm.generate([1, 2], num_draft_tokens=-1)
+
+
+# Prompts
+
+
+def test_a_prompt_longer_than_the_context_says_how_long(llm):
+    with pytest.raises(PromptTooLongError, match=r"the prompt has 70 tokens, .* context of 64 .* at most 63 tokens"):
+        llm.generate([1] * 70)
+    with pytest.raises(PromptTooLongError):
+        llm.generate([1] * 64)
+    assert llm.generate([1] * 63).finish_reason == "length"
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[1, 2], []], ""])
+def test_an_empty_prompt(checkpoint, prompts):
+    llm = LLM(checkpoint, "none")
+    with pytest.raises(RequestError, match=r"the prompt is empty; give at least one token"):
+        llm.generate(prompts)
+    assert not llm.engine.has_work
+
+
+def test_no_prompts_give_no_results(llm):
+    assert llm.generate([]) == []
+
+
+@pytest.mark.parametrize("token", [160, -1])
+def test_a_token_outside_the_vocabulary(llm, token):
+    with pytest.raises(RequestError, match=rf"token id {token} is outside the vocabulary of 160"):
+        llm.generate([1, token])
+
+
+def test_text_without_a_tokenizer(llm):
+    with pytest.raises(RequestError, match=r"without a tokenizer; pass tokenizer="):
+        llm.generate("hello")
+    with pytest.raises(RequestError, match=r"stop=\('x',\) needs a tokenizer"):
+        llm.generate([1, 2], SamplingParams(stop="x"))
+
+
+def test_nothing_has_run_when_one_prompt_of_many_is_bad(llm):
+    with pytest.raises(RequestError):
+        llm.generate([[1, 2], [1] * 70])
+    with pytest.raises(RequestError, match=r"2 sampling parameters for 1 prompts; give one, or one each"):
+        llm.generate([[1, 2]], [SamplingParams()] * 2)
+    assert not llm.engine.has_work
+
+
+# Sampling parameters
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        ({"temperature": -0.1}, r"temperature=-0\.1 is not usable; it must be 0 \(greedy\) or more"),
+        ({"temperature": math.nan}, r"temperature=nan is not usable"),
+        ({"temperature": math.inf}, r"temperature=inf is not usable"),
+        ({"top_k": -1}, r"top_k=-1 is not usable; it must be 0 \(off\) or more"),
+        ({"top_p": 0.0}, r"top_p=0\.0 is not usable; it must be in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p=1\.1"),
+        ({"min_p": -0.2}, r"min_p=-0\.2 is not usable; it must be in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0 is not usable; it must be more than 0"),
+        ({"repetition_penalty": math.inf}, r"repetition_penalty=inf is not usable"),
+        ({"presence_penalty": 3.0}, r"presence_penalty=3\.0 is not usable; it must be in \[-2, 2\]"),
+        ({"frequency_penalty": -3.0}, r"frequency_penalty=-3\.0"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 is not usable; it must be 1 or more"),
+        ({"seed": -1}, r"seed=-1"),
+        ({"seed": 2**63}, r"seed=9223372036854775808"),
+        ({"stop": ""}, r"stop=\('',\) is not usable; it must be non-empty strings"),
+        ({"logprobs": -1}, r"logprobs=-1"),
+        ({"logprobs": 101}, r"logprobs=101"),
+        ({"verifier": "typical"}, r"verifier='typical' is not usable; it must be 'coupled' or 'rejection'"),
+        ({"top_k": 5}, r"temperature=0 \(greedy\) contradicts top_k=5; set a temperature or drop the filter"),
+        ({"top_p": 0.9, "min_p": 0.1}, r"contradicts top_p=0\.9, min_p=0\.1"),
+    ],
+)
+def test_sampling_values(values, wanted):
+    with pytest.raises(RequestError, match=wanted):
+        SamplingParams(**values)
+
+
+def test_a_bias_outside_the_vocabulary_is_found_before_anything_runs(llm):
+    with pytest.raises(RequestError, match=r"logit_bias names tokens \[160, 999\]; this vocabulary has ids 0 to 159"):
+        llm.generate([1, 2], SamplingParams(logit_bias={3: 1.0, 160: 1.0, 999: 2.0}))
+    assert not llm.engine.has_work
+
+
+# What goes wrong while it runs
+
+
+class Ruins(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores * (math.nan if input_ids.shape[1] == 5 else 1.0)
+
+
+def test_nan_logits(llm):
+    with pytest.raises(NumericsError, match=r"the largest score at position 5 is nan: .*; load it in bfloat16"):
+        llm.generate([1, 2], SamplingParams(processors=(Ruins(),)))
+    assert not llm.engine.has_work
+    assert len(llm.generate([1, 2], SamplingParams(max_new_tokens=4)).token_ids) == 4
+
+
+def test_a_stream_is_not_hurt_by_a_failure_of_another(llm):
+    params = SamplingParams(max_new_tokens=9)
+    alone = llm.generate([1, 2], params).token_ids
+    sound, broken = llm.stream([1, 2], params), llm.stream([1, 2], SamplingParams(processors=(Ruins(),)))
+    tokens = list(next(sound).token_ids)
+    with pytest.raises(NumericsError):
+        for _ in broken:
+            pass
+    for chunk in sound:
+        tokens += chunk.token_ids
+    assert tokens == alone
+
+
+def test_streams_may_be_read_in_any_order(llm):
+    params = SamplingParams(max_new_tokens=9)
+    alone = [llm.generate([1, 2 + i], params).token_ids for i in range(3)]
+    streams = [llm.stream([1, 2 + i], params) for i in range(3)]
+    tokens: list[list[int]] = [[], [], []]
+    for turn in (0, 1, 1, 2, 0, 2, 2, 2, 1, 0):
+        chunk = next(streams[turn], None)
+        tokens[turn] += chunk.token_ids if chunk else ()
+    for i, stream in enumerate(streams):
+        for chunk in stream:
+            tokens[i] += chunk.token_ids
+    assert tokens == alone
+    assert not llm.engine.has_work
+
+
+def test_cache_out_of_memory_says_how_much_and_what_to_lower(monkeypatch):
+    llm = LLM(tiny("llama"), "none")
+    zeros = torch.zeros
+
+    def fails(*args, **kwargs):
+        if len(args) == 3:
+            raise RuntimeError("not enough memory")
+        return zeros(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", fails)
+        with pytest.raises(
+            CacheMemoryError, match=r"the cache needs [\d.]+ GiB on cpu for 1 sequences of 512 tokens.*lower"
+        ):
+            llm.generate([1, 2])
+    assert not llm.engine.has_work
+    assert len(llm.generate([1, 2], SamplingParams(max_new_tokens=3)).token_ids) == 3
+
+
+def test_every_error_is_ours_and_a_python_one_too():
+    assert issubclass(RequestError, ForedraftError) and issubclass(RequestError, ValueError)
+    assert issubclass(CacheMemoryError, ForedraftError) and issubclass(CacheMemoryError, MemoryError)
