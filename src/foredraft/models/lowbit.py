@@ -168,7 +168,10 @@ def _fill(model: PreTrainedModel, manifest: Manifest, reader: _Reader) -> None:
             raise ModelError(f"{reader.path} lists the layer {name}, which the model lacks; {CONVERT_AGAIN}")
         parent, _, child = name.rpartition(".")
         tensors = {kind: reader.get(f"{name}.{kind}") for kind in TENSORS[record.bits]}
-        setattr(modules[parent], child, StoredLinear(tensors, record.shape[1], getattr(modules[name], "bias", None)))
+        stored = StoredLinear(tensors, record.shape[1], getattr(modules[name], "bias", None))
+        if sorted(record.shape) != sorted(modules[name].weight.shape) or not stored.fits(record.shape):
+            raise ModelError(f"{reader.path}: the layer {name} has not the shape {record.shape}; {CONVERT_AGAIN}")
+        setattr(modules[parent], child, stored)
     tied = model.all_tied_weights_keys
     for name, parameter in list(model.named_parameters()):
         if name not in tied or name in manifest.tensors:

@@ -41,6 +41,14 @@ class StoredLinear(nn.Module):
     def groups(self) -> int:
         return int(self.grid.shape[1]) if self.bits == 4 else 1
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the tensors are those of a weight of this shape [out, in]."""
+        rows, width = self.codes.shape
+        if self.bits == 8:
+            return (rows, width) == tuple(shape) and self.scale.shape == (rows,)
+        whole = (2 * width) % self.groups == 0 and 0 <= 2 * width - shape[1] < 2 * width // self.groups
+        return rows == shape[0] and whole and self.grid.shape == (rows, self.groups, 2)
+
     def empty(self) -> None:
         """Let go of the tensors, once they serve in a kernel's layout."""
         for name in TENSORS[self.bits]:
