@@ -129,6 +129,7 @@ class Carousel:
         self.timed: list[Timed] = []
         self.prefills: list[float] = []
         self.decoding = False  # has `start` been asked in this step?
+        self.warm = False  # is this step counted?
 
     def start(self, sequence: Request) -> int:
         if self.left == 0:
@@ -138,7 +139,7 @@ class Carousel:
             self.current, self.left = self.order.pop(), STRETCH
         self.left -= 1
         assert self.current is not None
-        self.decoding = True
+        self.decoding, self.warm = True, self.left < STRETCH - 1
         return self.current.gamma
 
     def go_on(self, sequence: Request, confidences: tuple[float, ...]) -> bool:
@@ -151,7 +152,7 @@ class Carousel:
     def observe_times(self, times: StepTimes) -> None:
         if not self.decoding:
             self.prefills.append(times.total)
-        elif self.left < STRETCH - 1 and self.current is not None:
+        elif self.warm and self.current is not None:
             self.timed.append(Timed(self.current, times))
         self.decoding = False
 
@@ -161,7 +162,7 @@ class Carousel:
             self.current.drafter.observe(sequence, heard[0])
 
     def forget(self, sequence: Request) -> None:
-        self.decoding = False
+        """The next request begins a stretch of its own: its drafter has a prompt to catch up on."""
         self.left = 0
         for arm in self.arms:
             arm.drafter.forget(sequence)
