@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import tiny
 
+from foredraft import LLM, SamplingParams
+from foredraft.models.decoder import Decoder
 from foredraft.models.graphs import GraphPool
 
 
@@ -38,6 +41,19 @@ def test_the_least_recently_used_graph_is_dropped() -> None:
     for key in ("a", "b", "a", "c"):
         pool.run(key, lambda x: x + 1, torch.zeros(1))
     assert list(pool.captured) == ["a", "c"]
+
+
+def test_a_decoder_computes_the_same_through_graphs() -> None:
+    """Every input of a captured pass arrives through its buffers: texts grow, slots change, the cache moves."""
+    plain, graphed = (LLM(tiny("llama"), draft="none", max_batch_size=3) for _ in range(2))
+    assert isinstance(graphed.model, Decoder)
+    graphed.model.graphs = GraphPool(capture=Rerun)
+    prompts = [[5, 9, 2], list(range(90)), [7] * 40]
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    for batch in (prompts[:1], prompts, prompts[1:]):
+        expected = [result.token_ids for result in plain.generate(batch, params)]
+        assert [result.token_ids for result in graphed.generate(batch, params)] == expected
+    assert graphed.model.graphs.captured
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ self-drafter is another list over the same cache. Knows nothing of requests, dra
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
-from foredraft.models.cache import LayerShape, SlotCache
+from foredraft.models.cache import GRANULE, LayerShape, SlotCache
+from foredraft.models.graphs import GraphPool
 from foredraft.models.linear import LinearLayer, linear
 from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
 from foredraft.models.stored import StoredLinear, fuse
@@ -107,8 +109,13 @@ class Attention:
         q = q.reshape(count, g.width, self.kv_heads, fold, self.head_dim)
         if g.width <= SHORT_SPAN:  # [count, kv_heads, width * fold, head_dim]
             q = q.transpose(1, 2).reshape(count, self.kv_heads, g.width * fold, self.head_dim)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-            out = out.view(count, self.kv_heads, g.width, fold, self.head_dim).transpose(1, 2)
+            rows = q.shape[2]
+            if (
+                rows == 1 and q.dtype != torch.float32
+            ):  # a draft; alone, a row takes the CPU's kernel 7 times two rows' time
+                q = q.expand(-1, -1, 2, -1)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)[:, :, :rows]
+            out = out.reshape(count, self.kv_heads, g.width, fold, self.head_dim).transpose(1, 2)
         else:  # [kv_heads, fold, width, head_dim]: a prefill span, whose mask would be large if it were folded
             q = q.view(g.width, self.kv_heads, fold, self.head_dim).permute(1, 2, 0, 3)
             keys, values = (t[0].unsqueeze(1).expand(-1, fold, -1, -1) for t in (keys, values))
@@ -162,6 +169,8 @@ class Decoder:
         attentions = [s for s in self.sublayers if isinstance(s, Attention)]
         self.fold = attentions[0].heads // attentions[0].kv_heads
         self.windows = {s.window for s in attentions}
+        self.zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.graphs = GraphPool() if self.device.type == "cuda" else None
         shapes = [LayerShape(s.kv_heads, s.head_dim, s.head_dim) for s in attentions]
         self.cache = SlotCache(shapes, dtype=self.dtype, devices=[self.device] * len(shapes))
 
@@ -179,6 +188,7 @@ class Decoder:
         other = copy.copy(self)
         other.sublayers = [s.converted(convert) for s in self.sublayers if not s.skipped(skip)]
         other.head = convert(self.head)
+        other.graphs = None if self.graphs is None else GraphPool()
         return other
 
     def weight_sample(self) -> list[torch.Tensor]:
@@ -190,21 +200,46 @@ class Decoder:
     def forward(self, rows: RowBatch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
         self.cache.reserve(max(rows.slots) + 1, rows.max_position)
-        x = F.embedding(torch.tensor(rows.tokens, device=self.device), self.embedding)
-        p = self._pass(rows)
+        self.rope.reserve(rows.max_position, self.device)
+        inputs = torch.tensor((rows.tokens, rows.positions, rows.slots), device=self.device)
+        wanted = self._wanted(rows)
+        if self.graphs is None or rows.groups[0].width > SHORT_SPAN or not rows.wanted:
+            return self._body(rows.groups, inputs, wanted)[: len(rows.wanted)]
+        groups = tuple(g.at_key_length(self._graph_length(g)) for g in rows.groups)
+        self.cache.reserve(self.cache.slots, max(g.key_length for g in groups))
+        shapes = tuple((g.first_slot, g.width, len(g.starts), g.key_length) for g in groups)
+        key = (shapes, self.cache.slots, self.cache.length, len(self.rope.cos), len(wanted))
+        return self.graphs.run(key, partial(self._body, groups), inputs, wanted)[: len(rows.wanted)]
+
+    def _graph_length(self, g: Group) -> int:
+        """Keys of a captured pass: doubling from 512, so that few graphs serve a growing text."""
+        length = GRANULE
+        while length < g.key_length:
+            length *= 2
+        return length
+
+    def _wanted(self, rows: RowBatch) -> torch.Tensor:
+        """Rows that go through the head: the wanted ones, and as many again as keep the head row invariant."""
+        padding = min(self.row_invariance.min_rows, len(rows.tokens)) - len(rows.wanted)
+        padded = [*rows.wanted, *rows.wanted[-1:] * padding]
+        return torch.tensor(padded, dtype=torch.int64, device=self.device)
+
+    def _body(self, groups: tuple[Group, ...], inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """inputs [3, N]: token ids, positions, slots; wanted [R]. Tensors in, a tensor out, so that it can be a graph."""
+        tokens, positions, slots = inputs.unbind()
+        p = self._pass(groups, positions, slots)
+        x = F.embedding(tokens, self.embedding)
         for sublayer in self.sublayers:
             x = sublayer(x, p)
-        if not rows.wanted:
+        if not len(wanted):
             return x.new_empty(0, self.vocab_size)
-        x = self._select(x, rows.wanted)
-        return self.head.forward(self.norm(x))[: len(rows.wanted)]
+        return self.head.forward(self.norm(x.index_select(0, wanted)))
 
-    def _pass(self, rows: RowBatch) -> Pass:
-        positions = torch.tensor(rows.positions, device=self.device)
-        index = positions + torch.tensor(rows.slots, device=self.device) * self.cache.length
-        cos, sin = self.rope.at(positions, rows.max_position)
-        masks = {window: [self._mask(positions, g, window) for g in rows.groups] for window in self.windows}
-        return Pass(self.cache, index, cos, sin, rows.groups, masks)
+    def _pass(self, groups: tuple[Group, ...], positions: torch.Tensor, slots: torch.Tensor) -> Pass:
+        index = torch.add(positions, slots, alpha=self.cache.length)
+        cos, sin = self.rope.at(positions)
+        masks = {window: [self._mask(positions, g, window) for g in groups] for window in self.windows}
+        return Pass(self.cache, index, cos, sin, groups, masks)
 
     def _mask(self, positions: torch.Tensor, g: Group, window: int | None) -> torch.Tensor:
         """Additive mask [count, 1, width * fold, key_length], or [1, 1, width, key_length] of a prefill span."""
@@ -216,14 +251,7 @@ class Decoder:
         hidden = keys > queries
         if window is not None:
             hidden |= keys <= queries - window
-        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-
-    def _select(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
-        """The wanted rows, and as many again as keep the head row invariant."""
-        padded = [*wanted, *[wanted[-1]] * (min(self.row_invariance.min_rows, x.shape[0]) - len(wanted))]
-        if len(padded) == x.shape[0] and padded == list(range(x.shape[0])):
-            return x
-        return x.index_select(0, torch.tensor(padded, device=self.device))
+        return self.zero.masked_fill(hidden, -torch.inf)
 
 
 class Rope:
@@ -234,18 +262,19 @@ class Rope:
         self.dtype = dtype
         self.cos = self.sin = torch.empty(0, 1, 0)
 
-    def at(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) [N, 1, head_dim]; sin's first half is negated, so that rotate_half becomes a roll."""
-        if length > self.cos.shape[0]:
-            self._extend(max(length, 2 * self.cos.shape[0], 1024), positions.device)
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
-
-    def _extend(self, length: int, device: torch.device) -> None:
+    def reserve(self, length: int, device: torch.device) -> None:
+        if length <= len(self.cos):
+            return
+        length = max(length, 2 * len(self.cos), 1024)
         probe = torch.empty(1, 1, 1, dtype=self.dtype, device=device)
         cos, sin = self.module(probe, torch.arange(length, device=device)[None])
         half = sin.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         self.cos, self.sin = cos[0].unsqueeze(1).contiguous(), sin[0].unsqueeze(1).contiguous()
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [N, 1, head_dim]; sin's first half is negated, so that rotate_half becomes a roll."""
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
 
 
 def _sublayers(base: Any, config: PreTrainedConfig, make_linear: MakeLinear, consume: bool) -> list[Sublayer]:

@@ -1,11 +1,12 @@
 """The rows of one forward pass: which tokens of which sequences, at which positions, with which padding.
 
-Owns the arithmetic of row invariance: every span gets at least `min_rows` rows, a multiple of
-`row_multiple`, and attention a key length rounded up to `key_multiple`. Knows nothing of tensors or models, so that the decoder, the adapter and the probe plan alike.
+Owns the arithmetic of row invariance: every span gets at least `min_rows` rows, a multiple of `row_multiple`, and
+attention a key length rounded up to `key_multiple`. Knows nothing of tensors or models, so that the decoder, the adapter
+and the probe plan alike.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHORT_SPAN = 64  # spans up to here are padded to a common width, so that one attention call serves a whole batch
 
@@ -54,6 +55,9 @@ class Group:
     @property
     def num_rows(self) -> int:
         return self.width * len(self.starts)
+
+    def at_key_length(self, key_length: int) -> "Group":
+        return replace(self, key_length=key_length)
 
 
 @dataclass(frozen=True, slots=True)
