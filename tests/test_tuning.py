@@ -102,6 +102,17 @@ def test_exact_score_of_a_skip_draft_is_what_generating_counts(llm: LLM, skip: S
         same(acceptance, generated(llm, drafter, calibration, gamma), gamma, len(calibration.samples))
 
 
+def test_exact_score_through_the_adapter_is_what_generating_counts() -> None:
+    llm = LLM(tiny("gpt2"), "none", max_batch_size=4)
+    calibration = text(llm)
+    drafter = SelfDrafter(llm.model, "skip", None, SKIPS[0])
+    scorer = Scorer(llm.model, calibration)
+    acceptance = scorer.score(drafter.model, depth=4, exact=True)
+    scorer.close()
+    assert 0.02 < acceptance.alpha < 1
+    same(acceptance, generated(llm, drafter, calibration, 4), 4, len(calibration.samples))
+
+
 def test_one_pass_comes_close_to_the_exact_score(llm: LLM) -> None:
     calibration = text(llm, count=8)
     scorer = Scorer(llm.model, calibration)

@@ -153,7 +153,7 @@ class HFModel:
         if kept == rows.wanted:
             return logits
         place = {row: i for i, row in enumerate(kept)}
-        return logits[torch.tensor([place[row] for row in rows.wanted], device=logits.device)]
+        return logits[torch.tensor([place[row] for row in rows.wanted], dtype=torch.long, device=logits.device)]
 
     def _calls(self, rows: RowBatch) -> Iterator[Group]:
         """The groups; cut into single spans where the model takes no positions of ours."""
