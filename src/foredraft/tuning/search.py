@@ -63,7 +63,7 @@ class Study:
 
     Raises:
         ForedraftError: optuna is not installed.
-        RequestError: the file is no study, or of another model, text or machine.
+        RequestError: the file is no study, or the study of something else.
     """
 
     def __init__(self, num_layers: int, name: str = "skip", path: Path | None = None, about: str = "") -> None:
