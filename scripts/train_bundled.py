@@ -83,9 +83,9 @@ class Recipe:
         )
 
 
-TARGET = Recipe(256, 12, 704, 4, 2, peak_lr=2.5e-3, steps=2800)
+TARGET = Recipe(256, 12, 704, 4, 2, peak_lr=2.5e-3, steps=1800)
 OWN_TEXT_WEIGHT = 4  # how often the draft sees the target's own text for each time it sees a dialogue
-DRAFT = Recipe(256, 1, 768, 4, 1, peak_lr=4e-3, steps=2400)  # one layer: at this size a layer's price is its calls
+DRAFT = Recipe(256, 1, 768, 4, 1, peak_lr=4e-3, steps=1400)  # one layer: at this size a layer's price is its calls
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -216,9 +216,9 @@ def evaluate(model: LlamaForCausalLM, dialogues: list[torch.Tensor], device: str
 
 @torch.no_grad()
 def continuations(
-    teacher: LlamaForCausalLM, dialogues: list[torch.Tensor], folder: Path, device: str, count: int = 1536
+    teacher: LlamaForCausalLM, dialogues: list[torch.Tensor], folder: Path, device: str, count: int = 768
 ) -> list[torch.Tensor]:
-    """The target's own text after real openings, half greedy and half sampled: what the draft will be asked to guess."""
+    """The target's own text after real openings, half greedy and half sampled: what the draft has to guess."""
     path = folder / "continuations.pt"
     if path.exists():
         return list(torch.load(path))
