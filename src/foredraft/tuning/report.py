@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -11,17 +12,18 @@ from rich.text import Text
 from foredraft.errors import ForedraftError
 from foredraft.tuning.advice import Advice, Row
 
-HEADERS = ("drafter", "alpha", "cost", "length", "tokens/pass", "predicted", "measured", "range", "memory", "tokens")
+HEADERS = ("drafter", "alpha", "cost", "length", "per pass", "predicted", "measured", "range", "MiB", "tokens")
 
 
 def render(advice: Advice) -> RenderableType:
     """The table of drafters, what each skips, and the recommendation."""
-    table = Table(*HEADERS, title=f"drafters for {advice.model}" if advice.model else None)
+    title = f"drafters for {advice.model}" if advice.model else None
+    table = Table(*HEADERS, title=title, box=SIMPLE, padding=0, pad_edge=False, title_justify="left")
     best = advice.recommended
     for row in advice.rows:
         table.add_row(*_cells(row), style="bold" if row is best else None)
     for name, reason in advice.refused.items():
-        table.add_row(name, Text(reason, style="dim"), *[""] * (len(HEADERS) - 2))
+        table.add_row(name, *["-"] * (len(HEADERS) - 1), style="dim")
     return Group(table, *(Text(line) for line in lines(advice)))
 
 
@@ -31,6 +33,7 @@ def show(advice: Advice, console: Console) -> None:
 
 def lines(advice: Advice) -> Iterator[str]:
     """What the table leaves to words."""
+    yield from (f"{name} cannot serve: {reason}" for name, reason in advice.refused.items())
     for row in advice.rows:
         if row.skip is not None:
             skipped = f"attention {_list(row.skip.attention)}, MLP {_list(row.skip.mlp)}"
@@ -56,8 +59,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.forecast.tokens_per_pass:.2f}",
         f"{row.forecast.speedup:.2f}",
         f"{measured.speedup:.2f}" if measured else "-",
-        f"{measured.low:.2f} to {measured.high:.2f}" if measured else "-",
-        f"{row.memory / 2**20:.1f} MiB" if row.memory else "-",
+        f"{measured.low:.2f}-{measured.high:.2f}" if measured else "-",
+        f"{row.memory / 2**20:.1f}" if row.memory else "-",
         ("equal" if measured.equal else "DIFFERENT") if measured else "-",
     )
 
