@@ -147,17 +147,19 @@ class Threshold(Fixed):
 
 @dataclass(slots=True)
 class Average:
-    """An exponential moving average that starts as the plain mean; a far outlier counts as twice the average."""
+    """An exponential moving average that starts as the plain mean."""
 
     value: float = 0.0
     count: int = 0
     memory: int = 40
 
     def add(self, value: float) -> None:
-        if self.count >= 4:
-            value = min(value, 2 * self.value)
         self.count += 1
         self.value += (value - self.value) / min(self.count, self.memory)
+
+    def add_cost(self, value: float) -> None:
+        """A far outlier (something else ran) counts as twice the average."""
+        self.add(min(value, 2 * self.value) if self.count >= 4 and self.value else value)
 
 
 @dataclass(slots=True)
@@ -207,63 +209,122 @@ class Calibration:
         return self.accepted[i] / self.seen[i]
 
 
+@dataclass(slots=True)
+class StepCosts:
+    """What steps of one batch size cost, in seconds."""
+
+    batch: int
+    plain: Average = field(default_factory=Average)  # a step without drafts
+    draft: Average = field(default_factory=Average)  # drafting one token for all that draft
+    rows: RowCost = field(default_factory=RowCost)
+    free_rows: int = 1  # rows of a sequence that a step without drafts has anyway
+    emitted: Average = field(default_factory=lambda: Average(memory=20))
+    seconds: Average = field(default_factory=lambda: Average(memory=20))
+
+    def add(self, times: StepTimes, longest: int) -> None:
+        if longest:
+            self.draft.add_cost(times.drafting / longest)
+        else:
+            self.plain.add_cost(times.total)
+            self.free_rows = times.rows // times.batch
+        self.rows.add(times.rows, times.total - times.drafting)
+        self.emitted.add(times.emitted)
+        self.seconds.add_cost(times.total)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of the latest steps, drafted or not."""
+        return self.emitted.value / self.seconds.value if self.seconds.value else 0.0
+
+    def price(self, index: int, sharing: int) -> float:
+        """Seconds that the draft token at this index adds to a step, for each of those that draft so far.
+
+        One pass of a drafter serves them all, and all sequences get the rows of the longest draft.
+        """
+        rows = self.batch if index + 2 > self.free_rows else 0
+        return (self.draft.value + rows * self.rows.slope(0.002)) / max(1, sharing)
+
+
+@dataclass(slots=True)
+class Trial:
+    """When sequences whose drafts do not pay try one token: all in the same step, which is cheaper in a batch."""
+
+    every: int = 16
+    longest: int = 64
+    right: int = 0
+    made: int = 0
+
+    def count(self, right: bool) -> None:
+        self.made += 1
+        self.right += right
+
+    def end_step(self) -> None:
+        """Sooner again where most of this step's were right, later where they were not."""
+        if self.made:
+            self.every = 4 if 2 * self.right >= self.made else min(2 * self.every, self.longest)
+        self.right = self.made = 0
+
+
+@dataclass(slots=True)
+class Step:
+    """What the sequences of the step at hand have decided so far."""
+
+    willing: int = 0
+    open: dict[int, int] = field(default_factory=dict)  # by draft length: how many draft beyond it
+    longest: int = 0
+    trying: set[Sequence] = field(default_factory=set)
+
+
 class Gain(Fixed):
     """Draft one more token while its expected gain exceeds its measured price; the default.
 
-    The price of a drafted token is its share of drafting time and one more row to verify, in tokens at the current
-    rate; its gain is the probability that it and all before it are accepted, from calibrated confidences. Whether to
-    draft at all compares the best draft's tokens per second with plain decoding's. When drafting does not pay, one
-    step in `explore_every` drafts all the same, so that it can come back.
+    The price of a drafted token is what it adds to a step in seconds, at the current rate of tokens; its gain is the
+    probability that it and all before it are accepted, from calibrated confidences. Where the best length gains nothing
+    over plain decoding nothing is drafted, but for one token now and then (sooner again where that one was right), so
+    that drafting comes back. A plain step now and then keeps the comparison honest.
     """
 
-    def __init__(self, maximum: int = 16, explore_every: int = 48) -> None:
+    def __init__(self, maximum: int = 16, plain_every: int = 96) -> None:
         super().__init__(maximum)
-        self.explore_every = explore_every
+        self.plain_every, self.margin = plain_every, 0.02
         self.calibration = Calibration()
-        self.draft_cost, self.plain_cost, self.other_cost = Average(), Average(), Average()
-        self.rate = Average(memory=20)
-        self.rows = RowCost()
+        self.costs: dict[int, StepCosts] = {}  # by batch size
+        self.batch = 1
+        self.steps = 0
+        self.step = Step()
+        self.willing = 1  # sequences that would draft if all did, in the step before
+        self.trial = Trial()
+        self.alpha = Average(memory=200)  # acceptance of the next token, over all sequences
         self.alphas: dict[Sequence, Average] = {}
-        self.alpha = Average(memory=200)
-        self.idle = 0
-
-    def _alpha(self, sequence: Sequence) -> float:
-        """Acceptance of the next token, of this sequence where it has shown some, of all otherwise."""
-        own = self.alphas.get(sequence)
-        prior = self.alpha.value if self.alpha.count else 0.7
-        if own is None:
-            return prior
-        weight = own.count / (own.count + 8)
-        return weight * own.value + (1 - weight) * prior
 
     def start(self, sequence: Sequence) -> int:
-        if not self.draft_cost.count or self._pays(self._alpha(sequence)):
-            self.idle = 0
-            return self.num_draft_tokens
-        self.idle += 1
-        if self.idle >= self.explore_every:
-            self.idle = 0
-            return 2
-        return 0
+        costs = self._costs()
+        if costs.plain.count < 2 or self.steps % self.plain_every == self.plain_every - 1:
+            return 0
+        alpha = self._alpha(sequence)
+        self.step.willing += self._pays(alpha, costs, self.batch)
+        if not costs.draft.count or self._pays(alpha, costs, self.willing):
+            return self._open(self.num_draft_tokens)
+        if self.steps % self.trial.every:
+            return 0
+        self.step.trying.add(sequence)
+        return self._open(1)
 
-    def _pays(self, alpha: float) -> bool:
-        plain = self.plain_cost.value or self.other_cost.value
-        tokens, survival, best = 1.0, 1.0, 0.0
-        row = self.rows.slope(0.01)
-        for n in range(1, self.num_draft_tokens + 1):
-            survival *= alpha
-            tokens += survival
-            best = max(best, tokens / (plain + n * (self.draft_cost.value + row)))
-        return best * plain > 1.02
+    def _open(self, limit: int) -> int:
+        self.step.open[0] = self.step.open.get(0, 0) + 1
+        return limit
 
     def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
         survival = self._alpha(sequence)
         for confidence in confidences:
             survival *= self.calibration.probability(confidence)
-        return survival > self.rate.value * (self.draft_cost.value + self.rows.slope(0.01))
+        costs, depth, open = self._costs(), len(confidences), self.step.open
+        go_on = survival > costs.rate * costs.price(depth, open.get(depth - 1, 1))
+        open[depth] = open.get(depth, 0) + go_on
+        return go_on
 
     def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        own = self.alphas.setdefault(sequence, Average(memory=60))
+        own = self.alphas.setdefault(sequence, Average(memory=30))
         reached = min(len(verdict.accepted) + 1, len(draft))
         for i in range(reached):
             hit = i < len(verdict.accepted)
@@ -271,18 +332,43 @@ class Gain(Fixed):
             own.add(hit)
             if draft.confidences:
                 self.calibration.add(draft.confidences[i], hit)
+        self.step.longest = max(self.step.longest, len(draft))
+        if draft.tokens and sequence in self.step.trying:
+            self.trial.count(bool(verdict.accepted))
 
     def observe_times(self, times: StepTimes) -> None:
-        if times.drafted:
-            self.draft_cost.add(times.drafting / times.drafted)
-        else:
-            self.plain_cost.add(times.total)
-        self.other_cost.add(times.total - times.drafting)
-        self.rows.add(times.rows, times.verifying)
-        self.rate.add(times.emitted / times.total)
+        self.steps += 1
+        self.trial.end_step()
+        self.batch = times.batch
+        self._costs().add(times, self.step.longest)
+        self.willing = self.step.willing
+        self.step = Step()
 
     def forget(self, sequence: Sequence) -> None:
         self.alphas.pop(sequence, None)
+
+    def _costs(self) -> StepCosts:
+        return self.costs.setdefault(self.batch, StepCosts(self.batch))
+
+    def _alpha(self, sequence: Sequence) -> float:
+        """Acceptance of the next token, of this sequence where it has shown some, of all otherwise."""
+        prior = self.alpha.value if self.alpha.count else 0.7
+        own = self.alphas.get(sequence)
+        if own is None:
+            return prior
+        weight = own.count / (own.count + 8)
+        return weight * own.value + (1 - weight) * prior
+
+    def _pays(self, alpha: float, costs: StepCosts, sharing: int) -> bool:
+        """Whether the best draft length brings more tokens than plain decoding makes of the same time."""
+        rate = self.batch / costs.plain.value
+        total, survival = 0.0, 1.0
+        for index in range(self.num_draft_tokens):
+            survival *= alpha
+            total += survival - rate * costs.price(index, sharing)
+            if total > self.margin:
+                return True
+        return False
 
 
 class PerRequest:

@@ -1,0 +1,245 @@
+"""Draft-length policies: the reference systems' rules to the letter, and the default's promise in simulated worlds."""
+
+from itertools import product
+
+import pytest
+from simulation import World, fresh, run
+
+from foredraft.errors import RequestError
+from foredraft.policy import (
+    POLICIES,
+    Average,
+    Calibration,
+    Fixed,
+    Gain,
+    Heuristic,
+    PerRequest,
+    RowCost,
+    Threshold,
+    make_policy,
+)
+from foredraft.types import Draft, Verdict
+
+LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def observe(policy, sequence, drafted: int, accepted: int) -> None:
+    kind = "bonus" if accepted == drafted else "recovered"
+    policy.observe(sequence, Draft((0,) * drafted), Verdict(tuple(range(accepted)), 0, kind))
+
+
+# Rules with a name
+
+
+def test_fixed_never_changes():
+    policy, sequence = Fixed(3), fresh()
+    for drafted, accepted in ((3, 0), (3, 3), (0, 0)):
+        observe(policy, sequence, drafted, accepted)
+        assert policy.start(sequence) == 3
+        assert policy.go_on(sequence, (0.01,))
+
+
+def test_heuristic_adds_two_after_a_whole_draft_and_takes_one_otherwise():
+    policy, sequence, other = Heuristic(5, maximum=8), fresh(), fresh()
+    lengths = []
+    for accepted in (5, 7, 8, 0, 0):
+        observe(policy, sequence, policy.start(sequence), accepted)
+        lengths.append(policy.start(sequence))
+    assert lengths == [7, 8, 8, 7, 6]
+    for _ in range(9):
+        observe(policy, sequence, policy.start(sequence), 0)
+    assert policy.start(sequence) == 1
+    observe(policy, sequence, 0, 0)  # nothing was drafted: nothing is learnt
+    assert policy.start(sequence) == 1
+    assert policy.start(other) == 5
+    policy.forget(sequence)
+    assert policy.start(sequence) == 5
+
+
+def test_threshold_follows_both_updates_to_the_letter():
+    """Draft & Verify, auto_parameters [1, 0.5, 0.9, 1e-2, 0.9], worked by hand."""
+    policy, sequence = Threshold(8, 0.8), fresh()
+    acceptance, threshold = 0.9, 0.8
+    for drafted, accepted in ((8, 8), (4, 4), (8, 7), (3, 0), (8, 8), (2, 2), (5, 5), (8, 8), (4, 4), (4, 4), (8, 8)):
+        observe(policy, sequence, drafted, accepted)
+        acceptance = 0.5 * acceptance + 0.5 * accepted / drafted
+        if acceptance < 0.9:
+            moved = threshold + 0.01
+        elif drafted == 8:
+            moved = threshold
+        else:
+            moved = threshold - 0.01
+        threshold = 0.9 * threshold + 0.1 * moved
+        state = policy.states[sequence]
+        assert (state.acceptance, state.threshold) == pytest.approx((acceptance, threshold), abs=1e-12)
+
+
+def test_threshold_moves_each_way():
+    def after(drafted: int, accepted: int) -> float:
+        policy, sequence = Threshold(8, 0.8), fresh()
+        observe(policy, sequence, drafted, accepted)
+        return policy.states[sequence].threshold
+
+    assert after(4, 4) == pytest.approx(0.799)  # all right with room to spare: draft further
+    assert after(8, 8) == pytest.approx(0.8)  # all right at full length: stay
+    assert after(8, 2) == pytest.approx(0.801)  # too many wrong: stop sooner
+
+
+def test_threshold_keeps_the_token_that_fell_short_and_stops_after_it():
+    policy, sequence = Threshold(8, 0.8, adaptive=False), fresh()
+    confidences: tuple[float, ...] = ()
+    for confidence in (0.95, 0.8, 0.79, 0.99):
+        confidences += (confidence,)
+        if not policy.go_on(sequence, confidences):
+            break
+    assert confidences == (0.95, 0.8, 0.79)
+    observe(policy, sequence, 3, 0)
+    assert not policy.go_on(sequence, (0.79,)) and policy.go_on(sequence, (0.8,))
+
+
+def test_threshold_is_carried_to_the_next_request():
+    policy, first = Threshold(8, 0.8), fresh()
+    for _ in range(50):
+        observe(policy, first, 4, 0)
+    learnt = policy.states[first].threshold
+    assert learnt > 0.82
+    policy.forget(first)
+    assert policy.go_on(second := fresh(), (learnt,)) and not policy.go_on(second, (learnt - 1e-6,))
+
+
+def test_a_request_that_asked_for_a_length_gets_it_and_teaches_nothing():
+    inner = Heuristic(5)
+    policy, asked, free = PerRequest(inner), fresh(), fresh()
+    asked.num_draft_tokens = 3
+    for _ in range(4):
+        observe(policy, asked, 3, 0)
+        observe(policy, free, 5, 0)
+    assert (policy.start(asked), policy.start(free)) == (3, 1)
+    assert policy.go_on(asked, (0.0,))
+    asked.num_draft_tokens = 0
+    assert policy.start(asked) == 0
+
+
+def test_policies_by_name():
+    assert isinstance(make_policy(None), Gain)
+    assert {name: type(make_policy(name)) for name in POLICIES} == {
+        "gain": Gain,
+        "fixed": Fixed,
+        "heuristic": Heuristic,
+        "threshold": Threshold,
+    }
+    own = Fixed(2)
+    assert make_policy(own) is own
+    with pytest.raises(RequestError, match=r"policy='best' is not known; use one of gain, fixed"):
+        make_policy("best")
+
+
+# What the default measures with
+
+
+def test_an_average_of_hits_and_misses_is_their_share():
+    """Clipping outliers, right for costs, would make 0 a trap: one hit after many misses must count as one."""
+    average = Average(memory=100)
+    for i in range(1000):
+        average.add(i % 10 == 9)
+    assert average.value == pytest.approx(0.1, abs=0.01)
+    zero = Average()
+    for hit in [0] * 10 + [1] * 200:
+        zero.add(hit)
+    assert zero.value > 0.95
+
+
+def test_a_cost_that_something_else_caused_counts_little():
+    average = Average()
+    for _ in range(20):
+        average.add_cost(1.0)
+    average.add_cost(1000.0)
+    assert average.value < 1.1
+
+
+def test_row_cost_is_the_slope_of_a_pass():
+    rows = RowCost()
+    for i in range(60):
+        rows.add(4 + i % 5, 1.0 + 0.25 * (4 + i % 5))
+    assert rows.slope(0.0) == pytest.approx(0.25)
+    flat = RowCost()
+    for _ in range(60):
+        flat.add(4, 2.0)
+    assert flat.slope(0.01) == pytest.approx(0.02)
+    assert RowCost().slope(0.01) == 0
+
+
+def test_calibration_learns_what_a_confidence_is_worth():
+    calibration = Calibration()
+    assert calibration.probability(0.95) == pytest.approx(0.95)
+    for i in range(400):
+        calibration.add(0.95, i % 2 == 0)
+    assert calibration.probability(0.95) == pytest.approx(0.5, abs=0.02)
+    assert calibration.probability(0.05) == pytest.approx(0.05)
+    assert calibration.probability(1.0) == calibration.probability(0.95)
+
+
+# The default
+
+
+def best_fixed(world: World, tokens: int) -> float:
+    """Tokens per second of plain decoding (length 0) or the best fixed length, known in hindsight."""
+    return max(run(world, Fixed(length), tokens)[0].rate for length in LENGTHS)
+
+
+WORLDS = [
+    World(draft_cost, row_cost, (alpha,), knows)
+    for draft_cost, row_cost, alpha, knows in product(
+        (0.0, 0.1, 0.3, 0.55), (0.0, 0.15), (0.1, 0.6, 0.95), (True, False)
+    )
+]
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=lambda w: f"{w.draft_cost}-{w.row_cost}-{w.alphas[0]}-{w.knows}")
+def test_never_slower_than_plain_decoding_or_the_best_fixed_length(world):
+    assert run(world, Gain(), 3000)[0].rate >= 0.97 * best_fixed(world, 3000)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("draft_cost", [0.0, 0.1, 0.3, 0.55])
+def test_nor_in_a_batch(draft_cost, alpha):
+    world = World(draft_cost, 0.02, (alpha,), batch=4)
+    rate = run(world, Gain(), 1500)[0].rate
+    assert rate >= 0.97 * run(world, Fixed(0), 1500)[0].rate
+    assert rate >= 0.92 * best_fixed(world, 1500)  # one length for all suits a batch in lockstep, known beforehand
+
+
+def test_drafts_when_it_pays_and_stops_when_it_does_not():
+    good, bad = (run(World(0.3, 0.02, (alpha,)), Gain(), 3000)[0] for alpha in (0.9, 0.1))
+    assert good.drafted / good.steps > 2
+    assert bad.drafted / bad.steps < 0.1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_comes_back_when_acceptance_recovers(batch):
+    worlds = [World(0.3, 0.02, (alpha,), batch=batch) for alpha in (0.9, 0.05, 0.9)]
+    phases = run(World(0.3, 0.02, (0.9, 0.05, 0.9), batch=batch), Gain(), 4500)
+    for world, phase in zip(worlds, phases, strict=True):
+        assert phase.rate >= 0.9 * best_fixed(world, 1500)
+    assert phases[1].drafted / phases[1].steps / batch < 0.15
+    assert phases[2].drafted / phases[2].steps / batch > 2
+
+
+def test_nothing_is_kept_of_a_request_that_ended():
+    policy = Gain()
+    run(World(), policy, tokens=2000, request=50)
+    assert len(policy.alphas) <= 1
+
+
+class Stubborn(Gain):
+    """A planted fault: never looks again once drafting has not paid."""
+
+    def start(self, sequence):
+        length = super().start(sequence)
+        return 0 if length == 1 else length
+
+
+def test_planted_fault_a_gate_that_never_reopens_is_found():
+    world = World(0.3, 0.02, (0.05, 0.9))
+    stubborn, sound = (run(world, policy, 6000)[1].rate for policy in (Stubborn(), Gain()))
+    assert stubborn < 0.8 * sound
