@@ -171,9 +171,7 @@ def test_a_growth_that_does_not_fit_changes_nothing(monkeypatch):
         return zeros(*args, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", second_fails)
-    with pytest.raises(
-        CacheMemoryError, match=r"0\.00 GiB on cpu for 2 sequences of 512 tokens.*lower max_model"
-    ):
+    with pytest.raises(CacheMemoryError, match=r"0\.00 GiB on cpu for 2 sequences of 512 tokens.*lower max_model"):
         cache.reserve(2, 10)
     assert (cache.slots, cache.length) == (1, GRANULE)
     check(cache, {0: [1.0, 2.0]})

@@ -190,10 +190,10 @@ def choose(
     """
     if params.greedy:
         tokens = scores.argmax(-1)
-        check_finite(scores.gather(1, tokens.unsqueeze(1)), positions)
+        check_finite(scores.gather(1, tokens.unsqueeze(1)).flatten().tolist(), positions)
         return list(map(int, tokens.tolist()))
     weights, ids, peak = _entrants(scores, params)
-    check_finite(peak, positions)
+    check_finite(peak.flatten().tolist(), positions)
     winners = race(weights, seeds, positions, stream, ids).unsqueeze(1)
     return list(map(int, (winners if ids is None else ids.gather(1, winners)).flatten().tolist()))
 
@@ -219,13 +219,13 @@ def race(
     return (weights / noise.exponential(seeds, positions, tokens, stream, weights.device)).argmax(-1)
 
 
-def check_finite(peaks: torch.Tensor, positions: Ids) -> None:
+def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
     """Refuse rows whose largest score is no number: NaN and +inf survive a maximum, and -inf means all are -inf.
 
     Raises:
         NumericsError: with the first such row.
     """
-    for peak, position in zip(peaks.flatten().tolist(), positions, strict=True):
+    for peak, position in zip(peaks, positions, strict=True):
         if not math.isfinite(peak):
             cause = "every token is masked" if peak < 0 else "the model overflowed, or a processor divided by zero"
             advice = "relax logit_bias and processors" if peak < 0 else "load it in bfloat16 or float32"
@@ -279,9 +279,8 @@ def _guess(scores: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
     probs, ids = None, None
     if params.greedy:
-        tokens = scores.argmax(-1)
-        peak = scores.gather(1, tokens.unsqueeze(1))
-        chances = (peak.squeeze(1) - scores.logsumexp(-1)).exp_()
+        peak, tokens = scores.max(-1)  # of equals any will do: it is a guess
+        chances = (scores - peak.unsqueeze(1)).exp_().sum(-1).reciprocal_()
     elif params.verifier == "coupled":
         weights, ids, peak = _entrants(scores, params)
         tokens = race(weights, [s.seed for s in sequences], positions, Stream.TOKEN, ids)
@@ -293,11 +292,18 @@ def _guess(scores: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc
         chances = probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     if ids is not None:
         tokens = ids.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    found = torch.stack((tokens.double(), chances.double(), peak.flatten().double())).cpu()
-    check_finite(found[2], positions)
+    drawn, confidences, peaks = _to_host(tokens, chances, peak.flatten())
+    check_finite(peaks, positions)
     rows = [None] * len(sequences) if probs is None else probs.unbind()
-    columns = zip(found[0].tolist(), found[1].tolist(), rows, strict=True)
-    return [Drawn(int(token), chance, row) for token, chance, row in columns]
+    return [Drawn(int(token), chance, row) for token, chance, row in zip(drawn, confidences, rows, strict=True)]
+
+
+def _to_host(*columns: torch.Tensor) -> list[list[float]]:
+    """Columns [b] as lists, with one wait for the device."""
+    if columns[0].device.type == "cpu":
+        return [column.tolist() for column in columns]
+    together: list[list[float]] = torch.stack([column.double() for column in columns]).tolist()
+    return together
 
 
 def logprobs(logits: torch.Tensor, tokens: Ids, top: int) -> list[TokenLogprobs]:

@@ -39,7 +39,7 @@ def verify_reached(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Ve
     peaks = scores.amax(-1)
     verdict = _decide(draft, scores.where(peaks.isfinite().unsqueeze(1), 0.0), positions, sequence)
     reached = [0, *(i + 1 for i in verdict.accepted)]
-    check_finite(peaks[reached], [positions[row] for row in reached])
+    check_finite(peaks[reached].tolist(), [positions[row] for row in reached])
     return verdict
 
 
@@ -55,7 +55,7 @@ def _decide(draft: Draft, scores: torch.Tensor, positions: list[int], sequence: 
     params = sequence.params
     if params.greedy or params.verifier == "coupled":
         return match(draft, choose(scores, params, sequence.seed, positions))
-    check_finite(scores.amax(-1), positions)
+    check_finite(scores.amax(-1).tolist(), positions)
     return rejection(draft, probabilities(restrict(scores, params)), sequence.seed, positions)
 
 

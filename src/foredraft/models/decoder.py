@@ -223,7 +223,7 @@ class Decoder:
         return torch.tensor(padded, dtype=torch.int64, device=self.device)
 
     def _body(self, groups: tuple[Group, ...], inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """inputs [3, N]: token ids, positions, slots; wanted [R]. Tensors in, a tensor out, so that it can be a graph."""
+        """inputs [3, N]: token ids, positions, slots; wanted [R]. Tensors alone, so that it can be a graph."""
         tokens, positions, slots = inputs.unbind()
         p = self._pass(groups, positions, slots)
         x = F.embedding(tokens, self.embedding)

@@ -1,8 +1,8 @@
 """The rows of one forward pass: which tokens of which sequences, at which positions, with which padding.
 
 Owns the arithmetic of row invariance: every span gets at least `min_rows` rows, a multiple of `row_multiple`, and
-attention a key length rounded up to `key_multiple`. Knows nothing of tensors or models, so that the decoder, the adapter
-and the probe plan alike.
+attention a key length rounded up to `key_multiple`. Knows nothing of tensors or models, so that decoder, adapter and
+probe plan alike.
 """
 
 from collections.abc import Iterable, Sequence

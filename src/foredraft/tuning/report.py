@@ -22,7 +22,7 @@ def render(advice: Advice) -> RenderableType:
     best = advice.recommended
     for row in advice.rows:
         table.add_row(*_cells(row), style="bold" if row is best else None)
-    for name, reason in advice.refused.items():
+    for name in advice.refused:
         table.add_row(name, *["-"] * (len(HEADERS) - 1), style="dim")
     return Group(table, *(Text(line) for line in lines(advice)))
 
