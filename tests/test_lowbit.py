@@ -169,7 +169,7 @@ def test_sampling_follows_the_seed(converted: Callable[[str, Any], Path]) -> Non
 def test_perplexity_of_a_trained_model(shared: Path, tmp_path: Path, weight_format: Any, most: float) -> None:
     source = shared / "models" / "stories3M"
     result = convert(source, tmp_path / "out", weight_format)
-    assert result.bytes < result.source_bytes * (0.24 if weight_format == "int4" else 0.32)  # of float32
+    assert result.bytes < result.source_bytes * (0.25 if weight_format == "int4" else 0.32)  # of float32
     tokens = t.AutoTokenizer.from_pretrained(tmp_path / "out")(STORY)["input_ids"]
 
     def perplexity(folder: Path, dtype: str) -> float:
