@@ -21,13 +21,12 @@ class BigramDrafter(NoDrafter):
         for i in range(max(1, self.counted[sequence]), len(ids)):
             self.followers[ids[i - 1]][ids[i]] += 1
         self.counted[sequence] = len(ids)
-        tokens, sure, last = [], [], ids[-1]
-        while len(tokens) < sequence.draft_limit and last in self.followers:
-            last, count = self.followers[last].most_common(1)[0]
-            sure.append(count / self.followers[tokens[-1] if tokens else ids[-1]].total())
+        tokens, sure, last, wanted = [], [], ids[-1], sequence.draft_limit > 0
+        while wanted and (counts := self.followers.get(last)):
+            last, count = counts.most_common(1)[0]
             tokens.append(last)
-            if not policy.go_on(sequence, tuple(sure)):
-                break
+            sure.append(count / counts.total())
+            wanted = len(tokens) < sequence.draft_limit and policy.go_on(sequence, tuple(sure))
         return Draft(tuple(tokens), self.name, confidences=tuple(sure))
 
     def forget(self, sequence):
@@ -36,5 +35,6 @@ class BigramDrafter(NoDrafter):
 
 if __name__ == "__main__":
     llm = LLM(draft=BigramDrafter())
-    result = llm.generate("User: I need a table for two in Oakland.\nAssistant:", SamplingParams(max_new_tokens=200))
-    print(f"{result.text}\n{result.stats.accepted} of {result.stats.drafted} drafted tokens were right")
+    for wish in ("a table for two in Oakland", "a hotel in London", "a table for four in Napa"):
+        result = llm.generate(f"User: I need {wish}.\nAssistant:", SamplingParams(max_new_tokens=200))
+        print(f"{result.text}\n{result.stats.accepted} of {result.stats.drafted} drafted tokens were right\n")

@@ -20,7 +20,8 @@ from foredraft.policy import (
 )
 from foredraft.types import Draft, Verdict
 
-LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+LENGTHS = (0, 1, 2, 4, 8, 16)
+SEEDS = range(3)
 
 
 def observe(policy, sequence, drafted: int, accepted: int) -> None:
@@ -182,31 +183,36 @@ def test_calibration_learns_what_a_confidence_is_worth():
 # The default
 
 
+def mean_rate(world: World, make, tokens: int) -> float:
+    """Tokens per second over all seeds: one run of 3,000 tokens is off by some 3 %."""
+    clocks = [run(world, make(), tokens, seed)[0] for seed in SEEDS]
+    return sum(clock.tokens for clock in clocks) / sum(clock.seconds for clock in clocks)
+
+
 def best_fixed(world: World, tokens: int) -> float:
     """Tokens per second of plain decoding (length 0) or the best fixed length, known in hindsight."""
-    return max(run(world, Fixed(length), tokens)[0].rate for length in LENGTHS)
+    return max(mean_rate(world, lambda length=length: Fixed(length), tokens) for length in LENGTHS)
 
 
 WORLDS = [
     World(draft_cost, row_cost, (alpha,), knows)
-    for draft_cost, row_cost, alpha, knows in product(
-        (0.0, 0.1, 0.3, 0.55), (0.0, 0.15), (0.1, 0.6, 0.95), (True, False)
-    )
+    for draft_cost, row_cost, alpha in product((0.0, 0.1, 0.3, 0.55), (0.0, 0.15), (0.1, 0.6, 0.95))
+    for knows in ((True, False) if row_cost else (True,))
 ]
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda w: f"{w.draft_cost}-{w.row_cost}-{w.alphas[0]}-{w.knows}")
 def test_never_slower_than_plain_decoding_or_the_best_fixed_length(world):
-    assert run(world, Gain(), 3000)[0].rate >= 0.97 * best_fixed(world, 3000)
+    assert mean_rate(world, Gain, 2000) >= 0.97 * best_fixed(world, 2000)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("draft_cost", [0.0, 0.1, 0.3, 0.55])
 def test_nor_in_a_batch(draft_cost, alpha):
     world = World(draft_cost, 0.02, (alpha,), batch=4)
-    rate = run(world, Gain(), 1500)[0].rate
-    assert rate >= 0.97 * run(world, Fixed(0), 1500)[0].rate
-    assert rate >= 0.92 * best_fixed(world, 1500)  # one length for all suits a batch in lockstep, known beforehand
+    rate = mean_rate(world, Gain, 500)
+    assert rate >= 0.97 * mean_rate(world, lambda: Fixed(0), 500)
+    assert rate >= 0.92 * best_fixed(world, 500)  # one length for all suits a batch in lockstep, known beforehand
 
 
 def test_drafts_when_it_pays_and_stops_when_it_does_not():
@@ -215,12 +221,20 @@ def test_drafts_when_it_pays_and_stops_when_it_does_not():
     assert bad.drafted / bad.steps < 0.1
 
 
+def test_a_cheap_drafter_gets_another_chance_soon():
+    """A bad first draft says little, and trying again costs nothing."""
+    policy = Gain()
+    run(World(0.001, 0.0, (0.02,)), policy, 100)
+    late = run(World(0.001, 0.0, (0.8,)), policy, 150)[0]
+    assert late.drafted / late.steps > 3
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_comes_back_when_acceptance_recovers(batch):
     worlds = [World(0.3, 0.02, (alpha,), batch=batch) for alpha in (0.9, 0.05, 0.9)]
     phases = run(World(0.3, 0.02, (0.9, 0.05, 0.9), batch=batch), Gain(), 4500)
     for world, phase in zip(worlds, phases, strict=True):
-        assert phase.rate >= 0.9 * best_fixed(world, 1500)
+        assert phase.rate >= 0.9 * best_fixed(world, 500)
     assert phases[1].drafted / phases[1].steps / batch < 0.15
     assert phases[2].drafted / phases[2].steps / batch > 2
 

@@ -166,7 +166,7 @@ class Average:
 class RowCost:
     """Seconds of a pass as a line in its rows, by least squares with forgetting."""
 
-    decay: float = 0.98
+    decay: float = 0.99
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
 
     def add(self, rows: int, seconds: float) -> None:
@@ -294,7 +294,7 @@ class Gain(Fixed):
         self.step = Step()
         self.willing = 1  # sequences that would draft if all did, in the step before
         self.trial = Trial()
-        self.alpha = Average(memory=200)  # acceptance of the next token, over all sequences
+        self.alpha = Average(0.6, count=8, memory=200)  # acceptance of the next token, over all; at first a guess
         self.alphas: dict[Sequence, Average] = {}
 
     def start(self, sequence: Sequence) -> int:
@@ -305,7 +305,8 @@ class Gain(Fixed):
         self.step.willing += self._pays(alpha, costs, self.batch)
         if not costs.draft.count or self._pays(alpha, costs, self.willing):
             return self._open(self.num_draft_tokens)
-        if self.steps % self.trial.every:
+        cheap = 100 * costs.rate * costs.price(0, self.batch)  # so that trials cost a hundredth of the time at most
+        if self.steps % max(1, min(self.trial.every, round(cheap))):
             return 0
         self.step.trying.add(sequence)
         return self._open(1)
@@ -352,12 +353,11 @@ class Gain(Fixed):
 
     def _alpha(self, sequence: Sequence) -> float:
         """Acceptance of the next token, of this sequence where it has shown some, of all otherwise."""
-        prior = self.alpha.value if self.alpha.count else 0.7
         own = self.alphas.get(sequence)
         if own is None:
-            return prior
+            return self.alpha.value
         weight = own.count / (own.count + 8)
-        return weight * own.value + (1 - weight) * prior
+        return weight * own.value + (1 - weight) * self.alpha.value
 
     def _pays(self, alpha: float, costs: StepCosts, sharing: int) -> bool:
         """Whether the best draft length brings more tokens than plain decoding makes of the same time."""
