@@ -293,6 +293,56 @@ def test_a_processor_that_masks_everything_after_a_refused_draft_hurts_nobody():
     assert request.token_ids == plain(ask).token_ids
 
 
+def test_a_processor_that_raises_where_plain_decoding_never_comes_hurts_nobody():
+    class Strict(LogitsProcessor):
+        """Never says 7, and raises on a text that does."""
+
+        def __call__(self, input_ids, scores):
+            if 7 in input_ids:
+                raise KeyError(7)
+            scores[:, 7] = -math.inf
+            return scores
+
+    ask = Ask([1, 2], SamplingParams(temperature=1.0, max_new_tokens=12, processors=(Strict(),)), seed=5)
+    (request,) = play(engine(Sevens()), [ask])
+    assert request.error is None
+    assert request.token_ids == plain(ask).token_ids
+
+
+def test_a_processor_that_fails_on_a_guess_only_ends_the_draft(llama):
+    """The drafter asks the request's processors too, on texts that the target may never agree to."""
+
+    class Counts(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] > 9:
+                raise KeyError("nine")
+            return scores
+
+    asks = [Ask([1, 2], SamplingParams(max_new_tokens=20, processors=(Counts(),))), Ask([1, 3], GREEDY, seed=1)]
+    drafter = ModelDrafter(load_target(tiny("llama"), LoadOptions()), llama.vocab_size)
+    broken, sound = play(engine(drafter, model=llama), asks)
+    assert isinstance(broken.error, KeyError)
+    assert broken.num_output == 8
+    assert sound.token_ids == plain(asks[1], model=llama).token_ids
+
+
+def test_a_draft_model_that_overflows_leaves_plain_decoding(llama):
+    """It says so, drafts no more for that text, and serves the next one that gets its slot."""
+    draft = load_target(tiny("llama", seed=1), LoadOptions())
+    asks = [Ask([1, 2, 3], GREEDY), Ask([1, 3], GREEDY, seed=1)]
+    drafter = ModelDrafter(draft, llama.vocab_size)
+    embedding = draft.embedding
+    draft.embedding = embedding.clone()
+    draft.embedding[3] = math.nan
+    with pytest.warns(RuntimeWarning, match=r"'model' gave logits that are no numbers after \d+ tokens"):
+        (first,) = play(engine(drafter, model=llama, batch=1), asks[:1])
+    draft.embedding = embedding
+    (second,) = play(engine(drafter, model=llama, batch=1), asks[1:])
+    assert first.error is None
+    assert (first.stats.drafted, second.stats.drafted > 0) == (0, True)
+    assert [first.token_ids, second.token_ids] == [plain(ask, model=llama).token_ids for ask in asks]
+
+
 def test_a_slot_that_held_nan_serves_again(llama):
     asks = [Ask([1, 2, 7], GREEDY), Ask([1, 2, 3], GREEDY)]
     embedding = llama.embedding

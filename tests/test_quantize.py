@@ -15,6 +15,7 @@ from foredraft.models.quantize import (
     Int8Linear,
     Quantizer,
     dense,
+    for_single_rows,
     pick_group,
     quant_linear,
     round_int4,
@@ -164,3 +165,22 @@ def test_clipping_never_loses_to_the_whole_range():
         ours = values_int4(*round_int4(w, group), group).unflatten(1, (-1, group))
         errors = [F.mse_loss(found, x, reduction="none").sum(-1) for found in (ours, whole)]
         assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_row_takes_eight_bits_and_more_rows_the_whole_weight(dtype):
+    whole = linear(weight(64, 96, dtype), weight(1, 64, dtype)[0])
+    layer = for_single_rows(whole)
+    x, residual = weight(3, 96, dtype, seed=1), weight(3, 64, dtype, seed=2)
+    eight = Int8Linear(whole.dense(), whole.bias)
+    assert layer.nbytes == whole.nbytes + eight.nbytes
+    assert torch.equal(layer.forward(x), whole.forward(x))
+    assert torch.equal(layer.forward(x[:1]), eight.forward(x[:1]))
+    assert torch.equal(layer.add_to(residual, x), whole.add_to(residual, x))
+    assert torch.equal(layer.add_to(residual[:1], x[:1]), eight.add_to(residual[:1], x[:1]))
+    assert torch.equal(layer.dense(), whole.dense())
+
+
+def test_layers_that_are_not_packed_stay_as_they_are():
+    plain = PlainLinear(weight(16, 16))
+    assert for_single_rows(plain) is plain

@@ -234,35 +234,45 @@ def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A drafter's guess. `confidence` is its own probability of `token`, `probs` what the token was drawn from."""
+    """A drafter's guess. `confidence` is its own probability of `token`, `probs` what the token was drawn from.
+
+    A confidence of NaN says that the logits were no numbers, and the token is none.
+    """
 
     token: int
     confidence: float
     probs: torch.Tensor | None = None  # [V] float32; None: nothing a verifier needs (greedy, coupled)
 
 
-def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]) -> list[Drawn]:
+def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]) -> list[Drawn | None]:
     """One guess for each sequence after its committed and its drafted tokens. # [b, V] -> b
 
     The target's own processing, and for `coupled` the target's own noise, so that both tend to choose alike; for
     `rejection` a draw from q with noise of its own, fresh in every block (a block is known by where it starts).
-
-    Raises:
-        NumericsError, RequestError: as `choose` and `process`.
+    None where the request's own processor fails on this prefix, which is an error only if the text ever gets there.
     """
-    guesses: dict[int, Drawn] = {}
+    guesses: dict[int, Drawn | None] = {}
     for rows in _alike(sequences):
         whole = len(rows) == len(sequences)
         chosen = [sequences[row] for row in rows]
         paths = [drafted[row] for row in rows]
         own = logits if whole else logits[list(rows)]
-        scores = adjust(own, chosen[0].token_ids, paths, chosen[0].prompt_len, chosen[0].params)
+        first = chosen[0]
+        try:
+            scores = adjust(own, first.token_ids, paths, first.prompt_len, first.params)
+        except Exception:
+            if not first.params.processors:
+                raise
+            guesses[rows[0]] = None
+            continue
         guesses.update(zip(rows, _guess(scores, chosen, paths), strict=True))
     return [guesses[row] for row in range(len(sequences))]
 
 
 def _alike(sequences: abc.Sequence[Sequence]) -> list[list[int]]:
     """Rows that one call can process: those that differ in prefix and seed alone, where the prefix has no say."""
+    if len(sequences) == 1:
+        return [[0]]
     groups: dict[object, list[int]] = {}
     for row, sequence in enumerate(sequences):
         params = sequence.params
@@ -279,23 +289,21 @@ def _guess(scores: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
     probs, ids = None, None
     if params.greedy:
-        peak, tokens = scores.max(-1)  # of equals any will do: it is a guess
-        chances = (scores - peak.unsqueeze(1)).exp_().sum(-1).reciprocal_()
+        chances, tokens = probabilities(scores).max(-1)  # of equals any will do: it is a guess
     elif params.verifier == "coupled":
-        weights, ids, peak = _entrants(scores, params)
+        weights, ids, _ = _entrants(scores, params)
         tokens = race(weights, [s.seed for s in sequences], positions, Stream.TOKEN, ids)
         chances = weights.gather(1, tokens.unsqueeze(1)).squeeze(1) / weights.sum(-1)
     else:
         seeds = [noise.fold(s.seed, start) for s, start in zip(sequences, starts, strict=True)]
-        probs, peak = probabilities(restrict(scores, params)), scores.amax(-1)
+        probs = probabilities(restrict(scores, params))
         tokens = race(probs, seeds, positions, Stream.DRAFT)
         chances = probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     if ids is not None:
         tokens = ids.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    drawn, confidences, peaks = _to_host(tokens, chances, peak.flatten())
-    check_finite(peaks, positions)
     rows = [None] * len(sequences) if probs is None else probs.unbind()
-    return [Drawn(int(token), chance, row) for token, chance, row in zip(drawn, confidences, rows, strict=True)]
+    drawn = zip(*_to_host(tokens, chances), rows, strict=True)
+    return [Drawn(int(token), chance, row) for token, chance, row in drawn]
 
 
 def _to_host(*columns: torch.Tensor) -> list[list[float]]:

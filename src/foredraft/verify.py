@@ -34,12 +34,22 @@ def verify(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
 
 
 def verify_reached(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
-    """As `verify`, but only rows that plain decoding would have come to need be numbers. Raises as `verify`."""
-    scores, positions = _scores(draft, logits, sequence)
-    peaks = scores.amax(-1)
-    verdict = _decide(draft, scores.where(peaks.isfinite().unsqueeze(1), 0.0), positions, sequence)
-    reached = [0, *(i + 1 for i in verdict.accepted)]
-    check_finite(peaks[reached].tolist(), [positions[row] for row in reached])
+    """As `verify`, row by row: a row fails (no numbers, a processor raises) only if plain decoding would come to it."""
+    scores, failures = [], {}
+    rows = paths(draft)
+    positions = [len(sequence.token_ids) + len(path) for path in rows]
+    for i, path in enumerate(rows):
+        try:
+            row = adjust(logits[i : i + 1], sequence.token_ids, [path], sequence.prompt_len, sequence.params)
+            check_finite(row.amax(-1).tolist(), positions[i : i + 1])
+        except Exception as error:  # a custom processor may raise anything
+            failures[i] = error
+            row = logits.new_zeros(1, logits.shape[1], dtype=torch.float32)
+        scores.append(row)
+    verdict = _decide(draft, torch.cat(scores), positions, sequence)
+    for i in (0, *(i + 1 for i in verdict.accepted)):
+        if i in failures:
+            raise failures[i]
     return verdict
 
 

@@ -15,6 +15,7 @@ from foredraft.drafters.vocabulary import check_same_vocabulary
 from foredraft.errors import ModelError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
+from foredraft.models.quantize import for_single_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
     if isinstance(spec, (str, Path)):
         return _from_checkpoint(spec, context)
     if isinstance(spec, PreTrainedModel):
-        return ModelDrafter(load_model(spec, context.options), context.target.vocab_size)
+        return _drafting_with(load_model(spec, context.options), context)
     return spec
 
 
@@ -76,4 +77,8 @@ def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
         raise type(error)(f"draft={str(source)!r}: {error} (drafters by name: {names})") from error
     if context.tokenizer is not None:
         check_same_vocabulary(context.tokenizer, load_tokenizer(source, context.options))
-    return ModelDrafter(model, context.target.vocab_size)
+    return _drafting_with(model, context)
+
+
+def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:
+    return ModelDrafter(model.variant(for_single_rows), context.target.vocab_size)

@@ -4,6 +4,10 @@ It drafts with one row a sequence and step, all sequences of a batch in lockstep
 dtype. What its cache holds of rejected drafts is found by comparing tokens, so nobody has to tell it what was kept.
 """
 
+import math
+import warnings
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 
@@ -21,29 +25,43 @@ KEY_MULTIPLE = 128  # drafts need no row invariance; rounding keeps cache views 
 class Chain:
     """One sequence's draft while it grows."""
 
-    __slots__ = ("drawn", "open", "sequence", "tokens")
+    __slots__ = ("confidences", "open", "probs", "sequence", "tokens")
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
         self.tokens: list[int] = []
-        self.drawn: list[Drawn] = []
+        self.confidences: tuple[float, ...] = ()
+        self.probs: list[torch.Tensor] = []
         self.open = True
 
-    @property
-    def confidences(self) -> tuple[float, ...]:
-        return tuple(drawn.confidence for drawn in self.drawn)
-
     def append(self, drawn: Drawn, policy: DraftPolicy) -> None:
-        self.drawn.append(drawn)
         self.tokens.append(drawn.token)
-        room = len(self.tokens) < self.sequence.draft_limit
-        self.open = room and policy.go_on(self.sequence, self.confidences)
+        self.confidences += (drawn.confidence,)
+        if drawn.probs is not None:
+            self.probs.append(drawn.probs)
+        self.open = len(self.tokens) < self.sequence.draft_limit and policy.go_on(self.sequence, self.confidences)
 
     def draft(self, source: str) -> Draft:
-        probs = [drawn.probs for drawn in self.drawn if drawn.probs is not None]
-        return Draft(
-            tuple(self.tokens), source, probs=torch.stack(probs) if probs else None, confidences=self.confidences
-        )
+        probs = torch.stack(self.probs) if self.probs else None
+        return Draft(tuple(self.tokens), source, probs=probs, confidences=self.confidences)
+
+
+@dataclass(slots=True)
+class Held:
+    """Whose keys and values the drafter's cache holds: the first `committed` tokens of a sequence, then a draft's."""
+
+    committed: int = 0
+    drafted: list[int] = field(default_factory=list)
+
+    def advance(self, tokens: list[int]) -> int:
+        """How many of the sequence's `tokens` the cache holds; the pass to come adds the others."""
+        held = self.committed
+        for token in self.drafted:
+            if held >= len(tokens) or tokens[held] != token:
+                break
+            held += 1
+        self.committed, self.drafted = len(tokens), []
+        return held
 
 
 class ModelDrafter:
@@ -53,7 +71,8 @@ class ModelDrafter:
         self.name = name
         self.model = model
         self.vocab_size = vocab_size
-        self.held: dict[Sequence, list[int]] = {}  # the tokens whose keys and values its cache holds
+        self.held: dict[Sequence, Held] = {}
+        self.given_up: set[Sequence] = set()  # those on which the model overflowed
 
     @property
     def weight_bytes(self) -> int:
@@ -66,34 +85,49 @@ class ModelDrafter:
         return self.model.cache.nbytes
 
     def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]:
-        chains = {s: Chain(s) for s in sequences if s.draft_limit and self._has_room(s)}
+        chains = {s: Chain(s) for s in sequences if s.draft_limit and self._can_draft(s)}
         spans = [self._catch_up(s) for s in chains]
         active = list(chains.values())
         while active:
-            logits = self._logits(spans)
-            for chain, drawn in zip(
-                active,
-                sampling.draw(logits, [c.sequence for c in active], [c.tokens for c in active]),
-                strict=True,
-            ):
-                chain.append(drawn, policy)
+            guesses = sampling.draw(self._logits(spans), [c.sequence for c in active], [c.tokens for c in active])
+            for chain, drawn in zip(active, guesses, strict=True):
+                if drawn is None:
+                    chain.open = False
+                elif math.isnan(drawn.confidence):
+                    chain.open = False
+                    self._give_up(chain.sequence)
+                else:
+                    chain.append(drawn, policy)
             active = [chain for chain in active if chain.open]
             spans = [self._next(chain) for chain in active]
         return [chains[s].draft(self.name) if s in chains else Draft(source=self.name) for s in sequences]
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        return len(sequence.token_ids) + sequence.draft_limit <= self.model.max_positions
+    def _can_draft(self, sequence: Sequence) -> bool:
+        has_room = len(sequence.token_ids) + sequence.draft_limit <= self.model.max_positions
+        return has_room and sequence not in self.given_up
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.given_up.add(sequence)
+        self._wipe(sequence)
+        warnings.warn(
+            f"drafter {self.name!r} gave logits that are no numbers after {len(sequence.token_ids)} tokens; this text "
+            "goes on without drafts; load the draft in bfloat16 or float32",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _wipe(self, sequence: Sequence) -> None:
+        """Take what is no number out of the cache, where the slot's next sequence would find it."""
+        self.model.cache.clear(sequence.slot)
 
     def _catch_up(self, sequence: Sequence) -> Span:
         """The committed tokens that the cache lacks, all but the last chunk of them already computed."""
-        held = self.held.setdefault(sequence, [])
         tokens = sequence.token_ids
-        start = min(_common(held, tokens), len(tokens) - 1)
+        start = min(self.held.setdefault(sequence, Held()).advance(tokens), len(tokens) - 1)
         while len(tokens) - start > PREFILL_CHUNK:
             chunk = tokens[start : start + PREFILL_CHUNK]
             self.model.forward(plan([Span(sequence.slot, start, chunk, 0)], 1, KEY_MULTIPLE))
             start += PREFILL_CHUNK
-        held[:] = tokens
         return Span(sequence.slot, start, tokens[start:])
 
     def _next(self, chain: Chain) -> Span:
@@ -103,7 +137,7 @@ class ModelDrafter:
 
     def _hold(self, sequence: Sequence, token: int) -> None:
         """The next pass writes this token's keys and values."""
-        self.held[sequence].append(token)
+        self.held[sequence].drafted.append(token)
 
     def _logits(self, spans: list[Span]) -> torch.Tensor:
         """Logits [B, V] over the target's vocabulary: a padded head is cut or filled."""
@@ -116,13 +150,4 @@ class ModelDrafter:
 
     def forget(self, sequence: Sequence) -> None:
         self.held.pop(sequence, None)
-
-
-def _common(held: list[int], tokens: list[int]) -> int:
-    """Length of the common prefix; only the tail can differ, so it is looked at from the end."""
-    length = min(len(held), len(tokens))
-    if held[:length] == tokens[:length]:
-        return length
-    while held[length - 1 : length] != tokens[length - 1 : length] or held[:length] != tokens[:length]:
-        length -= 1
-    return length
+        self.given_up.discard(sequence)

@@ -44,6 +44,9 @@ class SelfDrafter(ModelDrafter):
     def _hold(self, sequence: Sequence, token: int) -> None:
         pass
 
+    def _wipe(self, sequence: Sequence) -> None:
+        """Verification overwrites all that a draft wrote."""
+
 
 def skip_set(target: CausalModel, path: str | Path | None = None, *, force: bool = False) -> SkipSet:
     """The set of the profile at `path`, or of the one that is kept for this model.

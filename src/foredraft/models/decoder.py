@@ -49,7 +49,7 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-        return torch.div(x * self.weight, torch.hypot(length, self.floor)).to(x.dtype)
+        return torch.div(x * self.weight, torch.hypot(length, self.floor), out=torch.empty_like(x))
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class Attention:
             qk.copy_(self.head_norm(qk))
         turned = qk.roll(self.head_dim // 2, -1)
         qk.mul_(p.cos).addcmul_(turned, p.sin)
-        p.cache.write(self.layer, p.index, qkv[:, self.heads :].reshape(rows, -1))
+        p.cache.write(self.layer, p.index, qkv.view(rows, -1)[:, self.heads * self.head_dim :])
         return self.out.add_to(x, self._attend(qkv[:, : self.heads], p))
 
     def _attend(self, q: torch.Tensor, p: Pass) -> torch.Tensor:
@@ -167,7 +167,7 @@ class Decoder:
         attentions = [s for s in self.sublayers if isinstance(s, Attention)]
         self.fold = attentions[0].heads // attentions[0].kv_heads
         self.windows = {s.window for s in attentions}
-        self.zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=self.dtype, device=self.device).unbind()
         self.graphs = GraphPool() if self.device.type == "cuda" else None
         shapes = [LayerShape(s.kv_heads, s.head_dim, s.head_dim) for s in attentions]
         self.cache = SlotCache(shapes, dtype=self.dtype, devices=[self.device] * len(shapes))
@@ -204,9 +204,11 @@ class Decoder:
         if self.graphs is None or rows.groups[0].width > SHORT_SPAN or not rows.wanted:
             return self._body(rows.groups, inputs, wanted)[: len(rows.wanted)]
         groups = tuple(g.at_key_length(self._graph_length(g)) for g in rows.groups)
-        self.cache.reserve(self.cache.slots, max(g.key_length for g in groups))
+        longest = max(g.key_length for g in groups)
+        self.cache.reserve(self.cache.slots, longest)
+        self.rope.reserve(longest, self.device)
         shapes = tuple((g.first_slot, g.width, len(g.starts), g.key_length) for g in groups)
-        key = (shapes, self.cache.slots, self.cache.length, len(self.rope.cos), len(wanted))
+        key = (shapes, self.cache.slots, self.cache.length, len(self.rope.table), len(wanted))
         return self.graphs.run(key, partial(self._body, groups), inputs, wanted)[: len(rows.wanted)]
 
     def _graph_length(self, g: Group) -> int:
@@ -242,14 +244,14 @@ class Decoder:
     def _mask(self, positions: torch.Tensor, g: Group, window: int | None) -> torch.Tensor:
         """Additive mask [count, 1, width * fold, key_length], or [1, 1, width, key_length] of a prefill span."""
         queries = positions[g.first_row : g.first_row + g.num_rows]
-        if g.width <= SHORT_SPAN:
-            queries = queries.repeat_interleave(self.fold)
+        if g.width <= SHORT_SPAN and self.fold > 1:
+            queries = queries.unsqueeze(1).expand(-1, self.fold).reshape(-1)
         queries = queries.view(len(g.starts), 1, -1, 1)
-        keys = torch.arange(g.key_length, device=self.device)
+        keys = self.rope.positions[: g.key_length]
         hidden = keys > queries
         if window is not None:
             hidden |= keys <= queries - window
-        return self.zero.masked_fill(hidden, -torch.inf)
+        return torch.where(hidden, self.hidden, self.seen)
 
 
 class Rope:
@@ -258,21 +260,23 @@ class Rope:
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self.module = module
         self.dtype = dtype
-        self.cos = self.sin = torch.empty(0, 1, 0)
+        self.positions = torch.empty(0, dtype=torch.int64)
+        self.table = torch.empty(0, 2, 1, 0)  # [length, 2, 1, head_dim]
 
     def reserve(self, length: int, device: torch.device) -> None:
-        if length <= len(self.cos):
+        if length <= len(self.table):
             return
-        length = max(length, 2 * len(self.cos), 1024)
+        length = max(length, 2 * len(self.table), 1024)
         probe = torch.empty(1, 1, 1, dtype=self.dtype, device=device)
-        cos, sin = self.module(probe, torch.arange(length, device=device)[None])
+        self.positions = torch.arange(length, device=device)
+        cos, sin = self.module(probe, self.positions[None])
         half = sin.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        self.cos, self.sin = cos[0].unsqueeze(1).contiguous(), sin[0].unsqueeze(1).contiguous()
+        self.table = torch.stack((cos[0], sin[0]), 1).unsqueeze(2)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(cos, sin) [N, 1, head_dim]; sin's first half is negated, so that rotate_half becomes a roll."""
-        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        return self.table.index_select(0, positions).unbind(1)
 
 
 def _sublayers(base: Any, config: PreTrainedConfig, make_linear: MakeLinear, consume: bool) -> list[Sublayer]:

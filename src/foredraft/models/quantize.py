@@ -176,6 +176,36 @@ class DynamicInt8Linear(QuantLinear):
         return weight.dequantize()
 
 
+class OneRowLinear(nn.Module):
+    """A draft model's layer: one row takes eight bits, as reading the weight is all its cost, and more take `whole`.
+
+    On small layers the eight-bit kernel is two to four times as fast as the packed one.
+    """
+
+    def __init__(self, whole: PackedLinear) -> None:
+        super().__init__()
+        self.whole = whole
+        self.single = Int8Linear(whole.dense(), whole.bias)
+        self.bias = whole.bias
+        self.nbytes = whole.nbytes + self.single.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.single if x.numel() == self.whole.in_features else self.whole
+        return layer.forward(x)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        layer = self.single if x.numel() == self.whole.in_features else self.whole
+        return layer.add_to(residual, x)
+
+    def dense(self) -> torch.Tensor:
+        return self.whole.dense()
+
+
+def for_single_rows(layer: Any) -> Any:
+    """A layer that is cheaper for one row at a time, where there is one: packed weights on a CPU."""
+    return OneRowLinear(layer) if isinstance(layer, PackedLinear) else layer
+
+
 FORMATS: dict[WeightFormat, Callable[[torch.Tensor, torch.Tensor | None], QuantLinear]] = {
     "int4": Int4Linear,
     "int8": Int8Linear,
