@@ -11,11 +11,13 @@ from foredraft.models.linear import PlainLinear, linear
 from foredraft.models.quantize import (
     FORMATS,
     GROUPS,
+    DynamicInt8Linear,
     Int4Linear,
     Int8Linear,
+    OneRowLinear,
     Quantizer,
     dense,
-    for_single_rows,
+    for_drafting,
     pick_group,
     quant_linear,
     round_int4,
@@ -170,7 +172,7 @@ def test_clipping_never_loses_to_the_whole_range():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_single_row_takes_eight_bits_and_more_rows_the_whole_weight(dtype):
     whole = linear(weight(64, 96, dtype), weight(1, 64, dtype)[0])
-    layer = for_single_rows(whole)
+    layer = for_drafting(whole)
     x, residual = weight(3, 96, dtype, seed=1), weight(3, 64, dtype, seed=2)
     eight = Int8Linear(whole.dense(), whole.bias)
     assert layer.nbytes == whole.nbytes + eight.nbytes
@@ -183,4 +185,11 @@ def test_a_single_row_takes_eight_bits_and_more_rows_the_whole_weight(dtype):
 
 def test_layers_that_are_not_packed_stay_as_they_are():
     plain = PlainLinear(weight(16, 16))
-    assert for_single_rows(plain) is plain
+    assert for_drafting(plain) is plain
+
+
+def test_drafts_take_the_kernel_that_is_fastest_for_the_size():
+    small, large = linear(weight(64, 64)), linear(weight(1024, 1024))
+    assert [type(for_drafting(layer)) for layer in (small, large)] == [OneRowLinear, DynamicInt8Linear]
+    kinds = [type(quant_linear(dense(layer), None, "int8-dynamic")) for layer in (small, large)]
+    assert kinds == [Int8Linear, DynamicInt8Linear]

@@ -15,7 +15,7 @@ from foredraft.drafters.vocabulary import check_same_vocabulary
 from foredraft.errors import ModelError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
-from foredraft.models.quantize import for_single_rows
+from foredraft.models.quantize import for_drafting
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +81,4 @@ def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
 
 
 def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:
-    return ModelDrafter(model.variant(for_single_rows), context.target.vocab_size)
+    return ModelDrafter(model.variant(for_drafting), context.target.vocab_size)

@@ -4,7 +4,8 @@ Owns the number formats and the choice of a group size. A model is quantised one
 with (packed weights give themselves back exactly), whenever somebody asks. Knows nothing of models, caches or drafts.
 
 Kernels: int4 and int8 weight-only are ATen's, in bf16 activations; a row's bits do not depend on the other rows, so
-they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster, but only good for drafts.
+they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster on large layers, but only good
+drafts alone.
 """
 
 import warnings
@@ -28,6 +29,7 @@ OUT_MULTIPLE = 16  # rows of an int4 weight, padded with zeros
 IN_MULTIPLE = (
     32  # inputs of an int8 weight, padded with zeros: ATen's kernel leaves out what is beyond a multiple of it
 )
+LARGE = 2**20  # weights from which int8 dynamic is faster than int8 weight-only, for one row
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
 
 
@@ -177,10 +179,7 @@ class DynamicInt8Linear(QuantLinear):
 
 
 class OneRowLinear(nn.Module):
-    """A draft model's layer: one row takes eight bits, as reading the weight is all its cost, and more take `whole`.
-
-    On small layers the eight-bit kernel is two to four times as fast as the packed one.
-    """
+    """A small layer of a draft model: one row takes eight bits, weight-only, and more rows take `whole`."""
 
     def __init__(self, whole: PackedLinear) -> None:
         super().__init__()
@@ -201,9 +200,13 @@ class OneRowLinear(nn.Module):
         return self.whole.dense()
 
 
-def for_single_rows(layer: Any) -> Any:
-    """A layer that is cheaper for one row at a time, where there is one: packed weights on a CPU."""
-    return OneRowLinear(layer) if isinstance(layer, PackedLinear) else layer
+def for_drafting(layer: Any) -> Any:
+    """A packed layer of a draft model in the eight bits that are fastest for its size; others stay as they are."""
+    if not isinstance(layer, PackedLinear):
+        return layer
+    if layer.in_features * layer.out_features < LARGE:
+        return OneRowLinear(layer)
+    return DynamicInt8Linear(layer.dense(), layer.bias)
 
 
 FORMATS: dict[WeightFormat, Callable[[torch.Tensor, torch.Tensor | None], QuantLinear]] = {
@@ -223,7 +226,7 @@ def quant_linear(
     """
     if weight_format == "int4":
         return Int4Linear(weight, bias, group)
-    if weight_format == "int8-dynamic" and weight.device.type != "cpu":
+    if weight_format == "int8-dynamic" and (weight.device.type != "cpu" or weight.numel() < LARGE):
         weight_format = "int8"
     return FORMATS[weight_format](weight, bias)
 
