@@ -4,8 +4,8 @@ Owns the number formats and the choice of a group size. A model is quantised one
 with (packed weights give themselves back exactly), whenever somebody asks. Knows nothing of models, caches or drafts.
 
 Kernels: int4 and int8 weight-only are ATen's, in bf16 activations; a row's bits do not depend on the other rows, so
-they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster on large layers, but only good
-drafts alone.
+they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster on large layers, and good
+for drafts alone.
 """
 
 import warnings
