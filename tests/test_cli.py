@@ -462,8 +462,6 @@ def test_a_real_model_end_to_end(shared: Path) -> None:
 
 
 def test_the_bundled_pair_answers_on_topic() -> None:
-    if not (BUNDLED / "target" / "config.json").exists():
-        pytest.skip("needs the bundled pair in src/foredraft/bundled, which is not there yet")
     done = real(
         "generate", "--json", "--compare", "--max-new-tokens", "64", "I need a table for two in Oakland tonight"
     )

@@ -348,3 +348,13 @@ def test_trained_models(shared, folder):
                 assert outcome(drafted) == outcome(plain)
                 if name == "int8":
                     assert sum(r.stats.accepted for r in drafted) > 0.7 * sum(r.stats.drafted for r in drafted)
+
+
+@pytest.mark.parametrize("name", ["skip", "int4+skip"])
+def test_the_bundled_target_ships_with_a_profile(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path))
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True)
+    drafted = LLM(draft=name).generate("User: Find me a hotel in Paris.\nAssistant:", params, num_draft_tokens=3)
+    plain = LLM(draft="none").generate("User: Find me a hotel in Paris.\nAssistant:", params)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.accepted > 0
