@@ -20,7 +20,7 @@ from foredraft.cli.app import app
 from foredraft.cli.chat import Conversation
 from foredraft.cli.options import ChatOptions, GenerateOptions, RunOptions
 from foredraft.errors import RequestError
-from foredraft.llm import BUNDLED, Chunk, GenerationResult
+from foredraft.llm import Chunk, GenerationResult
 from foredraft.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
