@@ -82,12 +82,12 @@ class Recorder:
 
 
 class Scripted:
-    """A drafter without memory; a subclass says what to draft."""
+    """A drafter without memory that drafts nothing; a subclass says what to draft."""
 
     name = "scripted"
 
     def tokens(self, sequence: Sequence) -> list[int]:
-        raise NotImplementedError
+        return []
 
     def propose(self, sequences, policy) -> list[Draft]:
         return [Draft(tuple(self.tokens(s)[: s.draft_limit]), self.name) for s in sequences]

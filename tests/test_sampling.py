@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from foredraft.errors import NumericsError, RequestError
-from foredraft.noise import Stream, gumbel
+from foredraft.noise import Stream, exponential
 from foredraft.sampling import adjust, choose, draw, logprobs, probabilities, process, restrict
 from foredraft.types import SamplingParams, Sequence
 
@@ -200,7 +200,8 @@ def test_choice_is_a_draw_from_p(params):
 
 def test_choice_is_the_gumbel_maximum():
     scores = random_logits(8)
-    expected = (scores.double() + gumbel(4, range(8), VOCAB).double()).argmax(-1).tolist()
+    gumbel = -exponential(4, range(8), VOCAB).double().log()
+    expected = (scores.double() + gumbel).argmax(-1).tolist()
     assert choose(scores, SamplingParams(temperature=1), 4, range(8)) == expected
 
 

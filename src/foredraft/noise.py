@@ -136,14 +136,3 @@ def exponential(
     """
     logs = _unclamped(seeds, positions, tokens, stream, device).log_().to(torch.float32)
     return logs.neg_().clamp_(_SMALLEST, -math.log(_SMALLEST))
-
-
-def gumbel(
-    seeds: int | Sequence[int],
-    positions: Sequence[int],
-    tokens: int | torch.Tensor,
-    stream: int = Stream.TOKEN,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """Standard Gumbel numbers, -log of `exponential`: argmax(log p + gumbel) is argmax(p / exponential). # float32"""
-    return exponential(seeds, positions, tokens, stream, device).log_().neg_()

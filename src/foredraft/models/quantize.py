@@ -8,6 +8,7 @@ they may verify. int8 dynamic also rounds its input, by a scale taken over all r
 for drafts alone.
 """
 
+import abc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ LARGE = 2**20  # weights from which int8 dynamic is faster than int8 weight-only
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Module, abc.ABC):
     """y = x W^T + b with a quantised W [out, in]; takes and returns the dtype of x, whatever the kernel computes in."""
 
     bits: int
@@ -55,13 +56,13 @@ class QuantLinear(nn.Module):
         out = residual + self._product(x.reshape(-1, self.in_features)).view(residual.shape)
         return (out if self.bias is None else out + self.bias).to(residual.dtype)
 
+    @abc.abstractmethod
     def dense(self) -> torch.Tensor:
         """The weight it computes with, [out, in] float32."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T, in any dtype. # [N, in] -> [N, out]"""
-        raise NotImplementedError
 
 
 class Int4Linear(QuantLinear):
