@@ -7,12 +7,15 @@ from functools import cache
 import pytest
 import torch
 import transformers as t
+from accelerate import dispatch_model
 from models import CONFIGS, LENGTH, SLIDING, VOCAB, draws, mamba, tiny
 from transformers import PreTrainedModel
 
-from foredraft.errors import UnsupportedModelError
+from foredraft.errors import ModelError, UnsupportedModelError
 from foredraft.models.hf import HFModel, SlotView
 from foredraft.models.invariance import probe
+from foredraft.models.load import LoadOptions, load_target
+from foredraft.models.quantize import Quantizer
 from foredraft.models.rows import Span, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,3 +231,19 @@ def test_a_model_that_computes_something_else_through_us_is_refused() -> None:
 def test_limits_come_from_the_configuration() -> None:
     model = HFModel(tiny("opt"))
     assert (model.max_positions, model.vocab_size, model.dtype) == (LENGTH, VOCAB, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_spread_over_devices_by_hooks(name: str) -> None:
+    """device_map's machinery without the devices: every module's weights come through a hook of accelerate's."""
+    want = [generated(reference(name), prompt) for prompt in PROMPTS]
+    model = tiny(name)
+    layers = [f"{prefix}.{layer}" for prefix in ("model.layers", "transformer.h") for layer in (0, 1)]
+    parts = {".".join(n.split(".")[:-1]) for n in model.state_dict()}
+    placed = dict.fromkeys((next((x for x in layers if part.startswith(x)), part) for part in parts), DEVICE)
+    spread = dispatch_model(model, placed, main_device=DEVICE, force_hooks=True)
+    target = load_target(spread, LoadOptions())
+    assert isinstance(target, HFModel)
+    assert decode(target, PROMPTS, want) == want
+    with pytest.raises(ModelError, match=f"this {name} is spread over devices .* use draft='ngram'"):
+        target.variant(Quantizer("int4"))
