@@ -189,8 +189,8 @@ def choose(
         NumericsError: a row has NaN or +inf, or nothing but -inf.
     """
     if params.greedy:
-        tokens = scores.argmax(-1)
-        check_finite(scores.gather(1, tokens.unsqueeze(1)).flatten().tolist(), positions)
+        peaks, tokens = scores.max(-1)
+        check_finite(peaks.tolist(), positions)
         return list(map(int, tokens.tolist()))
     weights, ids, peak = _entrants(scores, params)
     check_finite(peak.flatten().tolist(), positions)
