@@ -53,8 +53,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Advance every running sequence by one pass; return what reached the users.
 
-        A sequence that cannot go on (its logits are not numbers, its own processor fails) is aborted with its `error`;
-        the others never notice.
+        A sequence that cannot go on (its logits are not numbers, its own processor or stop rule fails) is aborted with
+        its `error`; the others never notice.
         """
         began = perf_counter()
         sequences = self.scheduler.next_batch()
@@ -121,19 +121,22 @@ class Engine:
             if span.wanted == 0:
                 sequence.cached = span.start + len(span.tokens)
                 continue
-            outputs.append(self._commit(sequence, draft, logits[row : row + span.wanted]))
+            outputs.append(self._commit_or_abort(sequence, draft, logits[row : row + span.wanted]))
             row += span.wanted
         return outputs
 
-    def _commit(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
-        """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
+    def _commit_or_abort(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         try:
-            verdict = self._verify(draft, logits, sequence)
-        except Exception as error:  # a custom processor may raise anything
+            return self._commit(sequence, draft, logits)
+        except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
             self.target.cache.clear(sequence.slot)
             sequence.error = error
-            self._finish(sequence, "abort")
+            self.abort(sequence)
             return StepOutput(sequence, (), (), "abort")
+
+    def _commit(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
+        """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
+        verdict = self._verify(draft, logits, sequence)
         start = len(sequence.token_ids)
         kept = [draft.tokens[i] for i in verdict.accepted]
         reason: FinishReason | None = None

@@ -4,15 +4,18 @@ Owns the tokenizer, the engine and the shape of results. One loop serves every c
 """
 
 import secrets
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.drafters import SELF_DRAFTERS, DraftContext, make_drafter
+from foredraft.drafters import DRAFTERS, SELF_DRAFTERS, DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
@@ -87,7 +90,7 @@ class Job:
 
 
 class LLM:
-    """A target model with a drafter.
+    """A target model with a drafter. Calls from several threads share the steps, as a batch.
 
     Args:
         target: a folder, a hub name or a transformers model; None is the bundled pair.
@@ -129,15 +132,13 @@ class LLM:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
         options = LoadOptions(dtype, device, device_map, trust_remote_code)
-        if draft in SELF_DRAFTERS and (draft_dtype or draft_device):
-            raise RequestError(
-                f"draft={draft!r} drafts with the target's own weights, so draft_dtype={draft_dtype!r} and "
-                f"draft_device={draft_device!r} cannot be honoured; leave them out"
-            )
-        draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
             draft = BUNDLED / "draft" if target is None else "ngram"
+        if isinstance(target, PreTrainedModel):
+            options.check_object(target)
+        _check_draft_place(draft, draft_dtype, draft_device)
+        draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
         target = BUNDLED / "target" if target is None else target
         if tokenizer is None and not isinstance(target, PreTrainedModel):
             check_source(target)
@@ -157,6 +158,7 @@ class LLM:
             max_model_len=self.max_model_len,
         )
         self._inboxes: dict[Request, deque[StepOutput]] = {}
+        self._lock = threading.RLock()  # of engine and inboxes: several threads' calls share the steps
         self.eos_token_ids = frozenset(_eos_ids(self.model.config, self.model.generation_config, tokenizer))
 
     @property
@@ -204,7 +206,11 @@ class LLM:
         Raises:
             RequestError: a prompt is empty or too long, or a parameter is out of range; nothing has run then.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        if isinstance(prompts, torch.Tensor):
+            prompts = prompts.tolist()
+        if not isinstance(prompts, Sequence):
+            raise RequestError(f"prompts={prompts!r} is not usable; give text, token ids, or a list of either")
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
@@ -281,7 +287,8 @@ class LLM:
 
     def _check_draft_length(self, num_draft_tokens: int | None) -> None:
         most = self.model.row_invariance.max_draft_tokens
-        if num_draft_tokens is not None and not 0 <= num_draft_tokens <= most:
+        usable = isinstance(num_draft_tokens, Integral) and 0 <= num_draft_tokens <= most
+        if num_draft_tokens is not None and not usable:
             raise RequestError(
                 f"num_draft_tokens={num_draft_tokens} is not usable; it must be in [0, {most}], the widest pass that "
                 "was probed to be exact"
@@ -299,26 +306,44 @@ class LLM:
         A step advances every stream that is open; what it gave the others waits for them in their inboxes.
         """
         inboxes = {job.request: deque[StepOutput]() for job in jobs}
-        self._inboxes.update(inboxes)
-        for request in inboxes:
-            self.engine.add(request)
+        with self._lock:
+            self._inboxes.update(inboxes)
+            for request in inboxes:
+                self.engine.add(request)
         try:
-            while any(inbox or not request.finish_reason for request, inbox in inboxes.items()):
-                ready = [inbox.popleft() for inbox in inboxes.values() if inbox]
-                for output in () if ready else self.engine.step():
-                    self._inboxes[output.sequence].append(output)
+            while ready := self._ready(inboxes):
                 for output in ready:
                     if output.sequence.error is not None:
                         raise output.sequence.error
                     yield output
         finally:
-            for request in inboxes:
-                self.engine.abort(request)
-                del self._inboxes[request]
+            with self._lock:
+                for request in inboxes:
+                    self.engine.abort(request)
+                    del self._inboxes[request]
+
+    def _ready(self, inboxes: Mapping[Request, deque[StepOutput]]) -> list[StepOutput]:
+        """What waits in these inboxes, after as many steps for all as it takes; nothing where all have ended."""
+        with self._lock:
+            while not any(inboxes.values()) and any(not request.finish_reason for request in inboxes):
+                for output in self.engine.step():
+                    self._inboxes[output.sequence].append(output)
+            return [inbox.popleft() for inbox in inboxes.values() if inbox]
 
 
 def _never(token_id: int) -> bool:
     return False
+
+
+def _check_draft_place(draft: object, dtype: str | None, device: str | None) -> None:
+    if isinstance(draft, PreTrainedModel):
+        LoadOptions(dtype or "auto", device or "auto").check_object(draft, "draft_")
+    elif (dtype or device) and (draft in DRAFTERS or not isinstance(draft, (str, Path))):
+        why = "drafts with the target's own weights" if draft in SELF_DRAFTERS else "has no model to load"
+        raise RequestError(
+            f"draft={draft!r} {why}, so draft_dtype={dtype!r} and draft_device={device!r} cannot be honoured; leave "
+            "them out"
+        )
 
 
 def _context(asked: int | None, most: int) -> int:

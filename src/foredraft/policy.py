@@ -43,13 +43,14 @@ class DraftPolicy(Protocol):
 
 
 class Fixed:
-    """Always the same length (gamma)."""
+    """Always the same length (gamma), but where a subclass gives a sequence one of its own."""
 
     def __init__(self, num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS) -> None:
         self.num_draft_tokens = num_draft_tokens
+        self.lengths: dict[Sequence, int] = {}
 
     def start(self, sequence: Sequence) -> int:
-        return self.num_draft_tokens
+        return self.lengths.get(sequence, self.num_draft_tokens)
 
     def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
         return True
@@ -61,7 +62,7 @@ class Fixed:
         pass
 
     def forget(self, sequence: Sequence) -> None:
-        pass
+        self.lengths.pop(sequence, None)
 
 
 class Heuristic(Fixed):
@@ -70,18 +71,11 @@ class Heuristic(Fixed):
     def __init__(self, num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS, maximum: int = 20) -> None:
         super().__init__(num_draft_tokens)
         self.maximum = maximum
-        self.lengths: dict[Sequence, int] = {}
-
-    def start(self, sequence: Sequence) -> int:
-        return self.lengths.get(sequence, self.num_draft_tokens)
 
     def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
         if draft.tokens:
             step = 2 if verdict.kind == "bonus" else -1
             self.lengths[sequence] = min(self.maximum, max(1, self.start(sequence) + step))
-
-    def forget(self, sequence: Sequence) -> None:
-        self.lengths.pop(sequence, None)
 
 
 @dataclass(slots=True)
@@ -140,6 +134,7 @@ class Threshold(Fixed):
         state.threshold = self.b2 * state.threshold + (1 - self.b2) * moved
 
     def forget(self, sequence: Sequence) -> None:
+        super().forget(sequence)
         state = self.states.pop(sequence, None)
         if state is not None:
             self.threshold = state.threshold

@@ -6,9 +6,8 @@ Prompts are cut into chunks at fixed positions, so that what a sequence computes
 import heapq
 from collections import deque
 
+from foredraft.models.rows import PREFILL_CHUNK
 from foredraft.types import Phase, Sequence
-
-PREFILL_CHUNK = 256
 
 
 class Scheduler:

@@ -5,8 +5,10 @@ Plain data, validated where it is built. Knows nothing of models, caches, files 
 
 import enum
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -81,21 +83,26 @@ class SamplingParams:
     verifier: VerifierName = "coupled"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "processors", tuple(self.processors))
+        for name in ("stop", "stop_token_ids", "processors"):
+            value = getattr(self, name)
+            alone = isinstance(value, str) or not isinstance(value, Iterable)
+            object.__setattr__(self, name, (value,) if alone else tuple(value))
         checks = (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0; 1 is off"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
+            ("temperature", _number(self.temperature, 1e-6) or self.temperature == 0, "0 (greedy), or 1e-6 or more"),
+            ("top_k", _whole(self.top_k, 0), "0 (off) or a whole number above"),
+            ("top_p", _number(self.top_p, 1e-9, 1), "in (0, 1]"),
+            ("min_p", _number(self.min_p, 0, 1), "in [0, 1]"),
+            ("repetition_penalty", _number(self.repetition_penalty, 1e-6, 1e6), "in [1e-6, 1e6]; 1 is off"),
+            ("presence_penalty", _number(self.presence_penalty, -2, 2), "in [-2, 2]"),
+            ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "in [-2, 2]"),
+            ("logit_bias", _biases(self.logit_bias), "a dict of token ids and finite numbers (or -inf)"),
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "1 or a whole number above"),
+            ("seed", self.seed is None or _whole(self.seed, 0, 2**63 - 1), "None or whole, in [0, 2**63)"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "None or in [0, 100]"),
+            ("stop_token_ids", all(_whole(token, 0) for token in self.stop_token_ids), "token ids"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 100), "None or whole, in [0, 100]"),
+            ("processors", all(map(callable, self.processors)), "LogitsProcessors"),
             ("verifier", self.verifier in ("coupled", "rejection"), "'coupled' or 'rejection'"),
         )
         for name, valid, wanted in checks:
@@ -109,6 +116,20 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _whole(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def _number(value: object, least: float, most: float = sys.float_info.max) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
+
+
+def _biases(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        _whole(token, 0) and (_number(bias, -sys.float_info.max) or bias == -math.inf) for token, bias in value.items()
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.vocabulary import check_same_vocabulary
-from foredraft.errors import ModelError
+from foredraft.errors import ModelError, VocabularyMismatchError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
 from foredraft.models.quantize import for_drafting
@@ -52,7 +52,7 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
         ModelError: nothing of that name; the nearest known name is suggested.
         VocabularyMismatchError: the draft model has other tokens.
     """
-    if context.profile is not None and spec not in WITH_PROFILE:
+    if (context.profile is not None or context.force_profile) and spec not in WITH_PROFILE:
         raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(WITH_PROFILE)}")
     if spec is None:
         return NoDrafter()
@@ -61,7 +61,12 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
     if isinstance(spec, (str, Path)):
         return _from_checkpoint(spec, context)
     if isinstance(spec, PreTrainedModel):
-        return _drafting_with(load_model(spec, context.options), context)
+        return _from_object(spec, context)
+    if not isinstance(spec, Drafter):
+        names = ", ".join(DRAFTERS)
+        raise ModelError(
+            f"draft={spec!r} cannot draft; give a name ({names}), a model's folder or hub name, or a Drafter"
+        )
     return spec
 
 
@@ -78,6 +83,16 @@ def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
     if context.tokenizer is not None:
         check_same_vocabulary(context.tokenizer, load_tokenizer(source, context.options))
     return _drafting_with(model, context)
+
+
+def _from_object(model: PreTrainedModel, context: DraftContext) -> Drafter:
+    size, wanted = model.config.get_text_config(decoder=True).vocab_size, context.target.vocab_size
+    if size != wanted:
+        raise VocabularyMismatchError(
+            f"the draft model has {size} tokens and the target {wanted}, and an object comes without a tokenizer to "
+            "compare; give the draft by its folder or hub name"
+        )
+    return _drafting_with(load_model(model, context.options), context)
 
 
 def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:

@@ -3,12 +3,13 @@
 A drafter may be as wrong as it likes: it changes how many tokens a pass yields, never which.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from foredraft.policy import DraftPolicy
 from foredraft.types import Draft, Sequence, Verdict
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes one draft for each sequence, at most `sequence.draft_limit` tokens long, empty where it has no guess.
 

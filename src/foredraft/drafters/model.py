@@ -13,12 +13,11 @@ import torch.nn.functional as F
 
 from foredraft import sampling
 from foredraft.models.base import CausalModel
-from foredraft.models.rows import Span, plan
+from foredraft.models.rows import PREFILL_CHUNK, Span, plan
 from foredraft.policy import DraftPolicy
 from foredraft.sampling import Drawn
 from foredraft.types import Draft, Sequence, Verdict
 
-PREFILL_CHUNK = 256
 KEY_MULTIPLE = 128  # drafts need no row invariance; rounding keeps cache views and masks alike from step to step
 
 
@@ -103,8 +102,10 @@ class ModelDrafter:
         return [chains[s].draft(self.name) if s in chains else Draft(source=self.name) for s in sequences]
 
     def _can_draft(self, sequence: Sequence) -> bool:
-        has_room = len(sequence.token_ids) + sequence.draft_limit <= self.model.max_positions
-        return has_room and sequence not in self.given_up
+        tokens = sequence.token_ids
+        has_room = len(tokens) + sequence.draft_limit <= self.model.max_positions
+        knows_all = self.model.vocab_size >= self.vocab_size or max(tokens) < self.model.vocab_size
+        return has_room and knows_all and sequence not in self.given_up
 
     def _give_up(self, sequence: Sequence) -> None:
         self.given_up.add(sequence)

@@ -93,12 +93,19 @@ def decode(engine: Engine, call: Call) -> tuple[torch.Tensor, Benchmarks]:
 
 
 def _steps(engine: Engine, rows: list[Sequence]) -> Iterator[list[StepOutput]]:
-    """Drive the engine until the rows have ended; leave nothing behind when an error or the caller ends it first."""
+    """Drive the engine until the rows have ended; leave nothing behind when an error or the caller ends it first.
+
+    Raises what a row's own processor or criterion raised.
+    """
     for row in rows:
         engine.add(row)
     try:
         while any(row.finish_reason is None for row in rows):
-            yield engine.step()
+            outputs = engine.step()
+            error = next((output.sequence.error for output in outputs if output.sequence.error), None)
+            if error is not None:
+                raise error
+            yield outputs
     finally:
         for row in rows:
             if row.finish_reason is None:

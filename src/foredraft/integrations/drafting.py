@@ -44,10 +44,6 @@ class Assisted(Fixed):
         super().__init__(num_draft_tokens)
         self.schedule = schedule
         self.threshold = threshold
-        self.lengths: dict[Sequence, int] = {}
-
-    def start(self, sequence: Sequence) -> int:
-        return self.lengths.get(sequence, self.num_draft_tokens)
 
     def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
         return confidences[-1] >= self.threshold
@@ -57,9 +53,9 @@ class Assisted(Fixed):
             self.lengths[sequence] = max(1, self.start(sequence) + (2 if verdict.kind == "bonus" else -1))
 
     def forget(self, sequence: Sequence) -> None:
-        length = self.lengths.pop(sequence, None)
-        if length is not None and self.schedule == "heuristic":
-            self.num_draft_tokens = length
+        if self.schedule == "heuristic":
+            self.num_draft_tokens = self.start(sequence)
+        super().forget(sequence)
 
 
 class IpexPolicy(Threshold):
@@ -73,10 +69,6 @@ class IpexPolicy(Threshold):
         super().__init__(maximum, threshold, **rule)
         self.least = least
         self.hf_adjust = hf_adjust
-        self.lengths: dict[Sequence, int] = {}
-
-    def start(self, sequence: Sequence) -> int:
-        return self.lengths.get(sequence, self.num_draft_tokens)
 
     def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
         early = not sequence.params.greedy and len(confidences) < self.least
@@ -88,10 +80,6 @@ class IpexPolicy(Threshold):
             step = 1 if verdict.kind == "bonus" else -1
             most = self.num_draft_tokens + 5
             self.lengths[sequence] = min(most, max(1, self.start(sequence) + step))
-
-    def forget(self, sequence: Sequence) -> None:
-        super().forget(sequence)
-        self.lengths.pop(sequence, None)
 
 
 @dataclass(frozen=True, slots=True)

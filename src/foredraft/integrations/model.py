@@ -20,8 +20,9 @@ from foredraft.errors import RequestError
 from foredraft.integrations.decoding import Benchmarks, Call, decode
 from foredraft.integrations.drafting import Drafting
 from foredraft.integrations.recipe import Recipe
-from foredraft.integrations.refusals import check_call, check_prepared
+from foredraft.integrations.refusals import check_call, check_prepared, check_processors
 from foredraft.models.base import NO_SKIP, SkipSet
+from foredraft.models.load import same_device
 from foredraft.policy import DraftPolicy, PerRequest, make_policy
 from foredraft.stats import SpecStats
 from foredraft.types import VerifierName
@@ -111,8 +112,7 @@ class SpeculativeModel(GenerationMixin):
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         device = self.device if device is None else device
         dtype = self.dtype if dtype is None else dtype
-        same_place = device.type == self.device.type and device.index in (None, self.device.index)
-        if same_place and dtype == self.dtype:
+        if same_device(device, self.device) and dtype == self.dtype:
             return self
         recipe = self.recipe
         if isinstance(recipe.source, PreTrainedModel) or not isinstance(recipe.draft, (str, Path, type(None))):
@@ -240,6 +240,7 @@ class SpeculativeModel(GenerationMixin):
     ) -> Any:
         """Where transformers' loop over tokens would begin."""
         check_prepared(prepared)
+        check_processors(logits_processor)
         mask = prepared.get("attention_mask")
         pad = generation_config._pad_token_tensor
         seed = self._seed

@@ -3,8 +3,6 @@
 Owns loading. Knows nothing of calls.
 """
 
-import copy
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -40,15 +38,12 @@ class Recipe:
     skip: SkipSet | None = None  # given by hand, it comes before `draft`
 
     def target(self) -> CausalModel:
-        if isinstance(self.source, PreTrainedModel):
-            model = wrap(_sharing_weights(self.source))
-        elif self.loading and is_low_bit(self.source):
+        if isinstance(self.source, PreTrainedModel) or not self.loading:
+            return load_target(self.source, self.options)
+        if is_low_bit(self.source):
             names = ", ".join(self.loading)
             raise RequestError(f"{names} cannot be honoured for low-bit weights in {self.source}; leave them out")
-        elif self.loading:
-            model = wrap(self._with_transformers(), consume=True)
-        else:
-            return load_target(self.source, self.options)
+        model = wrap(self._with_transformers(), consume=True)
         model.row_invariance = probe(model)
         return model
 
@@ -98,9 +93,3 @@ def draft_of(source: str | Path, speculative: bool | None, draft: DraftSpec) -> 
             )
         return "ngram"
     return DEFAULT_DRAFT if draft is None else draft
-
-
-def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model in other module objects, over the same tensors."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -1,8 +1,10 @@
 """What the drop-in cannot honour, by name, with the value and what to do instead; and how loading options read."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers import SynthIDTextWatermarkLogitsProcessor
 
 from foredraft.errors import RequestError
 
@@ -73,6 +75,16 @@ def _refuse(name: str, value: Any, neutral: tuple[Any, ...], advice: str) -> Non
         return
     shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
     raise RequestError(f"{name}={shown} cannot be honoured; {advice}")
+
+
+def check_processors(processors: Iterable[Any]) -> None:
+    """Raise RequestError for a processor whose scores depend on how often it was called, not on the prefix alone."""
+    for processor in processors:
+        if isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
+            raise RequestError(
+                "watermarking_config=SynthIDTextWatermarkingConfig(...) cannot be honoured: its processor has a state "
+                f"that a refused draft would spoil; use WatermarkingConfig, or {LOOP}"
+            )
 
 
 def check_prepared(prepared: dict[str, Any]) -> None:

@@ -80,7 +80,8 @@ def accelerate(
 ) -> SpeculativeModel:
     """A transformers model already in memory, with the same `generate`, sooner.
 
-    The model is left as it is and goes on working. What is packed is a copy: weights changed later are not seen.
+    The model is left as it is and goes on working. Make another one when its weights change: some are shared with it,
+    those that are packed are copies.
 
     Raises:
         ModelError: the model cannot serve.

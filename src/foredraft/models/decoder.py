@@ -23,17 +23,36 @@ from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
 from foredraft.models.stored import StoredLinear, fuse
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+OWN_CODE = ("transformers.models.", "transformers.activations", "torch.nn.", "foredraft.")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-def supports(config: PreTrainedConfig) -> bool:
-    """Whether the lean decoder computes this configuration; the adapter takes every other."""
+def supports(model: PreTrainedModel) -> bool:
+    """Whether the lean decoder computes what this model computes; the adapter takes every other."""
+    return _known(model.config) and _as_published(model)
+
+
+def _known(config: PreTrainedConfig) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in FAMILY
         and getattr(config, "hidden_act", "silu") == "silu"
         and rope.get("rope_type", "default") in STATIC_ROPE
         and rope.get("partial_rotary_factor", 1.0) == 1.0
+    )
+
+
+def _as_published(model: PreTrainedModel) -> bool:
+    """Whether all of it is transformers' own code on weights of one dtype: no subclass, adapter, hook or patch."""
+    modules = list(model.modules())
+    linears = [m for m in modules if isinstance(m, nn.Linear)]
+    return (
+        all(type(m).__module__.startswith(OWN_CODE) for m in modules)
+        and all(type(m) is nn.Linear for m in linears)
+        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+        and {p.dtype for p in model.parameters()} <= {model.dtype}
+        and model.dtype in DTYPES
     )
 
 

@@ -69,7 +69,7 @@ class SlotView(Cache):
 
 
 class HFModel:
-    """A loaded transformers model; it is changed in place (packed weights, attention function).
+    """A loaded transformers model, which is ours: it is changed in place (packed weights, attention function).
 
     Raises:
         UnsupportedModelError: its state cannot be rewound, it is not causal, or it does not compute through us what it

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from foredraft.models.base import CausalModel
-from foredraft.models.rows import SHORT_SPAN, RowInvariance, Span, plan, round_up
+from foredraft.models.rows import PREFILL_CHUNK, SHORT_SPAN, RowInvariance, Span, plan, round_up
 
 ROWS = ((4, 1), (4, 4), (8, 8))  # fewest rows, and the multiple they come in
 KEY_MULTIPLES = (128, 512)
@@ -20,7 +20,6 @@ WIDTHS = (1, *range(5, 18), 24, 32)  # every narrow one: kernels treat the remai
 WIDEST = 33
 CONTEXT = 240  # so that the widths above fall on both sides of a key multiple of 128
 NEAR, FAR = 180, 300  # how far ahead mates stand: key lengths of 512, and of a second block
-CHUNK = 256  # a prefill chunk
 KEY_STARTS = (64, 176)  # rows before and after a key length of 128
 FIXED = RowInvariance(min_rows=8, key_multiple=512, max_rows=8, exact=False)
 """Where nothing holds, every step runs at this one width: then equal passes agree, and no more is promised."""
@@ -93,7 +92,7 @@ def _holds_in_prefill(model: CausalModel, candidate: RowInvariance, text: Text) 
     """Whether rows of a prompt, computed in one chunk, have the bits of rows computed in a narrow pass."""
     narrow = _forward(model, candidate, [text.span(text.widest)])
     end = text.start + text.widest
-    first = max(0, end - CHUNK)
+    first = max(0, end - PREFILL_CHUNK)
     return torch.equal(_forward(model, candidate, [Span(SLOT, first, text.tokens[first:end], text.widest)]), narrow)
 
 
@@ -113,6 +112,8 @@ def _cases(candidate: RowInvariance, text: Text) -> Iterator[tuple[int, int, lis
     yield 0, 1, [text.span(1), text.mate(NEIGHBOUR, text.widest), text.mate(MATE, 2)]
     yield 0, some, [text.span(some), text.mate(NEIGHBOUR, 1), text.mate(MATE, some)]
     yield 0, some, [text.span(some), text.mate(MATE, some)]
+    if text.start:  # beside the end of a prompt, as wide as that may be
+        yield 0, some, [text.span(some), Span(NEIGHBOUR, 0, text.tokens[: min(SHORT_SPAN, text.start)])]
 
 
 def _text(model: CausalModel) -> Text:

@@ -3,6 +3,8 @@
 Owns the choice of dtype, device and runtime, and the errors of a checkpoint that is not what it should be.
 """
 
+import copy
+import itertools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,23 @@ class LoadOptions:
     def __post_init__(self) -> None:
         parse_dtype(self.dtype)
         parse_device(self.device)
+        if self.device_map is not None and self.device != "auto":
+            raise RequestError(f"device={self.device!r} contradicts device_map={self.device_map!r}; give one of them")
+
+    def check_object(self, model: PreTrainedModel, name: str = "") -> None:
+        """Raises RequestError unless a model in memory is as these options ask; `name` leads those of a draft."""
+        dtype, device = parse_dtype(self.dtype), parse_device(self.device)
+        asks = (
+            ("dtype", self.dtype, dtype in (None, model.dtype), model.dtype),
+            ("device", self.device, self.device == "auto" or same_device(device, model.device), model.device),
+            ("device_map", self.device_map, self.device_map is None, model.device),
+        )
+        for option, value, honoured, actual in asks:
+            if not honoured:
+                raise RequestError(
+                    f"{name}{option}={value!r} cannot be honoured: the model object is in memory already ({actual}); "
+                    "convert or move it first, or give its folder"
+                )
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -64,6 +83,11 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Whether they are one place; cuda without an index is any."""
+    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))
+
+
 def load_target(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:
     """A model fit to verify: loaded, packed, and probed for row invariance.
 
@@ -84,13 +108,21 @@ def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> Ca
 
 
 def wrap(model: PreTrainedModel, *, consume: bool = False) -> CausalModel:
-    """A transformers model in our runtime; `consume` lets go of its own copy of the weights where ours is packed."""
+    """A transformers model in our runtime. It stays as it is, unless it is ours to `consume`: then its own weights go
+    as soon as ours are packed.
+    """
     check_supported(model)
-    model.eval()
-    if decoder.supports(model.config) and not getattr(model, "hf_device_map", None):
+    model = (model if consume else _sharing_weights(model)).eval()
+    if decoder.supports(model):
         return decoder.Decoder(model, consume=consume)
     start(model)
     return HFModel(model)
+
+
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in other module objects, over the same tensors."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel:

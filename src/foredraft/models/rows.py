@@ -8,6 +8,7 @@ probe plan alike.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+PREFILL_CHUNK = 256  # tokens of a prompt that one pass takes
 SHORT_SPAN = 64  # spans up to here are padded to a common width, so that one attention call serves a whole batch
 
 
