@@ -411,9 +411,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "lists the layer other, which the model lacks",
     ),
     "another width": (
-        lambda f: change_manifest(f, lambda m: m["layers"]["model.layers.1.mlp.up_proj"].update(bits=8)),
+        lambda f: change_manifest(
+            f, lambda m: m["layers"]["model.layers.1.mlp.up_proj"].update(bits=8, group_size=None)
+        ),
         r"model\.layers\.1\.mlp\.up_proj\.scale",
     ),
+    "a width there is not": (
+        lambda f: change_manifest(f, lambda m: m["layers"]["model.layers.1.mlp.up_proj"].update(bits=16)),
+        "is damaged .a layer of 16 bits",
+    ),
+    "another group": (
+        lambda f: change_manifest(f, lambda m: m["layers"]["model.layers.1.mlp.up_proj"].update(group_size=256)),
+        r"model\.layers\.1\.mlp\.up_proj is not stored as .* groups of 256",
+    ),
+    "another dtype": (lambda f: change_manifest(f, lambda m: m.update(dtype="fooo")), "is damaged .*'fooo'"),
+    "no tensors": (lambda f: change_manifest(f, lambda m: m.update(tensors=None)), "is damaged .its tensors are None"),
     "another shape": (
         lambda f: change_manifest(f, lambda m: m["layers"]["model.layers.1.mlp.up_proj"].update(shape=[96, 128])),
         r"model\.layers\.1\.mlp\.up_proj",

@@ -707,6 +707,22 @@ def test_generate_within_generate(llama_fast: SpeculativeModel) -> None:
         llama_fast.generate(prompts(), max_new_tokens=4, stopping_criteria=[Nested()])
 
 
+def test_a_processor_that_raises_is_heard(llama_fast: SpeculativeModel) -> None:
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        llama_fast.generate(prompts(), max_new_tokens=4, logits_processor=[Fails()])
+    assert llama_fast.generate(prompts(), max_new_tokens=4).shape[1] == prompts().shape[1] + 4
+
+
+def test_a_watermark_that_counts_its_calls_is_refused(llama_fast: SpeculativeModel) -> None:
+    mark = transformers.SynthIDTextWatermarkingConfig(keys=[1, 2, 3, 9], ngram_len=3)
+    with pytest.raises(RequestError, match=r"watermarking_config=SynthID.* cannot be honoured"):
+        llama_fast.generate(prompts(), max_new_tokens=4, watermarking_config=mark)
+
+
 def test_threads_take_turns(llama: PreTrainedModel, llama_fast: SpeculativeModel) -> None:
     found: dict[int, list[list[int]]] = {}
 

@@ -137,8 +137,8 @@ class LLM:
             draft = BUNDLED / "draft" if target is None else "ngram"
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
-        _check_draft_place(draft, draft_dtype, draft_device)
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
+        _check_draft_place(draft, draft_dtype=draft_dtype, draft_device=draft_device)
         target = BUNDLED / "target" if target is None else target
         if tokenizer is None and not isinstance(target, PreTrainedModel):
             check_source(target)
@@ -335,15 +335,14 @@ def _never(token_id: int) -> bool:
     return False
 
 
-def _check_draft_place(draft: object, dtype: str | None, device: str | None) -> None:
+def _check_draft_place(draft: object, **place: str | None) -> None:
+    """Raises RequestError where `draft_dtype` or `draft_device` is given and says nothing to this drafter."""
+    given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
     if isinstance(draft, PreTrainedModel):
-        LoadOptions(dtype or "auto", device or "auto").check_object(draft, "draft_")
-    elif (dtype or device) and (draft in DRAFTERS or not isinstance(draft, (str, Path))):
+        LoadOptions(place["draft_dtype"] or "auto", place["draft_device"] or "auto").check_object(draft, "draft_")
+    elif given and (draft in DRAFTERS or not isinstance(draft, (str, Path))):
         why = "drafts with the target's own weights" if draft in SELF_DRAFTERS else "has no model to load"
-        raise RequestError(
-            f"draft={draft!r} {why}, so draft_dtype={dtype!r} and draft_device={device!r} cannot be honoured; leave "
-            "them out"
-        )
+        raise RequestError(f"draft={draft!r} {why}, so {given} cannot be honoured; leave it out")
 
 
 def _context(asked: int | None, most: int) -> int:

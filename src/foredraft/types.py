@@ -88,15 +88,15 @@ class SamplingParams:
             alone = isinstance(value, str) or not isinstance(value, Iterable)
             object.__setattr__(self, name, (value,) if alone else tuple(value))
         checks = (
-            ("temperature", _number(self.temperature, 1e-6) or self.temperature == 0, "0 (greedy), or 1e-6 or more"),
-            ("top_k", _whole(self.top_k, 0), "0 (off) or a whole number above"),
+            ("temperature", _number(self.temperature, 1e-6) or self.temperature == 0, "0 (greedy) or more (1e-6)"),
+            ("top_k", _whole(self.top_k, 0), "0 (off) or more, and whole"),
             ("top_p", _number(self.top_p, 1e-9, 1), "in (0, 1]"),
             ("min_p", _number(self.min_p, 0, 1), "in [0, 1]"),
-            ("repetition_penalty", _number(self.repetition_penalty, 1e-6, 1e6), "in [1e-6, 1e6]; 1 is off"),
+            ("repetition_penalty", _number(self.repetition_penalty, 1e-6, 1e6), "more than 0 (1e-6 to 1e6); 1 is off"),
             ("presence_penalty", _number(self.presence_penalty, -2, 2), "in [-2, 2]"),
             ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "in [-2, 2]"),
             ("logit_bias", _biases(self.logit_bias), "a dict of token ids and finite numbers (or -inf)"),
-            ("max_new_tokens", _whole(self.max_new_tokens, 1), "1 or a whole number above"),
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "1 or more, and whole"),
             ("seed", self.seed is None or _whole(self.seed, 0, 2**63 - 1), "None or whole, in [0, 2**63)"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
             ("stop_token_ids", all(_whole(token, 0) for token in self.stop_token_ids), "token ids"),

@@ -21,6 +21,7 @@ from foredraft.models.stored import TENSORS, StoredLinear
 
 MANIFEST = "foredraft_quant.json"
 VERSION = 1
+FORMATS = {"int4": "bfloat16", "int8": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}  # what is not quantised
 CONVERT_AGAIN = "convert the model again with `foredraft convert`"
 
 
@@ -31,6 +32,15 @@ class LayerRecord:
     bits: int
     group_size: int | None
     shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.bits not in TENSORS or (self.group_size is None) != (self.bits == 8):
+            raise ValueError(f"a layer of {self.bits!r} bits in groups of {self.group_size!r}")
+
+    def fits(self, stored: StoredLinear) -> bool:
+        """Whether the tensors that were read are as this record has it."""
+        grouped = self.bits == 8 or self.group_size == 2 * stored.codes.shape[1] // stored.groups
+        return stored.fits(self.shape) and grouped
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,12 @@ class Manifest:
     files: list[FileRecord]
     layers: dict[str, LayerRecord]
     tensors: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.weight_format not in FORMATS or self.dtype not in FORMATS.values():
+            raise ValueError(f"weights in {self.weight_format!r}, the rest in {self.dtype!r}")
+        if not isinstance(self.tensors, dict):
+            raise TypeError(f"its tensors are {self.tensors!r}")
 
     def write(self, folder: Path) -> None:
         content = {"format_version": VERSION, **asdict(self)}
@@ -169,8 +185,9 @@ def _fill(model: PreTrainedModel, manifest: Manifest, reader: _Reader) -> None:
         parent, _, child = name.rpartition(".")
         tensors = {kind: reader.get(f"{name}.{kind}") for kind in TENSORS[record.bits]}
         stored = StoredLinear(tensors, record.shape[1], getattr(modules[name], "bias", None))
-        if sorted(record.shape) != sorted(modules[name].weight.shape) or not stored.fits(record.shape):
-            raise ModelError(f"{reader.path}: the layer {name} has not the shape {record.shape}; {CONVERT_AGAIN}")
+        if sorted(record.shape) != sorted(modules[name].weight.shape) or not record.fits(stored):
+            how = f"{record.bits} bits of the shape {list(record.shape)} in groups of {record.group_size}"
+            raise ModelError(f"{reader.path}: the layer {name} is not stored as {how}; {CONVERT_AGAIN}")
         setattr(modules[parent], child, stored)
     tied = model.all_tied_weights_keys
     for name, parameter in list(model.named_parameters()):

@@ -1,0 +1,187 @@
+"""LLM as a program uses it: threads, open streams, callbacks that fail, and models that are somebody else's."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from fakes import Scripted
+from models import draws, tiny
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from foredraft import LLM, SamplingParams
+from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
+from foredraft.models.decoder import Decoder
+from foredraft.models.hf import HFModel
+from foredraft.types import Sequence, Verdict
+
+PARAMS = SamplingParams(max_new_tokens=24)
+PROMPTS = [draws(3 + i, seed=i) for i in range(6)]
+
+
+def test_threads_share_one_llm():
+    llm = LLM(tiny("llama"), "ngram", max_batch_size=3)
+    wanted = [llm.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
+    found: dict[int, list[int]] = {}
+
+    def run(i: int) -> None:
+        for _ in range(3):
+            chunks = list(llm.stream(PROMPTS[i], PARAMS))
+            assert chunks[-1].result is not None
+            found[i] = [token for chunk in chunks for token in chunk.token_ids]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found.get(i) for i in range(len(PROMPTS))] == wanted
+    assert not llm.engine.has_work
+
+
+def test_a_drafter_that_fails_for_one_text_takes_nothing_from_another():
+    class Fails(Scripted):
+        def observe(self, sequence: Sequence, verdict: Verdict) -> None:
+            if sequence.seed == 2 and sequence.num_output > 4:
+                raise KeyError("four")
+
+    llm = LLM(tiny("llama"), Fails())
+    wanted = llm.generate(PROMPTS[0], PARAMS).token_ids
+    sound = llm.stream(PROMPTS[0], SamplingParams(max_new_tokens=24, seed=1))
+    broken = llm.stream(PROMPTS[1], SamplingParams(max_new_tokens=24, seed=2))
+    chunks = [next(sound), next(broken)]
+    with pytest.raises(KeyError, match="four"):
+        list(broken)
+    chunks = [chunks[0], *sound]
+    assert [token for chunk in chunks for token in chunk.token_ids] == wanted
+    assert chunks[-1].finish_reason == "length"
+
+
+def patched(model: PreTrainedModel) -> PreTrainedModel:
+    model.forward = model.forward  # what accelerate's hooks, among others, do
+    return model
+
+
+def hooked(model: PreTrainedModel) -> PreTrainedModel:
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5)
+    return model
+
+
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """As LoRA layers do: a linear layer that has a weight, and does more."""
+
+    class More(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1.5
+
+    q = model.model.layers[0].self_attn.q_proj
+    more = More(q.in_features, q.out_features, bias=False)
+    more.weight = q.weight
+    model.model.layers[0].self_attn.q_proj = more
+    return model
+
+
+class Negated(LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        out.logits = -out.logits
+        return out
+
+
+def negated(model: PreTrainedModel) -> PreTrainedModel:
+    made = Negated(model.config)
+    made.load_state_dict(model.state_dict())
+    return made.eval()
+
+
+def doubled(model: PreTrainedModel) -> PreTrainedModel:
+    return model.double()
+
+
+@pytest.mark.parametrize("change", [patched, hooked, adapted, negated, doubled])
+def test_a_llama_that_computes_something_else_is_not_mistaken_for_one(change):
+    model = change(tiny("llama"))
+    ids = torch.tensor([PROMPTS[3]])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    llm = LLM(model, "ngram")
+    assert isinstance(llm.model, HFModel)
+    assert llm.generate(PROMPTS[3], PARAMS).token_ids == wanted[0, ids.shape[1] :].tolist()
+    assert isinstance(LLM(tiny("llama"), "none").model, Decoder)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma2"])
+def test_a_model_in_memory_stays_as_it_is(name):
+    model = tiny(name).train()
+    attention = model.config._attn_implementation
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.tensor([[0, 0, *PROMPTS[0]], PROMPTS[2]])
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor([[2], [0]])).long()
+    model.eval()
+    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    model.train()
+    llm = LLM(model, tiny(name))
+    llm.generate(PROMPTS[0], PARAMS)
+    assert model.training
+    assert model.config._attn_implementation == attention
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+    found = model.eval().generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, wanted)
+
+
+def test_a_draft_model_of_another_size():
+    wide, narrow = tiny("llama"), tiny("llama", seed=1)
+    narrow.resize_token_embeddings(100)
+    with pytest.raises(VocabularyMismatchError, match=r"100 tokens and the target 160, .* by its folder"):
+        LLM(wide, narrow)
+
+
+def test_a_draft_with_fewer_tokens_leaves_texts_that_hold_others():
+    """A checkpoint whose table was padded less than the target's: what it cannot read it does not draft for."""
+    llm = LLM(tiny("llama"), tiny("llama"), policy="fixed")
+    wanted = llm.generate([1, 2, 150], PARAMS)
+    llm.drafter.model.vocab_size = 120
+    found = llm.generate([1, 2, 150], PARAMS)
+    assert (wanted.stats.drafted > 0, found.stats.drafted) == (True, 0)
+    assert found.token_ids == wanted.token_ids
+
+
+OPTIONS = [
+    ({"dtype": "bfloat16"}, r"dtype='bfloat16' cannot be honoured: the model object is in memory already"),
+    ({"device_map": "auto"}, r"device_map='auto' cannot be honoured"),
+    ({"device_map": "auto", "device": "cpu"}, r"device='cpu' contradicts device_map='auto'"),
+    ({"draft_dtype": "bfloat16"}, r"draft='ngram' has no model to load, so draft_dtype='bfloat16' cannot be honoured"),
+    ({"draft": "int4", "draft_device": "cpu"}, r"drafts with the target's own weights, so draft_device='cpu' cannot"),
+    ({"draft": "copy", "draft_dtype": "bfloat16"}, r"draft_dtype='bfloat16' cannot be honoured: the model object"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_options_that_would_be_dropped(options, message):
+    draft = options.get("draft", "ngram")
+    place = {name: value for name, value in options.items() if name != "draft"}
+    with pytest.raises(RequestError, match=message):
+        LLM(tiny("llama"), tiny("llama") if draft == "copy" else draft, **place)
+
+
+def test_what_cannot_draft():
+    with pytest.raises(ModelError, match="draft=5 cannot draft; give a name"):
+        LLM(tiny("llama"), 5)
+    with pytest.raises(ModelError, match="draft='ngram' takes no profile"):
+        LLM(tiny("llama"), "ngram", force_profile=True)
+
+
+@pytest.mark.parametrize("prompts", [None, 5])
+def test_what_is_no_prompt(prompts):
+    with pytest.raises(RequestError, match=f"prompts={prompts} is not usable; give text, token ids"):
+        LLM(tiny("llama"), "none").generate(prompts)
+
+
+def test_prompts_as_tensors():
+    llm = LLM(tiny("llama"), "none")
+    many = [PROMPTS[0], PROMPTS[0][::-1]]
+    wanted = [result.token_ids for result in llm.generate(many, PARAMS)]
+    assert [result.token_ids for result in llm.generate(torch.tensor(many), PARAMS)] == wanted
+    assert llm.generate(torch.tensor(many[0]), PARAMS).token_ids == wanted[0]
