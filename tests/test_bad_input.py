@@ -131,7 +131,7 @@ def test_arguments(options, message):
 
 @pytest.mark.parametrize("name, nearest", [("ngrams", "ngram"), ("n-gram", "ngram"), ("non", "none")])
 def test_unknown_draft_name_suggests_the_nearest(name, nearest):
-    with pytest.raises(ModelError, match=rf"draft='{name}' is not known; did you mean '{nearest}'\?"):
+    with pytest.raises(RequestError, match=rf"draft='{name}' is not known; did you mean '{nearest}'\?"):
         LLM(tiny("llama"), name)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from foredraft.cli import reference, session
 from foredraft.cli.app import app
 from foredraft.cli.chat import Conversation
-from foredraft.cli.options import ChatOptions, GenerateOptions, RunOptions
+from foredraft.cli.options import RunOptions
 from foredraft.errors import RequestError
 from foredraft.llm import Chunk, GenerationResult
 from foredraft.types import SamplingParams
@@ -102,10 +103,20 @@ def test_flags_reach_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(options, target=target, draft=draft)
 
     monkeypatch.setattr("foredraft.llm.LLM", constructor)
-    session.open_llm(RunOptions(model="m", draft="ngram", dtype="fp32", gpu="1", policy="gain"))
+    session.open_llm(
+        RunOptions(
+            model="m",
+            draft="ngram",
+            dtype="fp32",
+            gpu="1",
+            policy="gain",
+            draft_profile=Path("p.json"),
+            trust_remote_code=True,
+        )
+    )
     assert seen == {
         "target": "m", "draft": "ngram", "dtype": "fp32", "device": "cuda:1", "draft_device": None, "policy": "gain",
-        "max_batch_size": 1,
+        "max_batch_size": 1, "draft_profile": Path("p.json"), "trust_remote_code": True,
     }  # fmt: skip
 
 
@@ -144,6 +155,9 @@ def test_defaults_are_the_librarys() -> None:
         ("--verifier luck x", "verifier='luck' is not usable"),
         ("--gpu all x", "--gpu 'all' is not usable; give one index"),
         ("--gpu 1 --device cpu x", "--gpu 1 contradicts --device cpu"),
+        ("--gamma 3 --policy gain x", "--gamma 3 contradicts --policy gain"),
+        ("--draft none --gamma 3 x", "--draft none contradicts --gamma 3: nothing is drafted"),
+        ("--draft none --policy fixed x", "--draft none contradicts --policy fixed"),
         ("--max-new-tokens many x", "--max-new-tokens"),
         ("--top-q 1 x", "No such option: --top-q"),
         ("--compare --draft none x", "--compare needs a drafter"),
@@ -343,6 +357,44 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert err == b""
 
 
+def test_a_reader_that_goes_away_from_a_table_is_no_error() -> None:
+    with process("generate", "--compare", "Hello") as job:
+        job.stdout.close()
+        err = job.stderr.read()
+        assert job.wait(timeout=60) == 0
+    assert err == b""
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--compare"]], ids=str)
+def test_a_full_disk_is_one_line(flags: list[str]) -> None:
+    with open("/dev/full", "wb") as full, process("generate", *flags, "Hello", stdout=full.fileno()) as job:
+        err = job.communicate(timeout=60)[1]
+    assert job.returncode == 1
+    assert err.splitlines()[-1].startswith(b"foredraft: error: ") and b"No space left" in err and b"Trace" not in err
+
+
+@pytest.mark.parametrize(("closed", "code", "out"), [(">&-", 1, b""), ("2>&-", 0, b"It is a table for two\n")])
+def test_closed_streams(closed: str, code: int, out: bytes) -> None:
+    line = f"exec {shlex.join(command('generate', 'Hello'))} {closed}"
+    done = subprocess.run(line, shell=True, capture_output=True, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (code, out)
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_libraries_are_imported() -> None:
+    code = "from foredraft import cli\nimport os, signal\nfrom foredraft.cli import session\n"
+    code += "session.sampling_params = lambda options: os.kill(os.getpid(), signal.SIGINT)\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "generate", "x"], capture_output=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
+
+
+@pytest.mark.parametrize("encoding", ["C", "en_US.ISO-8859-1"])
+def test_a_prompt_is_utf8_whatever_the_locale(encoding: str) -> None:
+    with process("generate", "Caf\u00e9", LC_ALL=encoding, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0") as job:
+        out, err = job.communicate(timeout=60)
+    assert (job.returncode, out) == (0, b"It is a table for two\n"), err
+
+
 def test_ctrl_c_keeps_what_was_printed_and_sums_up() -> None:
     with process("generate", "forever") as job:
         line = job.stdout.readline()
@@ -442,10 +494,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path: Path) -> None:
 
 
 def test_the_documented_flags_are_current() -> None:
-    document = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
-    assert "| `--num-draft-tokens` `--gamma` |" in document
-    assert reference.embed(document) == document, "run: python -m foredraft.cli.reference docs/cli.md"
-    assert set(reference.TABLES.values()) == {GenerateOptions, ChatOptions}
+    found = set()
+    for name in ("docs/cli.md", "docs/tuning.md"):
+        document = (ROOT / name).read_text(encoding="utf-8")
+        found |= {match[2] for match in reference.MARKED.finditer(document)}
+        assert reference.embed(document) == document, f"run: python -m foredraft.cli.reference {name}"
+    assert found == set(reference.TABLES)
+    assert "| `--num-draft-tokens` `--gamma` |" in (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 
 
 def real(*args: str) -> Any:

@@ -3,6 +3,11 @@
 
 def main() -> None:
     """The `foredraft` command."""
+    import signal
+
+    from foredraft.cli.console import leave_at_once
+
+    signal.signal(signal.SIGINT, leave_at_once)
     from foredraft.cli.app import app
 
     app(prog_name="foredraft")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from foredraft.cli.console import stdout_console
 from foredraft.cli.session import Question
 
 if TYPE_CHECKING:
@@ -98,10 +99,9 @@ class Comparison:
         }
 
     def print(self) -> None:
-        from rich.console import Console
         from rich.markup import escape
 
-        console = Console(highlight=False)
+        console = stdout_console(highlight=False)
         text = self.plain.results[0].text
         console.print(escape(text.strip() if self.question.is_chat else text), soft_wrap=True)
         console.print(_table(self))
@@ -147,9 +147,7 @@ def _table(comparison: Comparison) -> "Any":
 
 
 def _print_differences(comparison: Comparison) -> None:
-    from rich.console import Console
-
-    console, tokenizer = Console(highlight=False, markup=False), comparison.question.llm.tokenizer
+    console, tokenizer = stdout_console(highlight=False, markup=False), comparison.question.llm.tokenizer
     differences = comparison.differences
     console.print(f"tokens: DIFFERENT at {len(differences)} positions")
 

@@ -3,18 +3,24 @@
 Owns colour, encodings that lack a character, closed pipes, interrupts and exit codes. Knows nothing of models.
 """
 
+import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from foredraft.errors import ForedraftError, RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FAILURE, WRONG_USE, INTERRUPTED = 1, 2, 130
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -23,6 +29,10 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 @contextmanager
 def guard() -> Iterator[None]:
     """Errors become one line and an exit code; a reader that has gone away (`| head -1`) is no error."""
+    if sys.stderr is None:  # closed by who called us
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # it lives as long as we do
+    if sys.stdout is None:
+        raise _failed(OSError("stdout is closed; there is nowhere to print to"), FAILURE)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -38,9 +48,30 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt:
         note("interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
-        raise typer.Exit from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            _abandon_stdout()
+            raise typer.Exit from None
+        if error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT):
+            _abandon_stdout()
+        raise _failed(error, FAILURE) from error
+
+
+def _abandon_stdout() -> None:
+    """What could not be written is given up, or the interpreter's last flush complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+
+
+def leave_at_once(*_: object) -> None:
+    """Ctrl-C while libraries are imported, which may swallow an exception or abort on it: nothing is lost yet."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def interruptible() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def note(text: str) -> None:
@@ -85,6 +116,17 @@ def busy(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+def stdout_console(**options: Any) -> "Console":
+    """rich's console on stdout, which leaves a closed pipe to `guard`."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Piped(**options)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foredraft.cli.console import busy
+from foredraft.cli.console import busy, interruptible
 from foredraft.cli.options import MODEL, OUTPUT, flag, takes
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def convert(options: ConvertOptions) -> None:
 
         from foredraft.models import convert as library
     disable_progress_bar()
+    interruptible()
     with progress_bar(f"{options.weight_format} of {options.model}") as report:
         conversion = library.convert(
             options.model,

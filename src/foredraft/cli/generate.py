@@ -1,6 +1,7 @@
 """`foredraft generate`: one prompt in, the text that follows out."""
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,10 @@ def read_prompt(prompt: str | None) -> str:
     assert prompt is not None
     if not prompt.strip():
         raise RequestError("the prompt is empty; give some text to go on from")
-    if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python passes on bytes that are no text
-        raise RequestError(f"the prompt {prompt!a} is not UTF-8 text")
-    return prompt
+    try:
+        return os.fsencode(prompt).decode("utf-8")  # in whatever encoding Python took the bytes to be
+    except UnicodeError as error:
+        raise RequestError(f"the prompt {prompt!a} is not UTF-8 text") from error
 
 
 def ask(llm: "LLM", prompt: str, chat: bool | None) -> session.Question:

@@ -6,6 +6,7 @@ Knows their spellings, defaults and help. Values are checked by the library, whi
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
 import typer
@@ -34,7 +35,7 @@ class RunOptions:
         flag(
             "--draft",
             "--draft-model",
-            help="Who drafts: a model's folder or hub name, 'ngram', 'none' (plain decoding) or 'auto'.",
+            help="Who drafts: a model's folder or hub name, ngram, int4, int8, skip, int4+skip, none (plain) or auto.",
             panel=MODEL,
         ),
     ] = "auto"
@@ -45,6 +46,13 @@ class RunOptions:
     draft_device: Annotated[
         str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)
     ] = None
+    draft_profile: Annotated[
+        Path | None,
+        flag("--draft-profile", help="What skip and int4+skip leave out: a file.", panel=MODEL),
+    ] = None
+    trust_remote_code: Annotated[
+        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
+    ] = False
     gpu: Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)] = None
     num_draft_tokens: Annotated[
         int | None,
@@ -77,6 +85,14 @@ class RunOptions:
     ignore_eos: Annotated[
         bool, flag("--ignore-eos", help="Go on after the model's end-of-text token.", panel=SAMPLING)
     ] = False
+
+    def check(self) -> None:
+        """Raises RequestError where flags contradict each other in a way that the library cannot see."""
+        if self.policy not in (None, "fixed") and self.num_draft_tokens is not None:
+            raise RequestError(f"--gamma {self.num_draft_tokens} contradicts --policy {self.policy}; give one of them")
+        if self.draft == "none" and (self.policy is not None or self.num_draft_tokens):
+            given = f"--policy {self.policy}" if self.policy is not None else f"--gamma {self.num_draft_tokens}"
+            raise RequestError(f"--draft none contradicts {given}: nothing is drafted; drop one of them")
 
     @property
     def target_device(self) -> str:

@@ -1,6 +1,6 @@
 """The flags as Markdown tables, embedded in the documentation.
 
-python -m foredraft.cli.reference docs/cli.md
+python -m foredraft.cli.reference docs/cli.md docs/tuning.md
 """
 
 import re
@@ -11,13 +11,14 @@ from typing import get_args, get_type_hints
 
 import typer
 
-from foredraft.cli.options import ChatOptions, GenerateOptions, RunOptions
+from foredraft.cli.options import ChatOptions, GenerateOptions
+from foredraft.cli.tune import TuneFlags
 
-TABLES: dict[str, type[RunOptions]] = {"generate": GenerateOptions, "chat": ChatOptions}
+TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags}
 MARKED = re.compile(r"(<!-- flags of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(options: type[RunOptions]) -> str:
+def table(options: type) -> str:
     """One row for each flag, in the order of `--help`."""
     hints = get_type_hints(options, include_extras=True)
     rows = ["| flag | default | meaning |", "|---|---|---|"]
@@ -42,5 +43,5 @@ def embed(document: str) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(embed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(embed(path.read_text(encoding="utf-8")), encoding="utf-8")

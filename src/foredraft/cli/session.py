@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from foredraft.cli.console import Printer, busy, note
+from foredraft.cli.console import Printer, busy, interruptible, note
 from foredraft.cli.options import RunOptions
 from foredraft.errors import ForedraftError
 
@@ -48,6 +48,8 @@ def open_llm(options: RunOptions) -> "LLM":
         dtype=options.dtype,
         device=options.target_device,
         draft_device=options.draft_device,
+        draft_profile=options.draft_profile,
+        trust_remote_code=options.trust_remote_code,
         policy=options.policy,
         max_batch_size=1,
     )
@@ -56,10 +58,13 @@ def open_llm(options: RunOptions) -> "LLM":
 def start(options: RunOptions) -> "tuple[LLM, SamplingParams]":
     """Check the flags, then load: a typing error must not cost the time of loading."""
     device = options.target_device
+    options.check()
     with busy("importing torch and transformers"):
         params = sampling_params(options)
     with busy(f"loading {options.model or 'the bundled pair'} ({device})"):
-        return open_llm(options), params
+        llm = open_llm(options)
+    interruptible()
+    return llm, params
 
 
 @dataclass(frozen=True, slots=True)

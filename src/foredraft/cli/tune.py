@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from foredraft.cli.console import busy, note, only_result
+from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, flag, takes
 
 if TYPE_CHECKING:
@@ -97,11 +97,9 @@ def tune(options: TuneFlags) -> None:
         stdout.write(json.dumps(advice.as_dict() | {"profile": written and str(written)}) + "\n")
         stdout.flush()
         return
-    from rich.console import Console
-
     from foredraft.tuning.report import show
 
-    show(advice, Console(highlight=False))
+    show(advice, stdout_console(highlight=False))
     note(f"profile: {written}" if written else "no skip profile was written")
 
 
@@ -136,6 +134,7 @@ def open_target(options: TuneFlags) -> "tuple[LLM, LoadOptions]":
     remote = options.trust_remote_code
     with busy(f"loading {options.model or 'the bundled target'}"):
         llm = LLM(options.model, "none", dtype=options.dtype, device=options.device, trust_remote_code=remote)
+    interruptible()
     return llm, LoadOptions(options.dtype, options.device, None, remote)
 
 

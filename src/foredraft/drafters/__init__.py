@@ -12,7 +12,7 @@ from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.vocabulary import check_same_vocabulary
-from foredraft.errors import ModelError, VocabularyMismatchError
+from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
 from foredraft.models.quantize import for_drafting
@@ -49,7 +49,8 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
     """A drafter by name, or from a draft model's folder, hub name or object, or as it is.
 
     Raises:
-        ModelError: nothing of that name; the nearest known name is suggested.
+        ModelError: no model is there.
+        RequestError: nothing of that name; the nearest known name is suggested.
         VocabularyMismatchError: the draft model has other tokens.
     """
     if (context.profile is not None or context.force_profile) and spec not in WITH_PROFILE:
@@ -74,7 +75,7 @@ def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
     if isinstance(source, str) and not looks_like_path(source) and "/" not in source:
         near = difflib.get_close_matches(source, DRAFTERS, n=1)
         if near:
-            raise ModelError(f"draft={source!r} is not known; did you mean {near[0]!r}?")
+            raise RequestError(f"draft={source!r} is not known; did you mean {near[0]!r}?")
     try:
         model = load_model(source, context.options)
     except ModelError as error:

@@ -86,5 +86,10 @@ def accelerate(
     Raises:
         ModelError: the model cannot serve.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError(
+            f"accelerate({model!r}): give a transformers model in memory, or load one with "
+            "foredraft.integrations.transformers.AutoModelForCausalLM.from_pretrained"
+        )
     options = LoadOptions(dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
     return SpeculativeModel(Recipe(model, draft, options, policy, max_batch_size, draft_profile))
