@@ -9,7 +9,8 @@ import sys
 import torch
 from _timing import interleave, paired_ratio, parser, report, summary
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from transformers.utils.logging import disable_progress_bar
 
 from foredraft import LLM, GenerationResult, SamplingParams
 
@@ -30,6 +31,7 @@ def main() -> int:
     flags.add_argument("--max-new-tokens", type=int, default=128)
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
+    disable_progress_bar()
     llm = LLM()
     params = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True)
     prompts = [f"User: {text}\nAssistant:" for text in OPENINGS]
@@ -63,7 +65,9 @@ def _show(
     speedup: dict[str, float],
 ) -> None:
     console.print(f"[bold]{OPENINGS[0]}[/bold]{last['speculative'][0].text}\n", highlight=False)
-    table = Table("prompt", "tokens", "equal", "plain tok/s", "speculative tok/s", "speed-up", "tokens a pass")
+    table = Table(
+        Column("prompt", no_wrap=True), "tokens", "equal", "plain tok/s", "drafted tok/s", "speed-up", "a pass"
+    )
     for text, same, a, b in zip(OPENINGS, equal, last["plain"], last["speculative"], strict=True):
         x, y = a.stats.tokens_per_second, b.stats.tokens_per_second
         length = f"{b.stats.mean_acceptance_length:.2f}"

@@ -272,7 +272,8 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else [int(i) for i in prompt]
+        text = isinstance(prompt, str)
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if text else [int(i) for i in prompt]  # we warn below
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         if len(ids) >= self.max_model_len:
