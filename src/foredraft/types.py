@@ -88,7 +88,7 @@ class SamplingParams:
             alone = isinstance(value, str) or not isinstance(value, Iterable)
             object.__setattr__(self, name, (value,) if alone else tuple(value))
         checks = (
-            ("temperature", _number(self.temperature, 1e-6) or self.temperature == 0, "0 (greedy) or more (1e-6)"),
+            ("temperature", _number(self.temperature, 1e-7) or self.temperature == 0, "0 (greedy) or more (1e-7)"),
             ("top_k", _whole(self.top_k, 0), "0 (off) or more, and whole"),
             ("top_p", _number(self.top_p, 1e-9, 1), "in (0, 1]"),
             ("min_p", _number(self.min_p, 0, 1), "in [0, 1]"),
