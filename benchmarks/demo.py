@@ -65,7 +65,7 @@ def _show(
     speedup: dict[str, float],
 ) -> None:
     console.print(f"[bold]{OPENINGS[0]}[/bold]{last['speculative'][0].text}\n", highlight=False)
-    prompt = Column("prompt", no_wrap=True, max_width=24)
+    prompt = Column("prompt", no_wrap=True, max_width=18)
     table = Table(prompt, "tokens", "equal", "plain tok/s", "drafted", "speed-up", "a pass")
     for text, same, a, b in zip(OPENINGS, equal, last["plain"], last["speculative"], strict=True):
         x, y = a.stats.tokens_per_second, b.stats.tokens_per_second

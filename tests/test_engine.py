@@ -253,13 +253,13 @@ def test_nan_logits_end_one_request_and_no_other(order):
     asks = [Ask([1, 2 + i], params, seed=i) for i in range(2)]
     asks.insert(order, Ask([1, 7], params, seed=9))
     model = Poisoned(VOCAB)
-    cleared: list[int] = []
-    model.cache.clear = cleared.append
+    cleared: list[tuple[int, int]] = []
+    model.cache.clear = lambda slot, start=0: cleared.append((slot, start))
     made = engine(model=model)
     requests = play(made, asks)
     broken = requests.pop(order)
     assert isinstance(broken.error, NumericsError) and "nan" in str(broken.error)
-    assert (broken.finish_reason, broken.num_output, cleared) == ("abort", 0, [order])
+    assert (broken.finish_reason, broken.num_output, cleared[-1]) == ("abort", 0, (order, 0))
     assert [request.token_ids for request in requests] == [plain(a).token_ids for a in asks if a.seed != 9]
     assert not made.has_work and len(made.scheduler.free_slots) == 4
 
@@ -341,6 +341,23 @@ def test_a_draft_model_that_overflows_leaves_plain_decoding(llama):
     assert first.error is None
     assert (first.stats.drafted, second.stats.drafted > 0) == (0, True)
     assert [first.token_ids, second.token_ids] == [plain(ask, model=llama).token_ids for ask in asks]
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 8])
+def test_a_guess_that_the_target_cannot_compute_hurts_nobody(llama, gamma):
+    """A drafter changes when tokens arrive, never which, though its guesses may not be numbers to the target."""
+    asks = [Ask([1, 2, 4], SamplingParams(max_new_tokens=24, logit_bias={7: -100.0})), Ask([1, 2, 3], GREEDY, seed=1)]
+    wanted = [plain(ask, model=llama).token_ids for ask in asks]
+    embedding = llama.embedding
+    llama.embedding = embedding.clone()
+    llama.embedding[7] = math.nan
+    try:
+        first, second = play(engine(Sevens(), gamma=gamma, model=llama), asks)
+    finally:
+        llama.embedding = embedding
+    assert (first.error, second.error) == (None, None)
+    assert first.token_ids == wanted[0]
+    assert second.token_ids == wanted[1]
 
 
 def test_a_slot_that_held_nan_serves_again(llama):

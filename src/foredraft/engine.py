@@ -10,7 +10,7 @@ import torch
 
 from foredraft import sampling
 from foredraft.drafters.base import Drafter
-from foredraft.errors import ExactnessError, VocabularyMismatchError
+from foredraft.errors import ExactnessError, NumericsError, VocabularyMismatchError
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy, PerRequest, StepTimes
@@ -128,11 +128,24 @@ class Engine:
     def _commit_or_abort(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         try:
             return self._commit(sequence, draft, logits)
+        except NumericsError as error:
+            return self._without_drafts(sequence) if sequence.num_draft_tokens != 0 else self._abort(sequence, error)
         except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
-            self.target.cache.clear(sequence.slot)
-            sequence.error = error
-            self.abort(sequence)
-            return StepOutput(sequence, (), (), "abort")
+            return self._abort(sequence, error)
+
+    def _without_drafts(self, sequence: Sequence) -> StepOutput:
+        """Compute the place again, alone: a guess may have left what is no number behind the last token, and a key that
+        is masked still takes part in every sum.
+        """
+        self.target.cache.clear(sequence.slot, sequence.cached)
+        sequence.num_draft_tokens = 0
+        return StepOutput(sequence, (), (), None)
+
+    def _abort(self, sequence: Sequence, error: Exception) -> StepOutput:
+        self.target.cache.clear(sequence.slot)
+        sequence.error = error
+        self.abort(sequence)
+        return StepOutput(sequence, (), (), "abort")
 
     def _commit(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""

@@ -119,7 +119,7 @@ class SlotCache:
         )
 
     @torch.inference_mode()
-    def clear(self, slot: int) -> None:
-        """Zero a slot; needed only after it held values that are not finite."""
+    def clear(self, slot: int, start: int = 0) -> None:
+        """Zero a slot from a position on; needed only after it held values that are not finite."""
         for tensor in self.storage:
-            tensor[slot].zero_()
+            tensor[slot, start:].zero_()
