@@ -341,7 +341,7 @@ def _check_draft_place(draft: object, **place: str | None) -> None:
     given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
     if isinstance(draft, PreTrainedModel):
         LoadOptions(place["draft_dtype"] or "auto", place["draft_device"] or "auto").check_object(draft, "draft_")
-    elif given and (draft in DRAFTERS or not isinstance(draft, (str, Path))):
+    elif given and (not isinstance(draft, (str, Path)) or draft in DRAFTERS):
         why = "drafts with the target's own weights" if draft in SELF_DRAFTERS else "has no model to load"
         raise RequestError(f"draft={draft!r} {why}, so {given} cannot be honoured; leave it out")
 
