@@ -259,7 +259,7 @@ def test_nan_logits_end_one_request_and_no_other(order):
     requests = play(made, asks)
     broken = requests.pop(order)
     assert isinstance(broken.error, NumericsError) and "nan" in str(broken.error)
-    assert (broken.finish_reason, broken.num_output, cleared[-1]) == ("abort", 0, (order, 0))
+    assert (broken.finish_reason, broken.num_output, cleared) == ("abort", 0, [(order, 0)])
     assert [request.token_ids for request in requests] == [plain(a).token_ids for a in asks if a.seed != 9]
     assert not made.has_work and len(made.scheduler.free_slots) == 4
 

@@ -129,7 +129,8 @@ class Engine:
         try:
             return self._commit(sequence, draft, logits)
         except NumericsError as error:
-            return self._without_drafts(sequence) if sequence.num_draft_tokens != 0 else self._abort(sequence, error)
+            drafted = sequence.num_draft_tokens != 0 and (draft.tokens or sequence.stats.drafts)
+            return self._without_drafts(sequence) if drafted else self._abort(sequence, error)
         except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
             return self._abort(sequence, error)
 

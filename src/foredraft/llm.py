@@ -272,8 +272,10 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""
-        text = isinstance(prompt, str)
-        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if text else [int(i) for i in prompt]  # we warn below
+        if isinstance(prompt, str):
+            ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])  # not verbose: the length is checked below
+        else:
+            ids = [int(i) for i in prompt]
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         if len(ids) >= self.max_model_len:
@@ -284,7 +286,7 @@ class LLM:
         outside = next((i for i in ids if not 0 <= i < self.model.vocab_size), None)
         if outside is not None:
             raise RequestError(f"token id {outside} is outside the vocabulary of {self.model.vocab_size}")
-        return list(ids)
+        return ids
 
     def _check_draft_length(self, num_draft_tokens: int | None) -> None:
         most = self.model.row_invariance.max_draft_tokens

@@ -48,10 +48,10 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt:
         note("interrupted")
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        _abandon_stdout()
+        raise typer.Exit from None
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            _abandon_stdout()
-            raise typer.Exit from None
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT):
             _abandon_stdout()
         raise _failed(error, FAILURE) from error

@@ -22,7 +22,7 @@ from foredraft.integrations.drafting import Drafting
 from foredraft.integrations.recipe import Recipe
 from foredraft.integrations.refusals import check_call, check_prepared, check_processors
 from foredraft.models.base import NO_SKIP, SkipSet
-from foredraft.models.load import same_device
+from foredraft.models.load import is_on
 from foredraft.policy import DraftPolicy, PerRequest, make_policy
 from foredraft.stats import SpecStats
 from foredraft.types import VerifierName
@@ -112,7 +112,7 @@ class SpeculativeModel(GenerationMixin):
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         device = self.device if device is None else device
         dtype = self.dtype if dtype is None else dtype
-        if same_device(device, self.device) and dtype == self.dtype:
+        if is_on(self.device, device) and dtype == self.dtype:
             return self
         recipe = self.recipe
         if isinstance(recipe.source, PreTrainedModel) or not isinstance(recipe.draft, (str, Path, type(None))):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError, RequestError
-from foredraft.models.lowbit import LayerRecord, Manifest, empty_model
+from foredraft.models.lowbit import FORMATS, LayerRecord, Manifest, empty_model
 from foredraft.models.quantize import GROUPS
 from foredraft.models.shards import FileRecord, ShardWriter, parse_size
 from foredraft.models.source import Origin, Tensors, find
@@ -74,7 +74,7 @@ def convert(
     out = Path(out).expanduser().absolute()
     _check_out(source, out, overwrite)
     origin = find(source, trust_remote_code)
-    dtype = torch.float16 if weight_format == "fp16" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, FORMATS[weight_format])
     model = empty_model(origin.config, dtype, trust_remote_code=trust_remote_code)
     layers = chosen_layers(model, BITS[weight_format]) if weight_format in BITS else {}
     _check_group(layers, group_size)

@@ -46,7 +46,7 @@ class LoadOptions:
         dtype, device = parse_dtype(self.dtype), parse_device(self.device)
         asks = (
             ("dtype", self.dtype, dtype in (None, model.dtype), model.dtype),
-            ("device", self.device, self.device == "auto" or same_device(device, model.device), model.device),
+            ("device", self.device, self.device == "auto" or is_on(model.device, device), model.device),
             ("device_map", self.device_map, self.device_map is None, model.device),
         )
         for option, value, honoured, actual in asks:
@@ -84,9 +84,9 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def same_device(a: torch.device, b: torch.device) -> bool:
-    """Whether they are one place; cuda without an index is any."""
-    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))
+def is_on(actual: torch.device, asked: torch.device) -> bool:
+    """Whether something is where it is asked to be; cuda without an index is any."""
+    return asked.type == actual.type and asked.index in (None, actual.index)
 
 
 def load_target(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:

@@ -21,7 +21,7 @@ from foredraft.models.stored import TENSORS, StoredLinear
 
 MANIFEST = "foredraft_quant.json"
 VERSION = 1
-FORMATS = {"int4": "bfloat16", "int8": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}  # what is not quantised
+FORMATS = {"int4": "bfloat16", "int8": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}  # dtype of the rest
 CONVERT_AGAIN = "convert the model again with `foredraft convert`"
 
 
@@ -55,7 +55,7 @@ class Manifest:
     tensors: dict[str, str]
 
     def __post_init__(self) -> None:
-        if self.weight_format not in FORMATS or self.dtype not in FORMATS.values():
+        if self.dtype != FORMATS.get(self.weight_format):
             raise ValueError(f"weights in {self.weight_format!r}, the rest in {self.dtype!r}")
         if not isinstance(self.tensors, dict):
             raise TypeError(f"its tensors are {self.tensors!r}")
