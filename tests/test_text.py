@@ -336,9 +336,9 @@ def test_pieces_carry_the_flag_of_the_token_that_settled_them() -> None:
 def test_a_text_stream_is_a_stop_rule_and_continues_its_prompt() -> None:
     tokenizer = made("byte_fallback")
     ids = encode(tokenizer, "the the")
-    rule = TextStream(tokenizer, (), prompt_ids=ids)
-    assert [rule(token) for token in ids] == [False] * len(ids)
-    assert rule.finish() == " the the"
+    stream = TextStream(tokenizer, (), prompt_ids=ids)
+    assert [stream.push(token) for token in ids] == [False] * len(ids)
+    assert stream.finish() == " the the"
 
 
 # --- chat templates ---

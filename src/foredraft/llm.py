@@ -264,7 +264,7 @@ class LLM:
             ids,
             params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            stop_rule=stream or _never,
+            stop_rule=stream.push if stream else _never,
             num_draft_tokens=num_draft_tokens,
             stop_token_ids=eos.union(params.stop_token_ids),
         )

@@ -3,9 +3,11 @@
 A policy changes when tokens arrive, never which. Every policy sees the same two questions and the same two reports.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from foredraft.errors import RequestError
 from foredraft.types import Draft, Sequence, Verdict
@@ -13,8 +15,7 @@ from foredraft.types import Draft, Sequence, Verdict
 DEFAULT_NUM_DRAFT_TOKENS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class StepTimes:
+class StepTimes(NamedTuple):
     """What one decoding step took: seconds drafting `drafted` tokens, and verifying `rows` rows."""
 
     batch: int
@@ -114,7 +115,9 @@ class Threshold(Fixed):
         self.states: dict[Sequence, ThresholdState] = {}
 
     def _state(self, sequence: Sequence) -> ThresholdState:
-        return self.states.setdefault(sequence, ThresholdState(self.threshold, self.alpha))
+        if sequence not in self.states:
+            self.states[sequence] = ThresholdState(self.threshold, self.alpha)
+        return self.states[sequence]
 
     def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
         return confidences[-1] >= self._state(sequence).threshold
@@ -290,7 +293,7 @@ class Gain(Fixed):
         self.willing = 1  # sequences that would draft if all did, in the step before
         self.trial = Trial()
         self.alpha = Average(0.6, count=8, memory=200)  # acceptance of the next token, over all; at first a guess
-        self.alphas: dict[Sequence, Average] = {}
+        self.alphas: defaultdict[Sequence, Average] = defaultdict(partial(Average, memory=30))
 
     def start(self, sequence: Sequence) -> int:
         costs = self._costs()
@@ -320,7 +323,7 @@ class Gain(Fixed):
         return go_on
 
     def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        own = self.alphas.setdefault(sequence, Average(memory=30))
+        own = self.alphas[sequence]
         reached = min(len(verdict.accepted) + 1, len(draft))
         for i in range(reached):
             hit = i < len(verdict.accepted)
@@ -344,7 +347,9 @@ class Gain(Fixed):
         self.alphas.pop(sequence, None)
 
     def _costs(self) -> StepCosts:
-        return self.costs.setdefault(self.batch, StepCosts(self.batch))
+        if self.batch not in self.costs:
+            self.costs[self.batch] = StepCosts(self.batch)
+        return self.costs[self.batch]
 
     def _alpha(self, sequence: Sequence) -> float:
         """Acceptance of the next token, of this sequence where it has shown some, of all otherwise."""

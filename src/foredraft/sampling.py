@@ -9,7 +9,7 @@ Order, as in vLLM and transformers: logit_bias, penalties, custom processors, te
 
 import math
 from collections import abc
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -56,8 +56,12 @@ def adjust(
 
 def follows_prefix(params: SamplingParams) -> bool:
     """Do the scores of a position depend on the tokens before it (beyond the logits)?"""
-    penalties = (params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty)
-    return any(penalties) or bool(params.processors)
+    return (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.processors)
+    )
 
 
 def _bias(scores: torch.Tensor, logit_bias: abc.Mapping[int, float]) -> torch.Tensor:
@@ -189,9 +193,9 @@ def choose(
         NumericsError: a row has NaN or +inf, or nothing but -inf.
     """
     if params.greedy:
-        peaks, tokens = scores.max(-1)
-        check_finite(peaks.tolist(), positions)
-        return list(map(int, tokens.tolist()))
+        tokens, peaks = best(scores)
+        check_finite(peaks, positions)
+        return tokens
     weights, ids, peak = _entrants(scores, params)
     check_finite(peak.flatten().tolist(), positions)
     winners = race(weights, seeds, positions, stream, ids).unsqueeze(1)
@@ -216,7 +220,22 @@ def race(
     `ids` are the columns' token ids, by default 0 to k - 1.
     """
     tokens = weights.shape[1] if ids is None else ids
-    return (weights / noise.exponential(seeds, positions, tokens, stream, weights.device)).argmax(-1)
+    finish = weights / noise.exponential(seeds, positions, tokens, stream, weights.device)
+    return torch.from_numpy(finish.numpy().argmax(-1)) if finish.device.type == "cpu" else finish.argmax(-1)
+
+
+def best(scores: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Each row's argmax, the lowest id among equals, and its score; NaN is above all. # [n, V] -> n, n
+
+    Numpy's argmax is ten times as fast as torch's on a CPU (5 rows of 32,000: 17 against 85 us).
+    """
+    if scores.device.type == "cpu":
+        rows = scores.numpy()
+        tokens = rows.argmax(-1).tolist()
+        return tokens, list(map(rows.item, range(len(rows)), tokens))
+    values, found = scores.max(-1)
+    ids, peaks = _to_host(found, values)
+    return list(map(int, ids)), peaks
 
 
 def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
@@ -225,6 +244,8 @@ def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
     Raises:
         NumericsError: with the first such row.
     """
+    if all(map(math.isfinite, peaks)):
+        return
     for peak, position in zip(peaks, positions, strict=True):
         if not math.isfinite(peak):
             cause = "every token is masked" if peak < 0 else "the model overflowed, or a processor divided by zero"
@@ -232,8 +253,7 @@ def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
             raise NumericsError(f"the largest score at position {position} is {peak}: {cause}; {advice}")
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A drafter's guess. `confidence` is its own probability of `token`, `probs` what the token was drawn from.
 
     A confidence of NaN says that the logits were no numbers, and the token is none.
@@ -251,22 +271,15 @@ def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.S
     `rejection` a draw from q with noise of its own, fresh in every block (a block is known by where it starts).
     None where the request's own processor fails on this prefix, which is an error only if the text ever gets there.
     """
-    guesses: dict[int, Drawn | None] = {}
-    for rows in _alike(sequences):
-        whole = len(rows) == len(sequences)
-        chosen = [sequences[row] for row in rows]
-        paths = [drafted[row] for row in rows]
-        own = logits if whole else logits[list(rows)]
-        first = chosen[0]
-        try:
-            scores = adjust(own, first.token_ids, paths, first.prompt_len, first.params)
-        except Exception:
-            if not first.params.processors:
-                raise
-            guesses[rows[0]] = None
-            continue
-        guesses.update(zip(rows, _guess(scores, chosen, paths), strict=True))
-    return [guesses[row] for row in range(len(sequences))]
+    groups = _alike(sequences)
+    if len(groups) == 1:
+        return _draw_alike(logits, sequences, drafted)
+    guesses: list[Drawn | None] = [None] * len(sequences)
+    for rows in groups:
+        own = _draw_alike(logits[rows], [sequences[row] for row in rows], [drafted[row] for row in rows])
+        for row, guess in zip(rows, own, strict=True):
+            guesses[row] = guess
+    return guesses
 
 
 def _alike(sequences: abc.Sequence[Sequence]) -> list[list[int]]:
@@ -282,27 +295,34 @@ def _alike(sequences: abc.Sequence[Sequence]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _guess(scores: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]) -> list[Drawn]:
-    """Guesses of sequences with the same parameters, with one transfer to the host. # [b, V] -> b"""
-    params = sequences[0].params
+def _draw_alike(
+    logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]
+) -> list[Drawn | None]:
+    """`draw` for sequences that one call can process, with one transfer to the host. # [b, V] -> b"""
+    first, params = sequences[0], sequences[0].params
+    try:
+        scores = adjust(logits, first.token_ids, drafted, first.prompt_len, params)
+    except Exception:
+        if not params.processors:
+            raise
+        return [None]
+    if params.greedy:  # of equals any would do: it is a guess
+        return [Drawn(token, chance) for token, chance in zip(*best(probabilities(scores)), strict=True)]
     starts = [len(sequence.token_ids) for sequence in sequences]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
-    probs, ids = None, None
-    if params.greedy:
-        chances, tokens = probabilities(scores).max(-1)  # of equals any will do: it is a guess
-    elif params.verifier == "coupled":
+    rows: abc.Sequence[torch.Tensor | None] = [None] * len(sequences)
+    if params.verifier == "coupled":
         weights, ids, _ = _entrants(scores, params)
-        tokens = race(weights, [s.seed for s in sequences], positions, Stream.TOKEN, ids)
-        chances = weights.gather(1, tokens.unsqueeze(1)).squeeze(1) / weights.sum(-1)
+        columns = race(weights, [s.seed for s in sequences], positions, Stream.TOKEN, ids).unsqueeze(1)
+        chances = weights.gather(1, columns).squeeze(1) / weights.sum(-1)
+        tokens = columns if ids is None else ids.gather(1, columns)
     else:
         seeds = [noise.fold(s.seed, start) for s, start in zip(sequences, starts, strict=True)]
         probs = probabilities(restrict(scores, params))
-        tokens = race(probs, seeds, positions, Stream.DRAFT)
-        chances = probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    if ids is not None:
-        tokens = ids.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    rows = [None] * len(sequences) if probs is None else probs.unbind()
-    drawn = zip(*_to_host(tokens, chances), rows, strict=True)
+        tokens = race(probs, seeds, positions, Stream.DRAFT).unsqueeze(1)
+        chances = probs.gather(1, tokens).squeeze(1)
+        rows = probs.unbind()
+    drawn = zip(*_to_host(tokens.squeeze(1), chances), rows, strict=True)
     return [Drawn(int(token), chance, row) for token, chance, row in drawn]
 
 
@@ -319,5 +339,5 @@ def logprobs(logits: torch.Tensor, tokens: Ids, top: int) -> list[TokenLogprobs]
     logs = logits.float().log_softmax(-1)
     chosen = logs.gather(1, torch.tensor(tokens, device=logs.device).unsqueeze(1)).flatten().tolist()
     values, ids = logs.topk(min(top, logs.shape[1]))
-    best = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprobs(*found) for found in zip(tokens, chosen, best, strict=True)]
+    pairs = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(*found) for found in zip(tokens, chosen, pairs, strict=True)]

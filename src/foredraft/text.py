@@ -213,6 +213,8 @@ class TextStream:
     `push` is the engine's stop rule. Of several stop strings the one that is complete first counts (of those complete
     with the same character, the longest), so that where the text ends depends on the text and never on how it was cut
     into tokens. Text that may turn out to begin a stop string is withheld until that is decided.
+
+    Without stop strings tokens wait until somebody asks for text: many in a row cost less than each within its step.
     """
 
     def __init__(
@@ -220,22 +222,27 @@ class TextStream:
     ) -> None:
         self._detokenizer = detokenizer(tokenizer, prompt_ids)
         self._stops = [StopString(text) for text in stop]
+        self._waiting: list[int] = []  # tokens that are not in `_parts` yet
         self._parts: list[str] = []  # what each token added; after `close` perhaps one more
-        self._num_tokens = 0
+        self._num_tokens = 0  # in `_parts`
         self._length = 0  # characters in `_parts`
         self._taken = 0  # of these, handed out
         self._next = (0, 0)  # part and offset of the first character not handed out
         self._closed = False
         self.stopped = False
 
-    def __call__(self, token_id: int) -> bool:
-        return self.push(token_id)
-
     def push(self, token_id: int) -> bool:
         """Add a token. True: a stop string is complete, the text has ended before it; later tokens change nothing."""
-        self._num_tokens += 1
-        self._append("" if self.stopped else self._detokenizer.push(token_id))
+        self._waiting.append(token_id)
+        if self._stops:
+            self._catch_up()
         return self.stopped
+
+    def _catch_up(self) -> None:
+        for token_id in self._waiting:
+            self._append("" if self.stopped else self._detokenizer.push(token_id))
+        self._num_tokens += len(self._waiting)
+        self._waiting.clear()
 
     def take(self) -> str:
         """The text that is safe to show and was not handed out yet."""
@@ -243,6 +250,7 @@ class TextStream:
 
     def take_pieces(self, from_draft: Sequence[bool]) -> tuple[tuple[str, bool], ...]:
         """`take`, in one piece for each token, with that token's flag; flags are of all tokens pushed so far."""
+        self._catch_up()
         pieces = []
         while (safe := self._length - self._withheld - self._taken) > 0:
             index, start = self._next
@@ -257,6 +265,7 @@ class TextStream:
 
     def close(self) -> None:
         """No token follows: nothing is withheld any more. `take` then gives the rest."""
+        self._catch_up()
         if not (self._closed or self.stopped):
             self._append(self._detokenizer.finish())
         self._closed = True
@@ -269,11 +278,13 @@ class TextStream:
     @property
     def text(self) -> str:
         """All text so far, up to the stop string; before `close` it includes what is withheld from `take`."""
+        self._catch_up()
         return "".join(self._parts)
 
     @property
     def num_kept_tokens(self) -> int:
         """How many tokens the kept text takes: all of them, or up to the last one with text before the stop string."""
+        self._catch_up()
         if not self.stopped:
             return self._num_tokens
         filled = [i + 1 for i, part in enumerate(self._parts) if part]

@@ -6,6 +6,7 @@ dtype. What its cache holds of rejected drafts is found by comparing tokens, so 
 
 import math
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -70,7 +71,7 @@ class ModelDrafter:
         self.name = name
         self.model = model
         self.vocab_size = vocab_size
-        self.held: dict[Sequence, Held] = {}
+        self.held: defaultdict[Sequence, Held] = defaultdict(Held)
         self.given_up: set[Sequence] = set()  # those on which the model overflowed
 
     @property
@@ -124,7 +125,7 @@ class ModelDrafter:
     def _catch_up(self, sequence: Sequence) -> Span:
         """The committed tokens that the cache lacks, all but the last chunk of them already computed."""
         tokens = sequence.token_ids
-        start = min(self.held.setdefault(sequence, Held()).advance(tokens), len(tokens) - 1)
+        start = min(self.held[sequence].advance(tokens), len(tokens) - 1)
         while len(tokens) - start > PREFILL_CHUNK:
             chunk = tokens[start : start + PREFILL_CHUNK]
             self.model.forward(plan([Span(sequence.slot, start, chunk, 0)], 1, KEY_MULTIPLE))

@@ -4,6 +4,7 @@ Needs no model. A suffix automaton (Blumer et al. 1985) finds the longest match 
 time a token; nothing is ever scanned.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from foredraft.policy import DraftPolicy
@@ -80,13 +81,13 @@ class NgramDrafter:
 
     def __init__(self, min_match: int = MIN_MATCH) -> None:
         self.min_match = min_match
-        self.indices: dict[Sequence, SuffixIndex] = {}
+        self.indices: defaultdict[Sequence, SuffixIndex] = defaultdict(SuffixIndex)
 
     def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]:
         return [self._draft(sequence, policy) for sequence in sequences]
 
     def _draft(self, sequence: Sequence, policy: DraftPolicy) -> Draft:
-        index = self.indices.setdefault(sequence, SuffixIndex())
+        index = self.indices[sequence]
         for token in sequence.token_ids[len(index.tokens) :]:
             index.append(token)
         if not sequence.draft_limit or index.match_length < self.min_match:

@@ -8,7 +8,6 @@ import copy
 import inspect
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -160,7 +159,7 @@ class HFModel:
         for group in rows.groups:
             for i, start in enumerate(group.starts if self._alone else ()):
                 first_row = group.first_row + i * group.width
-                yield replace(group, first_slot=group.first_slot + i, first_row=first_row, starts=(start,))
+                yield group._replace(first_slot=group.first_slot + i, first_row=first_row, starts=(start,))
             if not self._alone:
                 yield group
 

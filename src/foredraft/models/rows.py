@@ -6,7 +6,9 @@ probe plan alike.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 PREFILL_CHUNK = 256  # tokens of a prompt that one pass takes
 SHORT_SPAN = 64  # spans up to here are padded to a common width, so that one attention call serves a whole batch
@@ -33,8 +35,7 @@ class RowInvariance:
         return self.max_rows - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Tokens of one sequence at positions start, start + 1, ...; logits are wanted for the last `wanted` of them."""
 
     slot: int
@@ -43,8 +44,7 @@ class Span:
     wanted: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Spans of equal padded width in consecutive slots: one attention call."""
 
     first_slot: int
@@ -58,11 +58,10 @@ class Group:
         return self.width * len(self.starts)
 
     def at_key_length(self, key_length: int) -> "Group":
-        return replace(self, key_length=key_length)
+        return self._replace(key_length=key_length)
 
 
-@dataclass(frozen=True, slots=True)
-class RowBatch:
+class RowBatch(NamedTuple):
     """Everything a model needs for one pass; N rows, padding included.
 
     Padding rows go on where the span ends: what they write lies beyond the committed length, and is overwritten
@@ -96,37 +95,38 @@ def round_keys(length: int, multiple: int) -> int:
 
 def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: int = 1) -> RowBatch:
     """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
-    ordered = list(spans)
-    by_slot = sorted(range(len(ordered)), key=lambda i: ordered[i].slot)
+    spans = list(spans)
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     groups: list[Group] = []
-    wanted: dict[int, range] = {}
-    for run in _runs([ordered[i] for i in by_slot]):
-        width = round_up(max(min_rows, max(len(span.tokens) for span in run)), row_multiple)
-        key_length = round_keys(max(span.start for span in run) + width, key_multiple)
-        groups.append(Group(run[0].slot, len(tokens), width, tuple(span.start for span in run), key_length))
-        for span in run:
-            count = len(span.tokens)
-            end = len(tokens) + count
-            wanted[span.slot] = range(end - span.wanted, end)
-            tokens.extend(span.tokens)
-            tokens.extend([0] * (width - count))
-            positions.extend(range(span.start, span.start + width))
-            slots.extend([span.slot] * width)
-    rows = [row for span in ordered for row in wanted[span.slot]]
-    return RowBatch(tokens, positions, slots, rows, tuple(groups))
+    ends: dict[int, int] = {}  # by slot: the row after its last token
+    for run in _runs(spans):
+        longest = max([len(span.tokens) for span in run])
+        width = round_up(max(min_rows, longest), row_multiple)
+        starts = tuple([span.start for span in run])
+        key_length = round_keys(max(starts) + width, key_multiple)
+        groups.append(Group(run[0].slot, len(tokens), width, starts, key_length))
+        for slot, start, own, _ in run:
+            ends[slot] = len(tokens) + len(own)
+            tokens += own
+            tokens += [0] * (width - len(own))
+            positions += range(start, start + width)
+            slots += [slot] * width
+    wanted = [row for slot, _, _, count in spans for row in range(ends[slot] - count, ends[slot])]
+    return RowBatch(tokens, positions, slots, wanted, tuple(groups))
 
 
-def _runs(spans: list[Span]) -> Iterable[list[Span]]:
-    """Cut spans sorted by slot into runs of consecutive slots; a long span (prefill) stays alone."""
-    run: list[Span] = []
-    for span in spans:
-        joins = run and span.slot == run[-1].slot + 1 and max(len(span.tokens), len(run[-1].tokens)) <= SHORT_SPAN
-        if run and not joins:
-            yield run
-            run = []
-        run.append(span)
-    if run:
-        yield run
+def _runs(spans: list[Span]) -> list[list[Span]]:
+    """Cut spans, sorted by slot, into runs of consecutive slots; a long span (prefill) stays alone."""
+    if len(spans) == 1:
+        return [spans]
+    runs: list[list[Span]] = []
+    for span in sorted(spans, key=attrgetter("slot")):
+        last = runs[-1][-1] if runs else None
+        joins = last and span.slot == last.slot + 1 and max(len(span.tokens), len(last.tokens)) <= SHORT_SPAN
+        if joins:
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
