@@ -352,12 +352,26 @@ def test_a_guess_that_the_target_cannot_compute_hurts_nobody(llama, gamma):
     llama.embedding = embedding.clone()
     llama.embedding[7] = math.nan
     try:
-        first, second = play(engine(Sevens(), gamma=gamma, model=llama), asks)
+        with pytest.warns(RuntimeWarning, match="made the target's logits no numbers"):
+            first, second = play(engine(Sevens(), gamma=gamma, model=llama), asks)
     finally:
         llama.embedding = embedding
     assert (first.error, second.error) == (None, None)
     assert first.token_ids == wanted[0]
     assert second.token_ids == wanted[1]
+
+
+def test_a_token_that_is_no_number_hurts_no_text_without_it(llama):
+    """Not even as padding."""
+    wanted = plain(Ask([1, 2, 3], GREEDY), model=llama).token_ids
+    assert 0 not in wanted
+    embedding = llama.embedding
+    llama.embedding = embedding.clone()
+    llama.embedding[0] = math.nan
+    try:
+        assert plain(Ask([1, 2, 3], GREEDY), model=llama).token_ids == wanted
+    finally:
+        llama.embedding = embedding
 
 
 def test_a_slot_that_held_nan_serves_again(llama):

@@ -4,6 +4,7 @@ Each step proposes drafts, checks them in one pass of the target, keeps what the
 Knows nothing of text; stop rules come with the sequences.
 """
 
+import warnings
 from time import perf_counter
 
 import torch
@@ -140,6 +141,12 @@ class Engine:
         """
         self.target.cache.clear(sequence.slot, sequence.cached)
         sequence.num_draft_tokens = 0
+        warnings.warn(
+            f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers after "
+            f"{len(sequence.token_ids)} tokens; this text goes on without drafts",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return StepOutput(sequence, (), (), None)
 
     def _abort(self, sequence: Sequence, error: Exception) -> StepOutput:

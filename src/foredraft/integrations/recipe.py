@@ -15,8 +15,7 @@ from foredraft.drafters.base import Drafter
 from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
-from foredraft.models.invariance import probe
-from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, wrap
+from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, probed, wrap
 from foredraft.models.lowbit import is_low_bit
 from foredraft.policy import DraftPolicy
 
@@ -43,9 +42,7 @@ class Recipe:
         if is_low_bit(self.source):
             names = ", ".join(self.loading)
             raise RequestError(f"{names} cannot be honoured for low-bit weights in {self.source}; leave them out")
-        model = wrap(self._with_transformers(), consume=True)
-        model.row_invariance = probe(model)
-        return model
+        return probed(wrap(self._with_transformers(), consume=True))
 
     def _with_transformers(self) -> PreTrainedModel:
         o = self.options

@@ -96,7 +96,11 @@ def load_target(source: str | Path | PreTrainedModel, options: LoadOptions) -> C
         ModelError: the checkpoint is missing, damaged, or no causal language model.
         UnsupportedModelError: its state cannot be rewound.
     """
-    model = load_model(source, options)
+    return probed(load_model(source, options))
+
+
+def probed(model: CausalModel) -> CausalModel:
+    """The model, told from which shapes on its rows are exact."""
     model.row_invariance = probe(model)
     return model
 

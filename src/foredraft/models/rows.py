@@ -64,8 +64,8 @@ class Group(NamedTuple):
 class RowBatch(NamedTuple):
     """Everything a model needs for one pass; N rows, padding included.
 
-    Padding rows go on where the span ends: what they write lies beyond the committed length, and is overwritten
-    before any row can see it.
+    Padding rows repeat a span's last token at the positions after it: what they write lies beyond the committed length,
+    and is overwritten before any row can see it.
     """
 
     tokens: list[int]  # [N]
@@ -110,7 +110,7 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
         for slot, start, own, _ in run:
             ends[slot] = len(tokens) + len(own)
             tokens += own
-            tokens += [0] * (width - len(own))
+            tokens += [own[-1]] * (width - len(own))
             positions += range(start, start + width)
             slots += [slot] * width
     wanted = [row for slot, _, _, count in spans for row in range(ends[slot] - count, ends[slot])]
