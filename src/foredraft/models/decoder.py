@@ -105,22 +105,25 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, p: Pass) -> torch.Tensor:
         rows, both = x.shape[0], self.heads + self.kv_heads
-        qkv = self.qkv.forward(self.norm(x)).view(rows, both + self.kv_heads, self.head_dim)
-        qk = qkv[:, :both]
+        qkv = self.qkv.forward(self.norm(x))
+        heads = qkv.view(rows, both + self.kv_heads, self.head_dim)
+        qk = heads[:, :both]
         if self.head_norm is not None:
             qk.copy_(self.head_norm(qk))
         turned = qk.roll(self.head_dim // 2, -1)
         qk.mul_(p.cos).addcmul_(turned, p.sin)
-        p.cache.write(self.layer, p.index, qkv.view(rows, -1)[:, self.heads * self.head_dim :])
-        return self.out.add_to(x, self._attend(qkv[:, : self.heads], p))
+        p.cache.write(self.layer, p.index, qkv[:, self.heads * self.head_dim :])
+        return self.out.add_to(x, self._attend(heads[:, : self.heads], p))
 
     def _attend(self, q: torch.Tensor, p: Pass) -> torch.Tensor:
         masks = p.masks[self.window]
+        if len(p.groups) == 1:
+            return self._group(q, p.groups[0], masks[0], p)
         parts = [
             self._group(q[g.first_row : g.first_row + g.num_rows], g, mask, p)
             for g, mask in zip(p.groups, masks, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     def _group(self, q: torch.Tensor, g: Group, mask: torch.Tensor, p: Pass) -> torch.Tensor:
         count, fold = len(g.starts), self.heads // self.kv_heads
@@ -128,10 +131,9 @@ class Attention:
         q = q.reshape(count, g.width, self.kv_heads, fold, self.head_dim)
         if g.width <= SHORT_SPAN:  # [count, kv_heads, width * fold, head_dim]
             q = q.transpose(1, 2).reshape(count, self.kv_heads, g.width * fold, self.head_dim)
-            rows = q.shape[2]
-            if rows == 1 and q.dtype != torch.float32:  # a draft: the CPU's kernel is twice as fast on two rows
-                q = torch.cat((q, q), 2)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)[:, :, :rows]
+            alone = q.shape[2] == 1 and q.dtype != torch.float32  # a draft: the CPU is twice as fast on two rows
+            out = F.scaled_dot_product_attention(torch.cat((q, q), 2) if alone else q, keys, values, attn_mask=mask)
+            out = out[:, :, :1] if alone else out
             out = out.reshape(count, self.kv_heads, g.width, fold, self.head_dim).transpose(1, 2)
         else:  # [kv_heads, fold, width, head_dim]: a prefill span, whose mask would be large if it were folded
             q = q.view(g.width, self.kv_heads, fold, self.head_dim).permute(1, 2, 0, 3)
@@ -216,9 +218,12 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
-        self.cache.reserve(max(rows.slots) + 1, rows.max_position)
-        self.rope.reserve(rows.max_position, self.device)
+        longest = rows.max_position
+        self.cache.reserve(max(rows.slots) + 1, longest)
+        self.rope.reserve(longest, self.device)
         inputs = torch.tensor((rows.tokens, rows.positions, rows.slots), device=self.device)
+        if self.graphs is None and rows.wanted == list(range(len(rows.tokens))):
+            return self._body(rows.groups, inputs)
         wanted = self._wanted(rows)
         if self.graphs is None or rows.groups[0].width > SHORT_SPAN or not rows.wanted:
             return self._body(rows.groups, inputs, wanted)[: len(rows.wanted)]
@@ -243,16 +248,20 @@ class Decoder:
         padded = [*rows.wanted, *rows.wanted[-1:] * padding]
         return torch.tensor(padded, dtype=torch.int64, device=self.device)
 
-    def _body(self, groups: tuple[Group, ...], inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """inputs [3, N]: token ids, positions, slots; wanted [R]. Tensors alone, so that it can be a graph."""
+    def _body(
+        self, groups: tuple[Group, ...], inputs: torch.Tensor, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """inputs [3, N]: token ids, positions, slots; wanted [R], or all rows. Tensors alone: it can be a graph."""
         tokens, positions, slots = inputs.unbind()
         p = self._pass(groups, positions, slots)
         x = F.embedding(tokens, self.embedding)
         for sublayer in self.sublayers:
             x = sublayer(x, p)
-        if not len(wanted):
-            return x.new_empty(0, self.vocab_size)
-        return self.head.forward(self.norm(x.index_select(0, wanted)))
+        if wanted is not None:
+            if not len(wanted):
+                return x.new_empty(0, self.vocab_size)
+            x = x.index_select(0, wanted)
+        return self.head.forward(self.norm(x))
 
     def _pass(self, groups: tuple[Group, ...], positions: torch.Tensor, slots: torch.Tensor) -> Pass:
         index = torch.add(positions, slots, alpha=self.cache.length)
@@ -261,9 +270,9 @@ class Decoder:
         return Pass(self.cache, index, cos, sin, groups, masks)
 
     def _mask(self, positions: torch.Tensor, g: Group, window: int | None) -> torch.Tensor:
-        """Additive mask [count, 1, width * fold, key_length], or [1, 1, width, key_length] of a prefill span."""
+        """Additive mask [count, 1, width * fold, key_length]; width alone for a prefill span, 1 where all rows are one."""
         queries = positions[g.first_row : g.first_row + g.num_rows]
-        if g.width <= SHORT_SPAN and self.fold > 1:
+        if 1 < g.width <= SHORT_SPAN and self.fold > 1:
             queries = queries.unsqueeze(1).expand(-1, self.fold).reshape(-1)
         queries = queries.view(len(g.starts), 1, -1, 1)
         keys = self.rope.positions[: g.key_length]

@@ -30,7 +30,7 @@ OUT_MULTIPLE = 16  # rows of an int4 weight, padded with zeros
 IN_MULTIPLE = (
     32  # inputs of an int8 weight, padded with zeros: ATen's kernel leaves out what is beyond a multiple of it
 )
-LARGE = 2**20  # weights from which int8 dynamic is faster than int8 weight-only, for one row
+LARGE = 2**20  # weights beyond which int8 dynamic is faster than int8 weight-only, for one row
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
 
 
@@ -46,15 +46,21 @@ class QuantLinear(nn.Module, abc.ABC):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._product(x.reshape(-1, self.in_features)).to(x.dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # calls cost more than small products
+        out = self._product(rows)
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
         if self.bias is not None:
             out = out + self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out if rows is x else out.view(*x.shape[:-1], self.out_features)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + y, in the residual's dtype."""
-        out = residual + self._product(x.reshape(-1, self.in_features)).view(residual.shape)
-        return (out if self.bias is None else out + self.bias).to(residual.dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        out = self._product(rows)
+        out = residual + (out if rows is x else out.view(residual.shape))
+        out = out if self.bias is None else out + self.bias
+        return out if out.dtype == residual.dtype else out.to(residual.dtype)
 
     @abc.abstractmethod
     def dense(self) -> torch.Tensor:
@@ -94,16 +100,13 @@ class Int4Linear(QuantLinear):
         self.nbytes = self.packed.numel() * self.packed.element_size() + self.grid.numel() * 2
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(torch.bfloat16)
+        x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
         out = self._mm(F.pad(x, (0, self.padding)) if self.padding else x, self.grid)
         return out if out.shape[1] == self.out_features else out[:, : self.out_features]
 
     def _mm(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        op = (
-            torch.ops.aten._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else torch.ops.aten._weight_int4pack_mm
-        )
-        out: torch.Tensor = op(x.contiguous(), self.packed, self.group, grid)
-        return out
+        product = torch._weight_int4pack_mm_for_cpu if x.is_cpu else torch._weight_int4pack_mm
+        return product(x.contiguous(), self.packed, self.group, grid)
 
     def dense(self) -> torch.Tensor:
         """Read off the kernel itself, as products with unit vectors; on a GPU these are rounded to bf16."""
@@ -137,11 +140,10 @@ class Int8Linear(QuantLinear):
         self.nbytes = self.codes.numel() + 2 * self.scale.numel()
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(torch.bfloat16)
+        x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
         x = F.pad(x, (0, self.padding)) if self.padding else x
-        if x.device.type == "cpu":
-            out: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
-            return out
+        if x.is_cpu:
+            return torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
         return F.linear(x, self.codes.to(x.dtype)) * self.scale
 
     def dense(self) -> torch.Tensor:
@@ -205,7 +207,7 @@ def for_drafting(layer: Any) -> Any:
     """A packed layer of a draft model in the eight bits that are fastest for its size; others stay as they are."""
     if not isinstance(layer, PackedLinear):
         return layer
-    if layer.in_features * layer.out_features < LARGE:
+    if layer.in_features * layer.out_features <= LARGE:
         return OneRowLinear(layer)
     return DynamicInt8Linear(layer.dense(), layer.bias)
 
@@ -227,7 +229,7 @@ def quant_linear(
     """
     if weight_format == "int4":
         return Int4Linear(weight, bias, group)
-    if weight_format == "int8-dynamic" and (weight.device.type != "cpu" or weight.numel() < LARGE):
+    if weight_format == "int8-dynamic" and (weight.device.type != "cpu" or weight.numel() <= LARGE):
         weight_format = "int8"
     return FORMATS[weight_format](weight, bias)
 

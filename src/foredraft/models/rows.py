@@ -76,7 +76,7 @@ class RowBatch(NamedTuple):
 
     @property
     def max_position(self) -> int:
-        return max(group.key_length for group in self.groups)
+        return max([group.key_length for group in self.groups])
 
 
 def round_up(value: int, multiple: int) -> int:
