@@ -270,7 +270,7 @@ class Decoder:
         return Pass(self.cache, index, cos, sin, groups, masks)
 
     def _mask(self, positions: torch.Tensor, g: Group, window: int | None) -> torch.Tensor:
-        """Additive mask [count, 1, width * fold, key_length]; width alone for a prefill span, 1 where all rows are one."""
+        """Additive mask [count, 1, width * fold, key_length]; `width` rows for a prefill span, 1 for a single token."""
         queries = positions[g.first_row : g.first_row + g.num_rows]
         if 1 < g.width <= SHORT_SPAN and self.fold > 1:
             queries = queries.unsqueeze(1).expand(-1, self.fold).reshape(-1)
