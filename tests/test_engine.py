@@ -402,6 +402,25 @@ def test_a_processor_that_fails_ends_its_own_request():
     assert sound.token_ids == plain(asks[1]).token_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_processor_with_weights_that_learn_is_welcome(temperature):
+    class Learned(LogitsProcessor):
+        def __init__(self, bias):
+            self.bias = bias
+
+        def __call__(self, input_ids, scores):
+            return scores + self.bias
+
+    bias = torch.linspace(-2, 2, VOCAB)
+    asks = [
+        Ask([1, 2], SamplingParams(max_new_tokens=10, temperature=temperature, processors=(Learned(b),)))
+        for b in (bias, torch.nn.Parameter(bias))
+    ]
+    fixed, learned = play(engine(), asks)
+    assert learned.error is None
+    assert learned.token_ids == fixed.token_ids
+
+
 def test_out_of_memory_names_the_bytes_and_the_remedy(llama, monkeypatch):
     made = engine(model=llama)
     made.add(sequence(Ask([1, 2, 3], GREEDY)))

@@ -51,6 +51,7 @@ class Engine:
         if sequence.phase is not Phase.FINISHED:
             self._finish(sequence, "abort")
 
+    @torch.no_grad()
     def step(self) -> list[StepOutput]:
         """Advance every running sequence by one pass; return what reached the users.
 
