@@ -1,8 +1,8 @@
 """foredraft against transformers in one run: plain decoding, the price of verification, drafting, engine overhead.
 
 1. Plain greedy decoding of a random 1.1B Llama in bf16, batch 1: foredraft and transformers' eager `generate`.
-2. One pass of that model over 4 and over 5 rows, and what share of the memory's speed it reads its weights at: a pass
-   cannot be faster than memory, and shared machines differ by a factor of three there.
+2. One pass of that model over 4 and over 5 rows, and the speed it reads its weights at beside that of a sum over
+   memory, which tells a slow machine from a slow pass.
 3. The bundled pair: foredraft, and transformers' assisted generation with the same two models.
 4. What the engine adds to a step beyond the models' forwards, on the bundled pair at batch 1.
 """

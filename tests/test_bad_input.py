@@ -160,7 +160,9 @@ def test_vocabulary_mismatch_of_one_token(tmp_path, checkpoint):
 
 def test_gamma_beyond_the_probes_width(llm):
     most = llm.model.row_invariance.max_draft_tokens
-    with pytest.raises(RequestError, match=rf"num_draft_tokens={most + 1} is not usable; it must be in \[0, {most}\]"):
+    with pytest.raises(
+        RequestError, match=rf"num_draft_tokens={most + 1} is not usable; it must be whole and in \[0, {most}\]"
+    ):
         llm.generate([1, 2], num_draft_tokens=most + 1)
     with pytest.raises(RequestError, match=r"num_draft_tokens=-1 is not usable"):
         llm.generate([1, 2], num_draft_tokens=-1)

@@ -361,6 +361,19 @@ def test_a_guess_that_the_target_cannot_compute_hurts_nobody(llama, gamma):
     assert second.token_ids == wanted[1]
 
 
+def test_a_drafter_is_not_blamed_for_what_plain_decoding_meets_too():
+    """The warning would be an error here, as it is for whoever runs with -W error."""
+
+    class Masks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores - torch.inf if input_ids.shape[1] > 9 else scores
+
+    ask = Ask([1, 2], SamplingParams(max_new_tokens=20, processors=(Masks(),)))
+    (drafted,) = play(engine(RandomDrafter(VOCAB)), [ask])
+    assert isinstance(drafted.error, NumericsError)
+    assert drafted.token_ids == plain(ask).token_ids
+
+
 def test_a_token_that_is_no_number_hurts_no_text_without_it(llama):
     """Not even as padding."""
     wanted = plain(Ask([1, 2, 3], GREEDY), model=llama).token_ids

@@ -179,6 +179,17 @@ def test_what_is_no_prompt(prompts):
         LLM(tiny("llama"), "none").generate(prompts)
 
 
+def test_what_is_no_request():
+    llm = LLM(tiny("llama"), "none")
+    for prompt in (["a", "b"], [1, "a"], [[1], [2]], [1.5]):
+        with pytest.raises(RequestError, match="is not usable; give one text, or one list of token ids"):
+            llm.stream(prompt)
+    with pytest.raises(RequestError, match=r"params=\{'temperature': 1\} is not usable; pass SamplingParams"):
+        llm.generate([1, 2], {"temperature": 1})
+    with pytest.raises(RequestError, match="num_draft_tokens='4' is not usable; it must be whole and in"):
+        llm.generate([1, 2], num_draft_tokens="4")
+
+
 def test_prompts_as_tensors():
     llm = LLM(tiny("llama"), "none")
     many = [PROMPTS[0], PROMPTS[0][::-1]]

@@ -189,7 +189,7 @@ def test_layers_that_are_not_packed_stay_as_they_are():
 
 
 def test_drafts_take_the_kernel_that_is_fastest_for_the_size():
-    small, large = linear(weight(64, 64)), linear(weight(1024, 2048))
+    small, large = linear(weight(1024, 1024)), linear(weight(1056, 1024))
     assert [type(for_drafting(layer)) for layer in (small, large)] == [OneRowLinear, DynamicInt8Linear]
     kinds = [type(quant_linear(dense(layer), None, "int8-dynamic")) for layer in (small, large)]
     assert kinds == [Int8Linear, DynamicInt8Linear]

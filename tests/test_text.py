@@ -333,6 +333,25 @@ def test_pieces_carry_the_flag_of_the_token_that_settled_them() -> None:
     assert [flag for _, flag in pieces] == [flags[i] for i in owners]
 
 
+def test_a_tokenizer_that_fails_once_doubles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = TextStream(made("byte_fallback"))
+    ids = encode(made("byte_fallback"), "the the the")
+    pushes = iter([*"ab", None, *"cdefghijk"])
+
+    def push(token_id: int) -> str:
+        text = next(pushes)
+        if text is None:
+            raise ValueError("once")
+        return text
+
+    monkeypatch.setattr(stream._detokenizer, "push", push)
+    for token in ids:
+        stream.push(token)
+    with pytest.raises(ValueError, match="once"):
+        _ = stream.text
+    assert stream.text == "abcdefghijk"[: len(ids) - 1]
+
+
 def test_a_text_stream_is_a_stop_rule_and_continues_its_prompt() -> None:
     tokenizer = made("byte_fallback")
     ids = encode(tokenizer, "the the")

@@ -519,6 +519,8 @@ def test_rows_of_different_length_need_a_pad_token(llama_fast: SpeculativeModel)
     ("options", "words"),
     [
         ({"load_in_low_bit": "sym_int4"}, "load_in_low_bit='sym_int4'"),
+        ({"load_in_4bit": True}, "load_in_4bit=True cannot be honoured"),
+        ({"load_in_8bit": True}, "load_in_8bit=True cannot be honoured"),
         ({"load_in_low_bit": "bf16", "torch_dtype": torch.float32}, "contradict"),
         ({"optimize_model": False}, "optimize_model=False"),
         ({"use_cache": False}, "use_cache=False"),

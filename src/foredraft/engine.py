@@ -37,6 +37,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(max_batch_size)
         self.stats = SpecStats()  # of the sequences that have ended
+        self.recomputed: set[Sequence] = set()  # whose next pass tells whether drafts spoilt the last one
 
     @property
     def has_work(self) -> bool:
@@ -129,7 +130,10 @@ class Engine:
 
     def _commit_or_abort(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         try:
-            return self._commit(sequence, draft, logits)
+            output = self._commit(sequence, draft, logits)
+            if sequence in self.recomputed:
+                self._blame_drafts(sequence)
+            return output
         except NumericsError as error:
             drafted = sequence.num_draft_tokens != 0 and (draft.tokens or sequence.stats.drafts)
             return self._without_drafts(sequence) if drafted else self._abort(sequence, error)
@@ -142,13 +146,18 @@ class Engine:
         """
         self.target.cache.clear(sequence.slot, sequence.cached)
         sequence.num_draft_tokens = 0
+        self.recomputed.add(sequence)
+        return StepOutput(sequence, (), (), None)
+
+    def _blame_drafts(self, sequence: Sequence) -> None:
+        """The place has numbers without drafts, so that it was they."""
+        self.recomputed.discard(sequence)
         warnings.warn(
-            f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers after "
-            f"{len(sequence.token_ids)} tokens; this text goes on without drafts",
+            f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers before token "
+            f"{len(sequence.token_ids)}; this text goes on without drafts",
             RuntimeWarning,
             stacklevel=2,
         )
-        return StepOutput(sequence, (), (), None)
 
     def _abort(self, sequence: Sequence, error: Exception) -> StepOutput:
         self.target.cache.clear(sequence.slot)
@@ -200,6 +209,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.retire(sequence)
+        self.recomputed.discard(sequence)
         sequence.finish_reason = reason
         sequence.stats.seconds_total = perf_counter() - sequence.arrived
         self.stats.add(sequence.stats)

@@ -3,6 +3,7 @@
 Owns the tokenizer, the engine and the shape of results. One loop serves every call; a request is a sequence in it.
 """
 
+import operator
 import secrets
 import threading
 from collections import deque
@@ -212,7 +213,7 @@ class LLM:
             raise RequestError(f"prompts={prompts!r} is not usable; give text, token ids, or a list of either")
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts; give one, or one each")
         jobs = [self.job(prompt, own, num_draft_tokens) for prompt, own in zip(batch, each, strict=True)]
@@ -252,6 +253,8 @@ class LLM:
         stop_token_ids: Sequence[int] = (),
     ) -> Job:
         """A checked request, ready for the engine. Raises as `generate`."""
+        if not isinstance(params, SamplingParams | None):
+            raise RequestError(f"params={params!r} is not usable; pass SamplingParams(...)")
         params = params or SamplingParams()
         self._check_draft_length(num_draft_tokens)
         self._check_bias(params)
@@ -275,7 +278,11 @@ class LLM:
         if isinstance(prompt, str):
             ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])  # not verbose: the length is checked below
         else:
-            ids = [int(i) for i in prompt]
+            try:
+                ids = [operator.index(i) for i in prompt]
+            except TypeError:
+                known = "give one text, or one list of token ids"
+                raise RequestError(f"the prompt {prompt!r} is not usable; {known}") from None
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         if len(ids) >= self.max_model_len:
@@ -293,8 +300,8 @@ class LLM:
         usable = isinstance(num_draft_tokens, Integral) and 0 <= num_draft_tokens <= most
         if num_draft_tokens is not None and not usable:
             raise RequestError(
-                f"num_draft_tokens={num_draft_tokens} is not usable; it must be in [0, {most}], the widest pass that "
-                "was probed to be exact"
+                f"num_draft_tokens={num_draft_tokens!r} is not usable; it must be whole and in [0, {most}], the widest "
+                "pass that was probed to be exact"
             )
 
     def _check_bias(self, params: SamplingParams) -> None:

@@ -6,6 +6,7 @@ caches or drafts; that a token was drafted is a flag somebody else hands in to b
 
 import codecs
 import json
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -214,7 +215,8 @@ class TextStream:
     with the same character, the longest), so that where the text ends depends on the text and never on how it was cut
     into tokens. Text that may turn out to begin a stop string is withheld until that is decided.
 
-    Without stop strings tokens wait until somebody asks for text: many in a row cost less than each within its step.
+    Without stop strings tokens wait until somebody asks for text, who then hears of a tokenizer that fails: many in a
+    row cost less than each within its step.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class TextStream:
     ) -> None:
         self._detokenizer = detokenizer(tokenizer, prompt_ids)
         self._stops = [StopString(text) for text in stop]
-        self._waiting: list[int] = []  # tokens that are not in `_parts` yet
+        self._waiting: deque[int] = deque()  # tokens that are not in `_parts` yet
         self._parts: list[str] = []  # what each token added; after `close` perhaps one more
         self._num_tokens = 0  # in `_parts`
         self._length = 0  # characters in `_parts`
@@ -233,16 +235,19 @@ class TextStream:
 
     def push(self, token_id: int) -> bool:
         """Add a token. True: a stop string is complete, the text has ended before it; later tokens change nothing."""
-        self._waiting.append(token_id)
         if self._stops:
-            self._catch_up()
+            self._take_in(token_id)
+        else:
+            self._waiting.append(token_id)
         return self.stopped
 
     def _catch_up(self) -> None:
-        for token_id in self._waiting:
-            self._append("" if self.stopped else self._detokenizer.push(token_id))
-        self._num_tokens += len(self._waiting)
-        self._waiting.clear()
+        while self._waiting:
+            self._take_in(self._waiting.popleft())
+
+    def _take_in(self, token_id: int) -> None:
+        self._num_tokens += 1
+        self._append("" if self.stopped else self._detokenizer.push(token_id))
 
     def take(self) -> str:
         """The text that is safe to show and was not handed out yet."""

@@ -105,6 +105,7 @@ def match(draft: Draft, targets: abc.Sequence[int]) -> Verdict:
 
 
 def _match_chain(tokens: tuple[int, ...], targets: abc.Sequence[int]) -> Verdict:
+    """`match` for the one path of a chain, which needs no table of edges: it decides every step."""
     kept = 0
     while kept < len(tokens) and tokens[kept] == targets[kept]:
         kept += 1

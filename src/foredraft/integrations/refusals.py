@@ -56,6 +56,10 @@ ONLY_CALLS: dict[str, tuple[tuple[Any, ...], str]] = {  # in a checkpoint's conf
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
 PREPARED |= {"tokenizer", "assistant_model", "inputs_tensor"}  # read before, or not there
 LOW_BITS = {"bf16": "bfloat16", "fp16": "float16"}
+LOW_BIT_TARGET = (
+    f"a target is verified in {' or '.join(LOW_BITS)}; make a low-bit checkpoint with `foredraft convert` and load its "
+    "folder"
+)
 
 
 def check_call(kwargs: dict[str, Any], *configs: Any) -> None:
@@ -101,10 +105,7 @@ def loading_dtype(dtype: Any, torch_dtype: Any, load_in_low_bit: str | None) -> 
         RequestError: they contradict each other, or name a format that is none of these.
     """
     if load_in_low_bit is not None and load_in_low_bit not in LOW_BITS:
-        raise RequestError(
-            f"load_in_low_bit={load_in_low_bit!r} cannot be honoured: a target is verified in {' or '.join(LOW_BITS)}; "
-            "make a low-bit checkpoint with `foredraft convert` and load its folder"
-        )
+        raise RequestError(f"load_in_low_bit={load_in_low_bit!r} cannot be honoured: {LOW_BIT_TARGET}")
     names = {"dtype": dtype, "torch_dtype": torch_dtype, "load_in_low_bit": LOW_BITS.get(load_in_low_bit or "")}
     given = {name: str(value).removeprefix("torch.") for name, value in names.items() if value is not None}
     exact = {value for value in given.values() if value != "auto"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from foredraft.errors import RequestError
 from foredraft.integrations.model import SpeculativeModel
 from foredraft.integrations.recipe import DEFAULT_DRAFT, DraftSpec, Recipe, draft_of
-from foredraft.integrations.refusals import loading_dtype, loading_place
+from foredraft.integrations.refusals import LOW_BIT_TARGET, loading_dtype, loading_place
 from foredraft.models.load import LoadOptions
 from foredraft.policy import DraftPolicy
 
@@ -63,6 +63,9 @@ class AutoModelForCausalLM:
         for name, value in (("optimize_model", optimize_model), ("use_cache", use_cache)):
             if value is not True:
                 raise RequestError(f"{name}={value!r} cannot be honoured: it is always on here; leave it out")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if loading.pop(name, None):
+                raise RequestError(f"{name}=True cannot be honoured: {LOW_BIT_TARGET}")
         source = pretrained_model_name_or_path
         device, placement = loading_place(device_map)
         options = LoadOptions(loading_dtype(dtype, torch_dtype, load_in_low_bit), device, placement, trust_remote_code)

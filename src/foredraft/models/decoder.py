@@ -218,9 +218,9 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
-        longest = rows.max_position
-        self.cache.reserve(max(rows.slots) + 1, longest)
-        self.rope.reserve(longest, self.device)
+        end = rows.max_position
+        self.cache.reserve(max(rows.slots) + 1, end)
+        self.rope.reserve(end, self.device)
         inputs = torch.tensor((rows.tokens, rows.positions, rows.slots), device=self.device)
         if self.graphs is None and rows.wanted == list(range(len(rows.tokens))):
             return self._body(rows.groups, inputs)

@@ -58,7 +58,7 @@ class QuantLinear(nn.Module, abc.ABC):
         """residual + y, in the residual's dtype."""
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         out = self._product(rows)
-        out = residual + (out if rows is x else out.view(residual.shape))
+        out = residual + (out if out.shape == residual.shape else out.view(residual.shape))
         out = out if self.bias is None else out + self.bias
         return out if out.dtype == residual.dtype else out.to(residual.dtype)
 

@@ -2,7 +2,7 @@
 
 Owns the arithmetic of row invariance: every span gets at least `min_rows` rows, a multiple of `row_multiple`, and
 attention a key length rounded up to `key_multiple`. Knows nothing of tensors or models, so that decoder, adapter and
-probe plan alike.
+probe plan alike. Named tuples, because each drafted token makes three: a frozen dataclass takes three times as long.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ class RowInvariance:
 
 
 class Span(NamedTuple):
-    """Tokens of one sequence at positions start, start + 1, ...; logits are wanted for the last `wanted` of them."""
+    """At least one token of a sequence, at positions start, start + 1, ...; logits are wanted for the last `wanted`."""
 
     slot: int
     start: int
@@ -95,13 +95,13 @@ def round_keys(length: int, multiple: int) -> int:
 
 def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: int = 1) -> RowBatch:
     """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
-    spans = list(spans)
+    ordered = list(spans)
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     groups: list[Group] = []
     ends: dict[int, int] = {}  # by slot: the row after its last token
-    for run in _runs(spans):
+    for run in _runs(ordered):
         longest = max([len(span.tokens) for span in run])
         width = round_up(max(min_rows, longest), row_multiple)
         starts = tuple([span.start for span in run])
@@ -113,12 +113,12 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
             tokens += [own[-1]] * (width - len(own))
             positions += range(start, start + width)
             slots += [slot] * width
-    wanted = [row for slot, _, _, count in spans for row in range(ends[slot] - count, ends[slot])]
+    wanted = [row for slot, _, _, count in ordered for row in range(ends[slot] - count, ends[slot])]
     return RowBatch(tokens, positions, slots, wanted, tuple(groups))
 
 
 def _runs(spans: list[Span]) -> list[list[Span]]:
-    """Cut spans, sorted by slot, into runs of consecutive slots; a long span (prefill) stays alone."""
+    """Sort spans by slot and cut them into runs of consecutive slots; a long span (prefill) stays alone."""
     if len(spans) == 1:
         return [spans]
     runs: list[list[Span]] = []
