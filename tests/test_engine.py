@@ -361,6 +361,21 @@ def test_a_guess_that_the_target_cannot_compute_hurts_nobody(llama, gamma):
     assert second.token_ids == wanted[1]
 
 
+def test_a_spoilt_guess_is_reported_where_the_text_ends_with_the_next_token(llama):
+    first, second = plain(Ask([1, 2, 3], GREEDY), model=llama).output_ids[:2]
+    assert first != second
+    ask = Ask([1, 2, 3], GREEDY, stop_token_ids=frozenset({second}))
+    embedding = llama.embedding
+    llama.embedding = embedding.clone()
+    llama.embedding[7] = math.nan
+    try:
+        with pytest.warns(RuntimeWarning, match="made the target's logits no numbers after 4 tokens"):
+            (text,) = play(engine(Sevens(), gamma=1, model=llama), [ask])
+    finally:
+        llama.embedding = embedding
+    assert (text.output_ids, text.finish_reason) == ([first, second], "stop")
+
+
 def test_a_drafter_is_not_blamed_for_what_plain_decoding_meets_too():
     """The warning would be an error here, as it is for whoever runs with -W error."""
 

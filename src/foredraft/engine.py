@@ -130,10 +130,7 @@ class Engine:
 
     def _commit_or_abort(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         try:
-            output = self._commit(sequence, draft, logits)
-            if sequence in self.recomputed:
-                self._blame_drafts(sequence)
-            return output
+            return self._commit(sequence, draft, logits)
         except NumericsError as error:
             drafted = sequence.num_draft_tokens != 0 and (draft.tokens or sequence.stats.drafts)
             return self._without_drafts(sequence) if drafted else self._abort(sequence, error)
@@ -153,8 +150,8 @@ class Engine:
         """The place has numbers without drafts, so that it was they."""
         self.recomputed.discard(sequence)
         warnings.warn(
-            f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers before token "
-            f"{len(sequence.token_ids)}; this text goes on without drafts",
+            f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers after "
+            f"{len(sequence.token_ids)} tokens; this text goes on without drafts",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -168,6 +165,8 @@ class Engine:
     def _commit(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
         """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
         verdict = self._verify(draft, logits, sequence)
+        if sequence in self.recomputed:
+            self._blame_drafts(sequence)
         start = len(sequence.token_ids)
         kept = [draft.tokens[i] for i in verdict.accepted]
         reason: FinishReason | None = None

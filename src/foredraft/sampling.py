@@ -244,8 +244,6 @@ def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
     Raises:
         NumericsError: with the first such row.
     """
-    if all(map(math.isfinite, peaks)):
-        return
     for peak, position in zip(peaks, positions, strict=True):
         if not math.isfinite(peak):
             cause = "every token is masked" if peak < 0 else "the model overflowed, or a processor divided by zero"

@@ -90,9 +90,7 @@ def match(draft: Draft, targets: abc.Sequence[int]) -> Verdict:
 
     `targets[0]` is the target's token after the last committed one, `targets[i + 1]` its token after draft token i.
     """
-    if not draft.parents:
-        return _match_chain(draft.tokens, targets)
-    parents = draft.parents
+    parents = draft.parents or range(-1, len(draft) - 1)
     children: dict[tuple[int, int], int] = {}
     for i, edge in enumerate(zip(parents, draft.tokens, strict=True)):
         children.setdefault(edge, i)
@@ -102,14 +100,6 @@ def match(draft: Draft, targets: abc.Sequence[int]) -> Verdict:
         accepted.append(child)
         node = child
     return Verdict(tuple(accepted), targets[node + 1], "recovered" if node in parents else "bonus")
-
-
-def _match_chain(tokens: tuple[int, ...], targets: abc.Sequence[int]) -> Verdict:
-    """`match` for the one path of a chain, which needs no table of edges: it decides every step."""
-    kept = 0
-    while kept < len(tokens) and tokens[kept] == targets[kept]:
-        kept += 1
-    return Verdict(tuple(range(kept)), targets[kept], "recovered" if kept < len(tokens) else "bonus")
 
 
 def rejection(draft: Draft, p: torch.Tensor, seed: int, positions: abc.Sequence[int]) -> Verdict:
