@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from foredraft.models.base import SkipSet
 from foredraft.models.decoder import Decoder
-from foredraft.models.quantize import Quantizer
 from foredraft.models.rows import Span, plan
+from foredraft.weights.quantize import Quantizer
 
 SHAPES = {"110M": (768, 2048, 12), "350M": (1024, 2816, 24)}  # hidden size, MLP size, layers; heads of 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

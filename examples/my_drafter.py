@@ -11,26 +11,26 @@ class BigramDrafter(NoDrafter):
 
     def __init__(self):
         self.followers = defaultdict(Counter)
-        self.counted = defaultdict(int)  # tokens looked at, by sequence
+        self.counted = defaultdict(int)  # tokens looked at, by request
 
-    def propose(self, sequences, policy):
-        return [self.draft(sequence, policy) for sequence in sequences]
+    def propose(self, requests, policy):
+        return [self.draft(request, policy) for request in requests]
 
-    def draft(self, sequence, policy):
-        ids = sequence.token_ids
-        for i in range(max(1, self.counted[sequence]), len(ids)):
+    def draft(self, request, policy):
+        ids = request.token_ids
+        for i in range(max(1, self.counted[request]), len(ids)):
             self.followers[ids[i - 1]][ids[i]] += 1
-        self.counted[sequence] = len(ids)
-        tokens, sure, last, wanted = [], [], ids[-1], sequence.draft_limit > 0
+        self.counted[request] = len(ids)
+        tokens, sure, last, wanted = [], [], ids[-1], request.draft_limit > 0
         while wanted and (counts := self.followers.get(last)):
             last, count = counts.most_common(1)[0]
             tokens.append(last)
             sure.append(count / counts.total())
-            wanted = len(tokens) < sequence.draft_limit and policy.go_on(sequence, tuple(sure))
+            wanted = len(tokens) < request.draft_limit and policy.go_on(request, tuple(sure))
         return Draft(tuple(tokens), self.name, confidences=tuple(sure))
 
-    def forget(self, sequence):
-        self.counted.pop(sequence, None)
+    def forget(self, request):
+        self.counted.pop(request, None)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from foredraft.engine import Engine
 from foredraft.models.cache import SlotCache
 from foredraft.models.rows import RowInvariance
-from foredraft.types import Draft, SamplingParams, Sequence, Verdict
+from foredraft.types import Draft, Request, SamplingParams, Verdict
 
 
 class TableModel:
@@ -55,12 +55,12 @@ class TableModel:
 
 
 class Recorder:
-    """A model that remembers the logits of every position it computed, by sequence; the last write wins."""
+    """A model that remembers the logits of every position it computed, by request; the last write wins."""
 
     def __init__(self, model) -> None:
         self._model = model
-        self._running: list[Sequence] = []
-        self.logits: dict[Sequence, dict[int, torch.Tensor]] = defaultdict(dict)
+        self._running: list[Request] = []
+        self.logits: dict[Request, dict[int, torch.Tensor]] = defaultdict(dict)
 
     def __getattr__(self, name: str):
         return getattr(self._model, name)
@@ -70,15 +70,15 @@ class Recorder:
 
     def forward(self, rows) -> torch.Tensor:
         logits = self._model.forward(rows)
-        owner = {sequence.slot: sequence for sequence in self._running}
+        owner = {request.slot: request for request in self._running}
         for row, values in zip(rows.wanted, logits, strict=True):
             self.logits[owner[rows.slots[row]]][rows.positions[row]] = values
         return logits
 
-    def committed(self, sequence: Sequence) -> torch.Tensor:
+    def committed(self, request: Request) -> torch.Tensor:
         """The logits that decided each output token. # [output tokens, V]"""
-        positions = range(sequence.prompt_len - 1, len(sequence.token_ids) - 1)
-        return torch.stack([self.logits[sequence][p] for p in positions])
+        positions = range(request.prompt_len - 1, len(request.token_ids) - 1)
+        return torch.stack([self.logits[request][p] for p in positions])
 
 
 class Scripted:
@@ -86,16 +86,16 @@ class Scripted:
 
     name = "scripted"
 
-    def tokens(self, sequence: Sequence) -> list[int]:
+    def tokens(self, request: Request) -> list[int]:
         return []
 
-    def propose(self, sequences, policy) -> list[Draft]:
-        return [Draft(tuple(self.tokens(s)[: s.draft_limit]), self.name) for s in sequences]
+    def propose(self, requests, policy) -> list[Draft]:
+        return [Draft(tuple(self.tokens(s)[: s.draft_limit]), self.name) for s in requests]
 
-    def observe(self, sequence: Sequence, verdict: Verdict) -> None:
+    def observe(self, request: Request, verdict: Verdict) -> None:
         pass
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, request: Request) -> None:
         pass
 
 
@@ -107,8 +107,8 @@ class Oracle(Scripted):
     def __init__(self, texts: dict[int, list[int]]) -> None:
         self.texts = texts
 
-    def tokens(self, sequence: Sequence) -> list[int]:
-        return self.texts[sequence.seed][len(sequence.token_ids) :] + [0] * sequence.draft_limit
+    def tokens(self, request: Request) -> list[int]:
+        return self.texts[request.seed][len(request.token_ids) :] + [0] * request.draft_limit
 
 
 class Wrong(Oracle):
@@ -120,9 +120,9 @@ class Wrong(Oracle):
         super().__init__(texts)
         self.vocab_size = vocab_size
 
-    def tokens(self, sequence: Sequence) -> list[int]:
-        right = len(sequence.token_ids) % 3
-        truth = super().tokens(sequence)
+    def tokens(self, request: Request) -> list[int]:
+        right = len(request.token_ids) % 3
+        truth = super().tokens(request)
         return truth[:right] + [(token + 1) % self.vocab_size for token in truth[right:]]
 
 
@@ -134,8 +134,8 @@ class RandomDrafter(Scripted):
     def __init__(self, vocab_size: int, seed: int = 0) -> None:
         self.vocab_size, self.random = vocab_size, Random(seed)
 
-    def tokens(self, sequence: Sequence) -> list[int]:
-        length = self.random.randint(0, sequence.draft_limit)
+    def tokens(self, request: Request) -> list[int]:
+        length = self.random.randint(0, request.draft_limit)
         return [self.random.randrange(self.vocab_size) for _ in range(length)]
 
 
@@ -152,8 +152,8 @@ class Ask:
     stop_token_ids: frozenset[int] = frozenset()
 
 
-def sequence(ask: Ask, stop_rule=lambda token: False) -> Sequence:
-    return Sequence(
+def new_request(ask: Ask, stop_rule=lambda token: False) -> Request:
+    return Request(
         list(ask.prompt),
         ask.params,
         seed=ask.seed,
@@ -163,9 +163,9 @@ def sequence(ask: Ask, stop_rule=lambda token: False) -> Sequence:
     )
 
 
-def play(engine: Engine, asks: Iterable[Ask]) -> list[Sequence]:
+def play(engine: Engine, asks: Iterable[Ask]) -> list[Request]:
     """Run requests to their ends through `add`, `step` and `abort`."""
-    requests = [(ask, sequence(ask)) for ask in asks]
+    requests = [(ask, new_request(ask)) for ask in asks]
     step = 0
     while engine.has_work or any(ask.arrives >= step for ask, _ in requests):
         for ask, request in requests:

@@ -58,22 +58,22 @@ def processors_dropped(logits, prefix, paths, prompt_len, params):
     return logits.float()
 
 
-def noise_by_row(draft, logits, sequence):
+def noise_by_row(draft, logits, request):
     """Noise keyed by the row in the pass instead of the position in the text."""
     rows = verify.paths(draft)
-    scores = sampling.adjust(logits, sequence.token_ids, rows, sequence.prompt_len, sequence.params)
-    return verify.match(draft, sampling.choose(scores, sequence.params, sequence.seed, range(len(rows))))
+    scores = sampling.adjust(logits, request.token_ids, rows, request.prompt_len, request.params)
+    return verify.match(draft, sampling.choose(scores, request.params, request.seed, range(len(rows))))
 
 
-def bonus_unwarped(draft, logits, sequence):
+def bonus_unwarped(draft, logits, request):
     """7: the token after a fully accepted draft is drawn from raw logits."""
-    params, start = sequence.params, len(sequence.token_ids)
-    scores = sampling.adjust(logits, sequence.token_ids, verify.paths(draft), sequence.prompt_len, params)
+    params, start = request.params, len(request.token_ids)
+    scores = sampling.adjust(logits, request.token_ids, verify.paths(draft), request.prompt_len, params)
     scores = torch.cat((scores[:-1], logits[-1:].float()))
-    return verify.match(draft, sampling.choose(scores, params, sequence.seed, range(start, start + len(scores))))
+    return verify.match(draft, sampling.choose(scores, params, request.seed, range(start, start + len(scores))))
 
 
-def temperature_zero_by_ratio(draft, logits, sequence):
+def temperature_zero_by_ratio(draft, logits, request):
     """4: greedy decided by p/q of softmax probabilities."""
-    start = len(sequence.token_ids)
-    return verify.rejection(draft, logits.softmax(-1), sequence.seed, range(start, start + len(logits)))
+    start = len(request.token_ids)
+    return verify.rejection(draft, logits.softmax(-1), request.seed, range(start, start + len(logits)))

@@ -15,8 +15,8 @@ from foredraft.errors import ModelError, UnsupportedModelError
 from foredraft.models.hf import HFModel, SlotView
 from foredraft.models.invariance import probe
 from foredraft.models.load import LoadOptions, load_target
-from foredraft.models.quantize import Quantizer
 from foredraft.models.rows import Span, plan
+from foredraft.weights.quantize import Quantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEW = 48

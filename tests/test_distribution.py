@@ -48,12 +48,12 @@ class Argmax(Scripted):
     def propose(self, sequences, policy):
         return [self.draft(s) for s in sequences]
 
-    def draft(self, sequence) -> Draft:
+    def draft(self, request) -> Draft:
         tokens: list[int] = []
         rows = []
-        while len(tokens) < sequence.draft_limit:
-            logits = self.model.next_logits(sequence.token_ids + tokens)
-            rows.append(process(logits[None], sequence.token_ids, [tokens], sequence.prompt_len, sequence.params))
+        while len(tokens) < request.draft_limit:
+            logits = self.model.next_logits(request.token_ids + tokens)
+            rows.append(process(logits[None], request.token_ids, [tokens], request.prompt_len, request.params))
             tokens.append(int(rows[-1].argmax()))
         return Draft(tuple(tokens), self.name, probs=torch.cat(rows).softmax(-1) if self.claims and rows else None)
 

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 import torch
-from fakes import Ask, Oracle, RandomDrafter, Scripted, TableModel, Wrong, play, sequence
+from fakes import Ask, Oracle, RandomDrafter, Scripted, TableModel, Wrong, new_request, play
 from models import tiny
 from transformers import LogitsProcessor
 
@@ -17,7 +17,7 @@ from foredraft.errors import CacheMemoryError, ExactnessError, NumericsError, Vo
 from foredraft.models.load import LoadOptions, load_target
 from foredraft.policy import Fixed
 from foredraft.scheduler import PREFILL_CHUNK
-from foredraft.types import Draft, Phase, SamplingParams, Sequence
+from foredraft.types import Draft, Phase, Request, SamplingParams
 
 VOCAB = 8
 GREEDY = SamplingParams(max_new_tokens=24)
@@ -28,7 +28,7 @@ def engine(drafter=None, *, model=None, gamma: int = 6, batch: int = 4, max_mode
     return Engine(made, drafter or NoDrafter(), Fixed(gamma), max_batch_size=batch, max_model_len=max_model_len)
 
 
-def plain(ask: Ask, **options) -> Sequence:
+def plain(ask: Ask, **options) -> Request:
     (alone,) = play(engine(**options), [ask])
     return alone
 
@@ -100,7 +100,7 @@ def test_a_stop_rule_is_called_once_for_each_token_in_order():
     seen: list[int] = []
     ask = Ask([1, 2], GREEDY)
     made = engine(oracle(ask))
-    request = sequence(ask, stop_rule=lambda token: seen.append(token) or len(seen) == 11)
+    request = new_request(ask, stop_rule=lambda token: seen.append(token) or len(seen) == 11)
     made.add(request)
     while made.has_work:
         made.step()
@@ -118,7 +118,7 @@ def test_stop_wins_over_length_on_the_same_token():
 def test_nothing_after_the_end_reaches_the_user():
     ask = Ask([1, 2], SamplingParams(max_new_tokens=5))
     made = engine(oracle(ask), gamma=8)
-    made.add(sequence(ask))
+    made.add(new_request(ask))
     outputs = []
     while made.has_work:
         outputs += made.step()
@@ -265,7 +265,7 @@ def test_nan_logits_end_one_request_and_no_other(order):
 
 
 class Sevens(Scripted):
-    def tokens(self, sequence):
+    def tokens(self, request):
         return [7] * 3
 
 
@@ -451,7 +451,7 @@ def test_a_processor_with_weights_that_learn_is_welcome(temperature):
 
 def test_out_of_memory_names_the_bytes_and_the_remedy(llama, monkeypatch):
     made = engine(model=llama)
-    made.add(sequence(Ask([1, 2, 3], GREEDY)))
+    made.add(new_request(Ask([1, 2, 3], GREEDY)))
     llama.cache.release()
 
     def zeros(*args, **kwargs):
@@ -468,11 +468,11 @@ def test_out_of_memory_names_the_bytes_and_the_remedy(llama, monkeypatch):
 
 def proposing(*drafts: Draft) -> Engine:
     class Proposes(Scripted):
-        def propose(self, sequences, policy):
+        def propose(self, requests, policy):
             return list(drafts)
 
     made = engine(Proposes(), gamma=3)
-    made.add(sequence(Ask([1], GREEDY)))
+    made.add(new_request(Ask([1], GREEDY)))
     return made
 
 
@@ -498,8 +498,8 @@ def test_a_draft_outside_the_vocabulary_is_refused(token):
 def test_slots_are_reused_and_waiting_requests_admitted_in_order():
     made = engine(RandomDrafter(VOCAB), batch=2)
     asks = [Ask([1, 2, i], SamplingParams(max_new_tokens=3 + 2 * i), seed=i) for i in range(6)]
-    requests = [sequence(ask) for ask in asks]
-    started: list[Sequence] = []
+    requests = [new_request(ask) for ask in asks]
+    started: list[Request] = []
     for request in requests:
         made.add(request)
     while made.has_work:
@@ -513,7 +513,7 @@ def test_slots_are_reused_and_waiting_requests_admitted_in_order():
 
 def test_abort_while_waiting_running_and_after_the_end():
     made = engine(batch=1)
-    running, waiting, last = (sequence(Ask([1, 2, i], GREEDY, seed=i)) for i in range(3))
+    running, waiting, last = (new_request(Ask([1, 2, i], GREEDY, seed=i)) for i in range(3))
     for request in (running, waiting, last):
         made.add(request)
     made.step()
@@ -539,9 +539,9 @@ def test_prefill_is_cut_alike_whoever_else_is_there(length):
     for crowd in ([], mates):
         made = engine()
         seen: list[tuple[int, int]] = []
-        request = sequence(Ask(prompt, GREEDY))
+        request = new_request(Ask(prompt, GREEDY))
         for ask in crowd:
-            made.add(sequence(ask))
+            made.add(new_request(ask))
         made.add(request)
         while request.cached < length:
             before = request.cached

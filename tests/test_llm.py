@@ -15,7 +15,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.decoder import Decoder
 from foredraft.models.hf import HFModel
-from foredraft.types import Sequence, Verdict
+from foredraft.types import Request, Verdict
 
 PARAMS = SamplingParams(max_new_tokens=24)
 PROMPTS = [draws(3 + i, seed=i) for i in range(6)]
@@ -43,8 +43,8 @@ def test_threads_share_one_llm():
 
 def test_a_drafter_that_fails_for_one_text_takes_nothing_from_another():
     class Fails(Scripted):
-        def observe(self, sequence: Sequence, verdict: Verdict) -> None:
-            if sequence.seed == 2 and sequence.num_output > 4:
+        def observe(self, request: Request, verdict: Verdict) -> None:
+            if request.seed == 2 and request.num_output > 4:
                 raise KeyError("four")
 
     llm = LLM(tiny("llama"), Fails())

@@ -26,15 +26,15 @@ from foredraft import LLM, SamplingParams
 from foredraft.cli.app import app
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel
-from foredraft.models.convert import chosen_layers, convert
 from foredraft.models.decoder import Decoder
 from foredraft.models.hf import HFModel
 from foredraft.models.load import LoadOptions, load_model, load_target
-from foredraft.models.lowbit import MANIFEST, is_low_bit
-from foredraft.models.quantize import Int4Linear, Int8Linear, QuantLinear, dense
 from foredraft.models.rows import Span, plan
-from foredraft.models.shards import ShardWriter, parse_size
-from foredraft.models.source import _Shards
+from foredraft.weights.convert import chosen_layers, convert
+from foredraft.weights.lowbit import MANIFEST, is_low_bit
+from foredraft.weights.quantize import Int4Linear, Int8Linear, QuantLinear, dense
+from foredraft.weights.shards import ShardWriter, parse_size
+from foredraft.weights.source import _Shards
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("llama", "tied", "gpt2", "gpt_neox")
@@ -482,7 +482,7 @@ def test_a_failure_leaves_nothing(
 
 KILLED = """
 import os, sys
-from foredraft.models import convert as module
+from foredraft.weights import convert as module
 write = module.Manifest.write
 def die(self, folder):
     write(self, folder)

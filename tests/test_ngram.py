@@ -1,7 +1,7 @@
 """The suffix automaton finds what brute force finds, and drafts what followed."""
 
 import pytest
-from fakes import Ask, TableModel, play, sequence
+from fakes import Ask, TableModel, new_request, play
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def test_the_index_stays_small_and_is_built_step_by_step():
 
 
 def draft(tokens: list[int], limit: int, min_match: int = 2):
-    request = sequence(Ask(tokens, SamplingParams()))
+    request = new_request(Ask(tokens, SamplingParams()))
     request.draft_limit = limit
     (made,) = NgramDrafter(min_match).propose([request], Fixed(limit))
     return made

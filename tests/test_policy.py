@@ -6,63 +6,53 @@ import pytest
 from simulation import World, fresh, run
 
 from foredraft.errors import RequestError
-from foredraft.policy import (
-    POLICIES,
-    Average,
-    Calibration,
-    Fixed,
-    Gain,
-    Heuristic,
-    PerRequest,
-    RowCost,
-    Threshold,
-    make_policy,
-)
+from foredraft.policy import POLICIES, Fixed, Gain, Heuristic, PerRequest, Threshold, make_policy
+from foredraft.policy.gain import Average, Calibration, RowCost
 from foredraft.types import Draft, Verdict
 
 LENGTHS = (0, 1, 2, 4, 8, 16)
 SEEDS = range(3)
 
 
-def observe(policy, sequence, drafted: int, accepted: int) -> None:
+def observe(policy, request, drafted: int, accepted: int) -> None:
     kind = "bonus" if accepted == drafted else "recovered"
-    policy.observe(sequence, Draft((0,) * drafted), Verdict(tuple(range(accepted)), 0, kind))
+    policy.observe(request, Draft((0,) * drafted), Verdict(tuple(range(accepted)), 0, kind))
 
 
 # Rules with a name
 
 
 def test_fixed_never_changes():
-    policy, sequence = Fixed(3), fresh()
+    policy, request = Fixed(3), fresh()
     for drafted, accepted in ((3, 0), (3, 3), (0, 0)):
-        observe(policy, sequence, drafted, accepted)
-        assert policy.start(sequence) == 3
-        assert policy.go_on(sequence, (0.01,))
+        observe(policy, request, drafted, accepted)
+        assert policy.start(request) == 3
+        assert policy.go_on(request, (0.01,))
 
 
 def test_heuristic_adds_two_after_a_whole_draft_and_takes_one_otherwise():
-    policy, sequence, other = Heuristic(5, maximum=8), fresh(), fresh()
+    policy, request, other = Heuristic(5, maximum=8), fresh(), fresh()
     lengths = []
     for accepted in (5, 7, 8, 0, 0):
-        observe(policy, sequence, policy.start(sequence), accepted)
-        lengths.append(policy.start(sequence))
+        observe(policy, request, policy.start(request), accepted)
+        lengths.append(policy.start(request))
     assert lengths == [7, 8, 8, 7, 6]
     for _ in range(9):
-        observe(policy, sequence, policy.start(sequence), 0)
-    assert policy.start(sequence) == 1
-    observe(policy, sequence, 0, 0)  # nothing was drafted: nothing is learnt
-    assert policy.start(sequence) == 1
+        observe(policy, request, policy.start(request), 0)
+    assert policy.start(request) == 1
+    observe(policy, request, 0, 0)  # nothing was drafted: nothing is learnt
+    assert policy.start(request) == 1
     assert policy.start(other) == 5
-    policy.forget(sequence)
-    assert policy.start(sequence) == 5
+    policy.forget(request)
+    assert policy.start(request) == 5
 
 
 def test_threshold_follows_both_updates_to_the_letter():
     """Draft & Verify, auto_parameters [1, 0.5, 0.9, 1e-2, 0.9], worked by hand."""
-    policy, sequence = Threshold(8, 0.8), fresh()
+    policy, request = Threshold(8, 0.8), fresh()
     acceptance, threshold = 0.9, 0.8
     for drafted, accepted in ((8, 8), (4, 4), (8, 7), (3, 0), (8, 8), (2, 2), (5, 5), (8, 8), (4, 4), (4, 4), (8, 8)):
-        observe(policy, sequence, drafted, accepted)
+        observe(policy, request, drafted, accepted)
         acceptance = 0.5 * acceptance + 0.5 * accepted / drafted
         if acceptance < 0.9:
             moved = threshold + 0.01
@@ -71,15 +61,15 @@ def test_threshold_follows_both_updates_to_the_letter():
         else:
             moved = threshold - 0.01
         threshold = 0.9 * threshold + 0.1 * moved
-        state = policy.states[sequence]
+        state = policy.states[request]
         assert (state.acceptance, state.threshold) == pytest.approx((acceptance, threshold), abs=1e-12)
 
 
 def test_threshold_moves_each_way():
     def after(drafted: int, accepted: int) -> float:
-        policy, sequence = Threshold(8, 0.8), fresh()
-        observe(policy, sequence, drafted, accepted)
-        return policy.states[sequence].threshold
+        policy, request = Threshold(8, 0.8), fresh()
+        observe(policy, request, drafted, accepted)
+        return policy.states[request].threshold
 
     assert after(4, 4) == pytest.approx(0.799)  # all right with room to spare: draft further
     assert after(8, 8) == pytest.approx(0.8)  # all right at full length: stay
@@ -87,15 +77,15 @@ def test_threshold_moves_each_way():
 
 
 def test_threshold_keeps_the_token_that_fell_short_and_stops_after_it():
-    policy, sequence = Threshold(8, 0.8, adaptive=False), fresh()
+    policy, request = Threshold(8, 0.8, adaptive=False), fresh()
     confidences: tuple[float, ...] = ()
     for confidence in (0.95, 0.8, 0.79, 0.99):
         confidences += (confidence,)
-        if not policy.go_on(sequence, confidences):
+        if not policy.go_on(request, confidences):
             break
     assert confidences == (0.95, 0.8, 0.79)
-    observe(policy, sequence, 3, 0)
-    assert not policy.go_on(sequence, (0.79,)) and policy.go_on(sequence, (0.8,))
+    observe(policy, request, 3, 0)
+    assert not policy.go_on(request, (0.79,)) and policy.go_on(request, (0.8,))
 
 
 def test_threshold_is_carried_to_the_next_request():
@@ -248,8 +238,8 @@ def test_nothing_is_kept_of_a_request_that_ended():
 class Stubborn(Gain):
     """A planted fault: never looks again once drafting has not paid."""
 
-    def start(self, sequence):
-        length = super().start(sequence)
+    def start(self, request):
+        length = super().start(request)
         return 0 if length == 1 else length
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError
-from foredraft.models.linear import PlainLinear, linear
-from foredraft.models.quantize import (
+from foredraft.weights.linear import PlainLinear, linear
+from foredraft.weights.quantize import (
     FORMATS,
     GROUPS,
     DynamicInt8Linear,

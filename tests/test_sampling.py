@@ -20,7 +20,7 @@ from transformers import (
 from foredraft.errors import NumericsError, RequestError
 from foredraft.noise import Stream, exponential
 from foredraft.sampling import adjust, choose, draw, logprobs, probabilities, process, restrict
-from foredraft.types import SamplingParams, Sequence
+from foredraft.types import Request, SamplingParams
 
 VOCAB = 300
 PREFIX, PROMPT_LEN = [5, 9, 5, 7, 9], 2
@@ -46,8 +46,8 @@ def random_logits(rows: int = 4, vocab: int = VOCAB, seed: int = 0) -> torch.Ten
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def request(params: SamplingParams, seed: int = 1, tokens: tuple[int, ...] = tuple(PREFIX)) -> Sequence:
-    return Sequence(list(tokens), params, seed, lambda token: False, prompt_len=PROMPT_LEN)
+def new_request(params: SamplingParams, seed: int = 1, tokens: tuple[int, ...] = tuple(PREFIX)) -> Request:
+    return Request(list(tokens), params, seed, lambda token: False, prompt_len=PROMPT_LEN)
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -130,7 +130,7 @@ def keeps_input(processing, params: SamplingParams) -> bool:
 def test_bug_2_logits_are_never_written_to(params):
     assert keeps_input(process, params)
     assert keeps_input(
-        lambda logits, *_: [choose(logits, params, 1, range(4)), draw(logits, [request(params)] * 4, PATHS)], params
+        lambda logits, *_: [choose(logits, params, 1, range(4)), draw(logits, [new_request(params)] * 4, PATHS)], params
     )
 
 
@@ -228,7 +228,7 @@ def test_numbers_that_are_none_are_refused(params, bad):
     scores = adjust(logits, (), [()] * 3, 0, params)
     with pytest.raises(NumericsError, match=f"position 8 is {bad if bad < 0 or params.greedy else ''}"):
         choose(scores, params, 0, [7, 8, 9])
-    drawn = draw(logits, [request(params)] * 3, [()] * 3)
+    drawn = draw(logits, [new_request(params)] * 3, [()] * 3)
     assert [math.isnan(guess.confidence) for guess in drawn] == [False, True, False]
     assert len(choose(scores[::2], params, 0, [7, 9])) == 2
 
@@ -253,10 +253,10 @@ def test_wrong_requests_say_what_is_wrong():
 
 @pytest.mark.parametrize("params", [SamplingParams(), *SETTINGS, SamplingParams(temperature=0.8, **PENALTIES)])
 def test_a_drafter_with_the_targets_logits_draws_the_targets_tokens(params):
-    logits, sequence = random_logits(), request(params)
+    logits, request = random_logits(), new_request(params)
     scores = adjust(logits, PREFIX, PATHS, PROMPT_LEN, params)
-    wanted = choose(scores, params, sequence.seed, [5, 6, 7, 8])
-    drawn = draw(logits, [sequence] * 4, PATHS)
+    wanted = choose(scores, params, request.seed, [5, 6, 7, 8])
+    drawn = draw(logits, [request] * 4, PATHS)
     assert [guess.token for guess in drawn] == wanted
     p = probabilities(restrict(scores, params))
     for row, guess in enumerate(drawn):
@@ -266,11 +266,11 @@ def test_a_drafter_with_the_targets_logits_draws_the_targets_tokens(params):
 
 def test_draws_of_a_batch_are_those_of_each_alone():
     several = [SamplingParams(), *SETTINGS, SamplingParams(temperature=0.8, **PENALTIES), SETTINGS[0], SamplingParams()]
-    sequences = [request(params, seed, (5, 9, *range(seed))) for seed, params in enumerate(several)]
+    requests = [new_request(params, seed, (5, 9, *range(seed))) for seed, params in enumerate(several)]
     paths = [tuple(range(i % 3)) for i in range(len(several))]
     logits = random_logits(len(several))
-    together = draw(logits, sequences, paths)
-    alone = [draw(logits[i : i + 1], sequences[i : i + 1], paths[i : i + 1])[0] for i in range(len(several))]
+    together = draw(logits, requests, paths)
+    alone = [draw(logits[i : i + 1], requests[i : i + 1], paths[i : i + 1])[0] for i in range(len(several))]
     assert [guess.token for guess in together] == [guess.token for guess in alone]
 
 
@@ -278,8 +278,8 @@ def test_bug_1_rejection_drafts_are_drawn_from_the_distribution_they_report():
     """And with noise that is neither the target's nor that of another block."""
     params = SamplingParams(temperature=0.7, top_k=20, verifier="rejection")
     logits = random_logits(1, 30)
-    sequences = [request(params, seed) for seed in range(5000)]
-    drawn = draw(logits.expand(5000, -1), sequences, [()] * 5000)
+    requests = [new_request(params, seed) for seed in range(5000)]
+    drawn = draw(logits.expand(5000, -1), requests, [()] * 5000)
     counts = torch.tensor([guess.token for guess in drawn]).bincount(minlength=30)
     q = drawn[0].probs
     assert torch.allclose(q, probabilities(process(logits, (), [()], 0, params))[0], atol=1e-7)
@@ -288,9 +288,9 @@ def test_bug_1_rejection_drafts_are_drawn_from_the_distribution_they_report():
     assert fit(argmax_draft, q) < 1e-4
     targets = [choose(logits / 0.7, params, seed, [5])[0] for seed in range(200)]
     assert [guess.token for guess in drawn[:200]] != targets
-    later = [request(params, seed, (*PREFIX, 1)) for seed in range(200)]
+    later = [new_request(params, seed, (*PREFIX, 1)) for seed in range(200)]
     again = draw(logits.expand(200, -1), later, [()] * 200)
-    ahead = draw(logits.expand(200, -1), sequences[:200], [(1,)] * 200)  # the same position, drafted one block earlier
+    ahead = draw(logits.expand(200, -1), requests[:200], [(1,)] * 200)  # the same position, drafted one block earlier
     assert [guess.token for guess in again] != [guess.token for guess in ahead]
 
 

@@ -19,11 +19,11 @@ from foredraft.models.base import SkipSet
 from foredraft.models.decoder import Decoder
 from foredraft.models.invariance import probe
 from foredraft.models.load import wrap
-from foredraft.models.quantize import Quantizer, quant_linear
 from foredraft.models.rows import Span, plan
 from foredraft.policy import Fixed
 from foredraft.profile import HowFound, Measured, Profile, find, load, model_hash, profile_for, save
-from foredraft.types import Sequence
+from foredraft.types import Request
+from foredraft.weights.quantize import Quantizer, quant_linear
 
 LEAN, ADAPTED = ("llama", "qwen2"), ("gpt2", "gpt_neox")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -116,18 +116,18 @@ def test_logits_are_the_plain_ones_bit_for_bit(llm):
 def _rows(llm: LLM, prompt: list[int], gamma: int) -> dict[int, torch.Tensor]:
     """The logits that decided each position of a greedy text."""
     engine = Engine(llm.model, llm.drafter, Fixed(gamma), max_batch_size=1, max_model_len=llm.max_model_len)
-    sequence = Sequence(list(prompt), SamplingParams(max_new_tokens=16), seed=0, stop_rule=lambda token: False)
+    request = Request(list(prompt), SamplingParams(max_new_tokens=16), seed=0, stop_rule=lambda token: False)
     found: dict[int, torch.Tensor] = {}
     commit = engine._commit
 
-    def recorded(sequence, draft, logits):
-        start = len(sequence.token_ids)
-        output = commit(sequence, draft, logits)
+    def recorded(request, draft, logits):
+        start = len(request.token_ids)
+        output = commit(request, draft, logits)
         found.update({start + i: logits[i].clone() for i in range(len(output.token_ids))})
         return output
 
     engine._commit = recorded
-    engine.add(sequence)
+    engine.add(request)
     while engine.has_work:
         engine.step()
     return found

@@ -27,8 +27,8 @@ from foredraft.errors import ModelError, PromptTooLongError, RequestError, Unsup
 from foredraft.integrations.draft_and_verify import base_generate, infer
 from foredraft.integrations.drafting import Assisted, Drafting, IpexPolicy
 from foredraft.integrations.transformers import AutoModelForCausalLM, SpeculativeModel
-from foredraft.models.convert import convert
 from foredraft.policy import Fixed, Gain
+from foredraft.weights.convert import convert
 
 NEW = 32
 ARCHITECTURES = ("llama", "gpt2")

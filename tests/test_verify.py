@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from foredraft import verify as module
 from foredraft.errors import ExactnessError, NumericsError, VocabularyMismatchError
 from foredraft.sampling import adjust, choose, draw
-from foredraft.types import Draft, SamplingParams, Sequence, Verdict
+from foredraft.types import Draft, Request, SamplingParams, Verdict
 from foredraft.verify import match, paths, rejection, verify
 
 # The target is a table of logits, one row for each last token.
@@ -19,31 +19,31 @@ WIDE = 24
 TABLE = torch.randn(WIDE, WIDE, generator=torch.Generator().manual_seed(9)) * 2
 
 
-def nothing(sequence: Sequence) -> Draft:
+def nothing(request: Request) -> Draft:
     return Draft()
 
 
-def wrong(sequence: Sequence) -> Draft:
+def wrong(request: Request) -> Draft:
     """Tokens that follow no model, of a length that changes."""
-    n = len(sequence.token_ids)
+    n = len(request.token_ids)
     return Draft(tuple((7 * n + 3 * i) % WIDE for i in range(n % 5)))
 
 
-def tree(sequence: Sequence) -> Draft:
+def tree(request: Request) -> Draft:
     """Two likely children of the root, and two of each of these."""
-    first = TABLE[sequence.token_ids[-1]].topk(2).indices.tolist()
+    first = TABLE[request.token_ids[-1]].topk(2).indices.tolist()
     second = [token for parent in first for token in TABLE[parent].topk(2).indices.tolist()]
     return Draft((*first, *second), parents=(-1, -1, 0, 0, 1, 1))
 
 
-def coupled_model(sequence: Sequence, noise: float = 1.0, length: int = 4) -> Draft:
+def coupled_model(request: Request, noise: float = 1.0, length: int = 4) -> Draft:
     """Draws from blurred logits, as a smaller model would."""
     blur = torch.randn(WIDE, WIDE, generator=torch.Generator().manual_seed(10)) * noise
     tokens: list[int] = []
     probs = []
     for _ in range(length):
-        last = tokens[-1] if tokens else sequence.token_ids[-1]
-        [drawn] = draw((TABLE + blur)[last : last + 1], [sequence], [tokens])
+        last = tokens[-1] if tokens else request.token_ids[-1]
+        [drawn] = draw((TABLE + blur)[last : last + 1], [request], [tokens])
         tokens.append(drawn.token)
         probs.append(drawn.probs)
     return Draft(tuple(tokens), probs=None if probs[0] is None else torch.stack(probs))
@@ -51,15 +51,15 @@ def coupled_model(sequence: Sequence, noise: float = 1.0, length: int = 4) -> Dr
 
 def decode(drafter, params: SamplingParams, seed: int = 1, check=verify, length: int = 60) -> tuple[list[int], int]:
     """The engine's loop over the table. # tokens, tokens kept from drafts"""
-    sequence = Sequence([3, 1], params, seed, lambda token: False)
+    request = Request([3, 1], params, seed, lambda token: False)
     kept = 0
-    while sequence.num_output < length:
-        draft = drafter(sequence)
-        last = [path[-1] if path else sequence.token_ids[-1] for path in paths(draft)]
-        verdict = check(draft, TABLE[torch.tensor(last)], sequence)
-        sequence.token_ids += [draft.tokens[i] for i in verdict.accepted] + [verdict.next_token]
+    while request.num_output < length:
+        draft = drafter(request)
+        last = [path[-1] if path else request.token_ids[-1] for path in paths(draft)]
+        verdict = check(draft, TABLE[torch.tensor(last)], request)
+        request.token_ids += [draft.tokens[i] for i in verdict.accepted] + [verdict.next_token]
         kept += len(verdict.accepted)
-    return sequence.output_ids[:length], kept
+    return request.output_ids[:length], kept
 
 
 GREEDY = SamplingParams()
@@ -121,8 +121,8 @@ def test_coupled_at_temperature_zero_is_greedy():
 def test_coupling_keeps_more_than_independent_draws():
     params = SamplingParams(temperature=1.0)
 
-    def independent(sequence: Sequence) -> Draft:
-        return coupled_model(Sequence(sequence.token_ids, params, sequence.seed + 1000, sequence.stop_rule))
+    def independent(request: Request) -> Draft:
+        return coupled_model(Request(request.token_ids, params, request.seed + 1000, request.stop_rule))
 
     kept = [sum(decode(drafter, params, seed)[1] for seed in range(10)) for drafter in (coupled_model, independent)]
     assert kept[0] > 1.5 * kept[1]
@@ -190,15 +190,15 @@ def test_a_tree_keeps_what_its_path_as_a_chain_would(draft, targets):
 
 def test_rows_of_a_tree_are_judged_at_their_own_position_and_prefix():
     params = SamplingParams(temperature=1.0, repetition_penalty=1.5)
-    sequence = Sequence([1, 2], params, 3, lambda token: False)
-    draft = tree(sequence)
+    request = Request([1, 2], params, 3, lambda token: False)
+    draft = tree(request)
     rows = paths(draft)
     logits = TABLE[torch.tensor([path[-1] if path else 2 for path in rows])]
     targets = []
     for row, path in zip(logits, rows, strict=True):
-        scores = adjust(row.unsqueeze(0), [*sequence.token_ids, *path], [()], 2, params)
+        scores = adjust(row.unsqueeze(0), [*request.token_ids, *path], [()], 2, params)
         targets += choose(scores, params, 3, [2 + len(path)])
-    assert verify(draft, logits, sequence) == match(draft, targets)
+    assert verify(draft, logits, request) == match(draft, targets)
 
 
 def test_what_cannot_be_honoured_is_refused():
@@ -214,9 +214,9 @@ def test_what_cannot_be_honoured_is_refused():
     with pytest.raises(ExactnessError, match="must name"):
         paths(Draft((1, 2), parents=(1, -1)))
     for verifier in ("coupled", "rejection"):
-        sequence = Sequence([1], SamplingParams(temperature=1, verifier=verifier), 0, lambda token: False)
+        request = Request([1], SamplingParams(temperature=1, verifier=verifier), 0, lambda token: False)
         with pytest.raises(NumericsError, match="position 1 is nan"):
-            verify(Draft(), torch.full((1, 4), math.nan), sequence)
+            verify(Draft(), torch.full((1, 4), math.nan), request)
 
 
 def test_a_chain_with_explicit_parents_may_be_rejected_from():

@@ -6,7 +6,8 @@ if TYPE_CHECKING:
     from foredraft.integrations.transformers import accelerate
     from foredraft.llm import LLM, Chunk, GenerationResult
     from foredraft.stats import SpecStats
-    from foredraft.types import Draft, SamplingParams, Sequence, Verdict
+    from foredraft.types import Draft, Request, SamplingParams, Verdict
+    from foredraft.weights.convert import convert
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,23 +15,25 @@ __all__ = [
     "Chunk",
     "Draft",
     "GenerationResult",
+    "Request",
     "SamplingParams",
-    "Sequence",
     "SpecStats",
     "Verdict",
     "__version__",
     "accelerate",
+    "convert",
 ]
 
 _HOMES = {
     "accelerate": "integrations.transformers",
+    "convert": "weights.convert",
     "LLM": "llm",
     "Chunk": "llm",
     "GenerationResult": "llm",
     "SpecStats": "stats",
     "Draft": "types",
     "SamplingParams": "types",
-    "Sequence": "types",
+    "Request": "types",
     "Verdict": "types",
 }
 

@@ -1,7 +1,7 @@
 """Engine: the one loop, for plain and speculative, single, batched and served decoding.
 
 Each step proposes drafts, checks them in one pass of the target, keeps what the target would have said, and commits it.
-Knows nothing of text; stop rules come with the sequences.
+Knows nothing of text; stop rules come with the requests.
 """
 
 import warnings
@@ -17,14 +17,14 @@ from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy, PerRequest, StepTimes
 from foredraft.scheduler import Scheduler, chunk_end
 from foredraft.stats import SpecStats
-from foredraft.types import Draft, FinishReason, Phase, Sequence, StepOutput, Verdict
+from foredraft.types import Draft, FinishReason, Phase, Request, StepOutput, Verdict
 from foredraft.verify import verify, verify_reached
 
 
 class Engine:
-    """Runs sequences over a target and a drafter until each is finished.
+    """Runs requests over a target and a drafter until each is finished.
 
-    Every pass obeys the target's `row_invariance`, so that the tokens of a sequence are a function of the target, its
+    Every pass obeys the target's `row_invariance`, so that the tokens of a request are a function of the target, its
     prompt, parameters and seed alone.
     """
 
@@ -36,70 +36,70 @@ class Engine:
         self.policy = PerRequest(policy)
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(max_batch_size)
-        self.stats = SpecStats()  # of the sequences that have ended
-        self.recomputed: set[Sequence] = set()  # whose next pass tells whether drafts spoilt the last one
+        self.stats = SpecStats()  # of the requests that have ended
+        self.recomputed: set[Request] = set()  # whose next pass tells whether drafts spoilt the last one
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, sequence: Sequence) -> None:
-        sequence.arrived = perf_counter()
-        self.scheduler.add(sequence)
+    def add(self, request: Request) -> None:
+        request.arrived = perf_counter()
+        self.scheduler.add(request)
 
-    def abort(self, sequence: Sequence) -> None:
-        """Take a sequence out wherever it is, unless it has ended; what it has produced stays with it."""
-        if sequence.phase is not Phase.FINISHED:
-            self._finish(sequence, "abort")
+    def abort(self, request: Request) -> None:
+        """Take a request out wherever it is, unless it has ended; what it has produced stays with it."""
+        if request.phase is not Phase.FINISHED:
+            self._finish(request, "abort")
 
     @torch.no_grad()
     def step(self) -> list[StepOutput]:
-        """Advance every running sequence by one pass; return what reached the users.
+        """Advance every running request by one pass; return what reached the users.
 
-        A sequence that cannot go on (its logits are not numbers, its own processor or stop rule fails) is aborted with
+        A request that cannot go on (its logits are not numbers, its own processor or stop rule fails) is aborted with
         its `error`; the others never notice.
         """
         began = perf_counter()
-        sequences = self.scheduler.next_batch()
-        if not sequences:
+        requests = self.scheduler.next_batch()
+        if not requests:
             return []
-        drafts = self._propose(sequences)
+        drafts = self._propose(requests)
         drafted_at = perf_counter()
-        spans = [self._span(sequence, draft) for sequence, draft in zip(sequences, drafts, strict=True)]
+        spans = [self._span(request, draft) for request, draft in zip(requests, drafts, strict=True)]
         invariance = self.target.row_invariance
         rows = plan(spans, invariance.min_rows, invariance.key_multiple, invariance.row_multiple)
         logits = self.target.forward(rows)
         verified_at = perf_counter()
-        outputs = self._commit_all(sequences, drafts, spans, logits)
+        outputs = self._commit_all(requests, drafts, spans, logits)
         self._account(outputs, drafts, len(rows.tokens), began, drafted_at, verified_at)
         return outputs
 
-    def _propose(self, sequences: list[Sequence]) -> list[Draft]:
-        for sequence in sequences:
-            sequence.draft_limit = self._draft_limit(sequence)
-        drafts = dict.fromkeys(sequences, Draft())
-        wanting = [sequence for sequence in sequences if sequence.draft_limit > 0]
+    def _propose(self, requests: list[Request]) -> list[Draft]:
+        for request in requests:
+            request.draft_limit = self._draft_limit(request)
+        drafts = dict.fromkeys(requests, Draft())
+        wanting = [request for request in requests if request.draft_limit > 0]
         if wanting:
             drafts.update(zip(wanting, self.drafter.propose(wanting, self.policy), strict=True))
-        return [self._checked(draft, sequence) for sequence, draft in drafts.items()]
+        return [self._checked(draft, request) for request, draft in drafts.items()]
 
-    def _draft_limit(self, sequence: Sequence) -> int:
+    def _draft_limit(self, request: Request) -> int:
         """How many tokens may be drafted: none in a prompt, none that could not be emitted."""
-        if not sequence.decoding:
+        if not request.decoding:
             return 0
-        room = min(sequence.remaining, self.max_model_len - len(sequence.token_ids)) - 1
-        return max(0, min(self.policy.start(sequence), room, self.target.row_invariance.max_draft_tokens))
+        room = min(request.remaining, self.max_model_len - len(request.token_ids)) - 1
+        return max(0, min(self.policy.start(request), room, self.target.row_invariance.max_draft_tokens))
 
-    def _checked(self, draft: Draft, sequence: Sequence) -> Draft:
+    def _checked(self, draft: Draft, request: Request) -> Draft:
         if not draft.is_chain:
             raise ExactnessError(
                 f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, as "
                 "a branch's keys would lie elsewhere in the cache and change the bits: propose the likeliest path"
             )
-        if len(draft) > sequence.draft_limit:
+        if len(draft) > request.draft_limit:
             raise ExactnessError(
-                f"drafter {draft.source!r} proposed {len(draft)} tokens where {sequence.draft_limit} were allowed; "
-                "stop at sequence.draft_limit"
+                f"drafter {draft.source!r} proposed {len(draft)} tokens where {request.draft_limit} were allowed; "
+                "stop at request.draft_limit"
             )
         vocab_size = self.target.vocab_size
         outside = next((token for token in draft.tokens if not 0 <= token < vocab_size), None)
@@ -110,110 +110,110 @@ class Engine:
             )
         return draft
 
-    def _span(self, sequence: Sequence, draft: Draft) -> Span:
-        end = chunk_end(sequence) if not sequence.decoding else len(sequence.token_ids)
-        tokens = sequence.token_ids[sequence.cached : end] + list(draft.tokens)
-        wanted = len(draft) + 1 if end == len(sequence.token_ids) else 0
-        return Span(sequence.slot, sequence.cached, tokens, wanted)
+    def _span(self, request: Request, draft: Draft) -> Span:
+        end = chunk_end(request) if not request.decoding else len(request.token_ids)
+        tokens = request.token_ids[request.cached : end] + list(draft.tokens)
+        wanted = len(draft) + 1 if end == len(request.token_ids) else 0
+        return Span(request.slot, request.cached, tokens, wanted)
 
     def _commit_all(
-        self, sequences: list[Sequence], drafts: list[Draft], spans: list[Span], logits: torch.Tensor
+        self, requests: list[Request], drafts: list[Draft], spans: list[Span], logits: torch.Tensor
     ) -> list[StepOutput]:
         outputs, row = [], 0
-        for sequence, draft, span in zip(sequences, drafts, spans, strict=True):
+        for request, draft, span in zip(requests, drafts, spans, strict=True):
             if span.wanted == 0:
-                sequence.cached = span.start + len(span.tokens)
+                request.cached = span.start + len(span.tokens)
                 continue
-            outputs.append(self._commit_or_abort(sequence, draft, logits[row : row + span.wanted]))
+            outputs.append(self._commit_or_abort(request, draft, logits[row : row + span.wanted]))
             row += span.wanted
         return outputs
 
-    def _commit_or_abort(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
+    def _commit_or_abort(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
         try:
-            return self._commit(sequence, draft, logits)
+            return self._commit(request, draft, logits)
         except NumericsError as error:
-            drafted = sequence.num_draft_tokens != 0 and (draft.tokens or sequence.stats.drafts)
-            return self._without_drafts(sequence) if drafted else self._abort(sequence, error)
+            drafted = request.num_draft_tokens != 0 and (draft.tokens or request.stats.drafts)
+            return self._without_drafts(request) if drafted else self._abort(request, error)
         except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
-            return self._abort(sequence, error)
+            return self._abort(request, error)
 
-    def _without_drafts(self, sequence: Sequence) -> StepOutput:
+    def _without_drafts(self, request: Request) -> StepOutput:
         """Compute the place again, alone: a guess may have left what is no number behind the last token, and a key that
         is masked still takes part in every sum.
         """
-        self.target.cache.clear(sequence.slot, sequence.cached)
-        sequence.num_draft_tokens = 0
-        self.recomputed.add(sequence)
-        return StepOutput(sequence, (), (), None)
+        self.target.cache.clear(request.slot, request.cached)
+        request.num_draft_tokens = 0
+        self.recomputed.add(request)
+        return StepOutput(request, (), (), None)
 
-    def _blame_drafts(self, sequence: Sequence) -> None:
+    def _blame_drafts(self, request: Request) -> None:
         """The place has numbers without drafts, so that it was they."""
-        self.recomputed.discard(sequence)
+        self.recomputed.discard(request)
         warnings.warn(
             f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers after "
-            f"{len(sequence.token_ids)} tokens; this text goes on without drafts",
+            f"{len(request.token_ids)} tokens; this text goes on without drafts",
             RuntimeWarning,
             stacklevel=2,
         )
 
-    def _abort(self, sequence: Sequence, error: Exception) -> StepOutput:
-        self.target.cache.clear(sequence.slot)
-        sequence.error = error
-        self.abort(sequence)
-        return StepOutput(sequence, (), (), "abort")
+    def _abort(self, request: Request, error: Exception) -> StepOutput:
+        self.target.cache.clear(request.slot)
+        request.error = error
+        self.abort(request)
+        return StepOutput(request, (), (), "abort")
 
-    def _commit(self, sequence: Sequence, draft: Draft, logits: torch.Tensor) -> StepOutput:
+    def _commit(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
         """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
-        verdict = self._verify(draft, logits, sequence)
-        if sequence in self.recomputed:
-            self._blame_drafts(sequence)
-        start = len(sequence.token_ids)
+        verdict = self._verify(draft, logits, request)
+        if request in self.recomputed:
+            self._blame_drafts(request)
+        start = len(request.token_ids)
         kept = [draft.tokens[i] for i in verdict.accepted]
         reason: FinishReason | None = None
         for token in (*kept, verdict.next_token):
-            sequence.token_ids.append(token)
-            reason = self._ends(sequence, token)
+            request.token_ids.append(token)
+            reason = self._ends(request, token)
             if reason:
                 break
-        added = tuple(sequence.token_ids[start:])
+        added = tuple(request.token_ids[start:])
         flags = tuple(i < len(kept) for i in range(len(added)))
-        sequence.from_draft += flags
-        sequence.cached = len(sequence.token_ids) - 1
-        if sequence.params.logprobs is not None:
-            sequence.logprobs += sampling.logprobs(logits[: len(added)], added, sequence.params.logprobs)
+        request.from_draft += flags
+        request.cached = len(request.token_ids) - 1
+        if request.params.logprobs is not None:
+            request.logprobs += sampling.logprobs(logits[: len(added)], added, request.params.logprobs)
         tested = len(added) if all(flags) else len(draft)  # a text that ends within its draft leaves the rest untested
-        sequence.stats.count_pass(tested, sum(flags), len(added))
-        self._observe(sequence, draft, verdict)
+        request.stats.count_pass(tested, sum(flags), len(added))
+        self._observe(request, draft, verdict)
         if reason:
-            self._finish(sequence, reason)
-        return StepOutput(sequence, added, flags, reason)
+            self._finish(request, reason)
+        return StepOutput(request, added, flags, reason)
 
-    def _verify(self, draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
+    def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         try:
-            return verify(draft, logits, sequence)
+            return verify(draft, logits, request)
         except Exception:  # a processor may mask all of a place the text never goes to, or raise there
-            return verify_reached(draft, logits, sequence)
+            return verify_reached(draft, logits, request)
 
-    def _ends(self, sequence: Sequence, token: int) -> FinishReason | None:
-        stopped = token in sequence.stop_token_ids
-        stopped = sequence.stop_rule(token) or stopped
+    def _ends(self, request: Request, token: int) -> FinishReason | None:
+        stopped = token in request.stop_token_ids
+        stopped = request.stop_rule(token) or stopped
         if stopped:
             return "stop"
-        full = sequence.remaining <= 0 or len(sequence.token_ids) >= self.max_model_len
+        full = request.remaining <= 0 or len(request.token_ids) >= self.max_model_len
         return "length" if full else None
 
-    def _observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        self.drafter.observe(sequence, verdict)
-        self.policy.observe(sequence, draft, verdict)
+    def _observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        self.drafter.observe(request, verdict)
+        self.policy.observe(request, draft, verdict)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self.scheduler.retire(sequence)
-        self.recomputed.discard(sequence)
-        sequence.finish_reason = reason
-        sequence.stats.seconds_total = perf_counter() - sequence.arrived
-        self.stats.add(sequence.stats)
-        self.drafter.forget(sequence)
-        self.policy.forget(sequence)
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.retire(request)
+        self.recomputed.discard(request)
+        request.finish_reason = reason
+        request.stats.seconds_total = perf_counter() - request.arrived
+        self.stats.add(request.stats)
+        self.drafter.forget(request)
+        self.policy.forget(request)
 
     def _account(
         self,
@@ -224,16 +224,16 @@ class Engine:
         drafted_at: float,
         verified_at: float,
     ) -> None:
-        """Share the step's seconds among its sequences, and tell the policy what a decoding step costs."""
+        """Share the step's seconds among its requests, and tell the policy what a decoding step costs."""
         ended = perf_counter()
         share = 1 / max(1, len(drafts))
         for output in outputs:
-            stats = output.sequence.stats
+            stats = output.request.stats
             stats.seconds_drafting += (drafted_at - began) * share
             stats.seconds_verifying += (verified_at - drafted_at) * share
             stats.seconds_other += (ended - verified_at) * share
             if not stats.seconds_to_first_token:
-                stats.seconds_to_first_token = ended - output.sequence.arrived
+                stats.seconds_to_first_token = ended - output.request.arrived
         if len(outputs) == len(drafts) and outputs:
             drafted = sum(map(len, drafts))
             emitted = sum(len(output.token_ids) for output in outputs)

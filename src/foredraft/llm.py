@@ -21,13 +21,13 @@ from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
 from foredraft.models.cache import GRANULE
-from foredraft.models.load import LoadOptions, check_source, load_target, load_tokenizer
+from foredraft.models.load import LoadOptions, load_target, load_tokenizer
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
 from foredraft.stats import SpecStats
 from foredraft.text import TextStream, end_of_turn_ids, render_chat
-from foredraft.types import FinishReason, SamplingParams, StepOutput, TokenLogprobs
-from foredraft.types import Sequence as Request
+from foredraft.types import FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
+from foredraft.weights.checkpoint import check_source
 
 BUNDLED = Path(__file__).parent / "bundled"
 Prompt = str | Sequence[int]
@@ -323,8 +323,8 @@ class LLM:
         try:
             while ready := self._ready(inboxes):
                 for output in ready:
-                    if output.sequence.error is not None:
-                        raise output.sequence.error
+                    if output.request.error is not None:
+                        raise output.request.error
                     yield output
         finally:
             with self._lock:
@@ -337,7 +337,7 @@ class LLM:
         with self._lock:
             while not any(inboxes.values()) and any(not request.finish_reason for request in inboxes):
                 for output in self.engine.step():
-                    self._inboxes[output.sequence].append(output)
+                    self._inboxes[output.request].append(output)
             return [inbox.popleft() for inbox in inboxes.values() if inbox]
 
 

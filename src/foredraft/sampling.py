@@ -17,7 +17,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from foredraft import noise
 from foredraft.errors import NumericsError, RequestError
 from foredraft.noise import Stream
-from foredraft.types import SamplingParams, Sequence, TokenLogprobs
+from foredraft.types import Request, SamplingParams, TokenLogprobs
 
 Ids = abc.Sequence[int]
 _CANDIDATES = 64  # how many of the likeliest tokens a filter looks at first; a full sort is 50 times dearer
@@ -262,31 +262,31 @@ class Drawn(NamedTuple):
     probs: torch.Tensor | None = None  # [V] float32; None: nothing a verifier needs (greedy, coupled)
 
 
-def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]) -> list[Drawn | None]:
-    """One guess for each sequence after its committed and its drafted tokens. # [b, V] -> b
+def draw(logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]) -> list[Drawn | None]:
+    """One guess for each request after its committed and its drafted tokens. # [b, V] -> b
 
     The target's own processing, and for `coupled` the target's own noise, so that both tend to choose alike; for
     `rejection` a draw from q with noise of its own, fresh in every block (a block is known by where it starts).
     None where the request's own processor fails on this prefix, which is an error only if the text ever gets there.
     """
-    groups = _alike(sequences)
+    groups = _alike(requests)
     if len(groups) == 1:
-        return _draw_alike(logits, sequences, drafted)
-    guesses: list[Drawn | None] = [None] * len(sequences)
+        return _draw_alike(logits, requests, drafted)
+    guesses: list[Drawn | None] = [None] * len(requests)
     for rows in groups:
-        own = _draw_alike(logits[rows], [sequences[row] for row in rows], [drafted[row] for row in rows])
+        own = _draw_alike(logits[rows], [requests[row] for row in rows], [drafted[row] for row in rows])
         for row, guess in zip(rows, own, strict=True):
             guesses[row] = guess
     return guesses
 
 
-def _alike(sequences: abc.Sequence[Sequence]) -> list[list[int]]:
+def _alike(requests: abc.Sequence[Request]) -> list[list[int]]:
     """Rows that one call can process: those that differ in prefix and seed alone, where the prefix has no say."""
-    if len(sequences) == 1:
+    if len(requests) == 1:
         return [[0]]
     groups: dict[object, list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        params = sequence.params
+    for row, request in enumerate(requests):
+        params = request.params
         alone = bool(params.logit_bias) or follows_prefix(params)
         settings = (params.temperature, params.top_k, params.top_p, params.min_p, params.verifier)
         groups.setdefault(row if alone else settings, []).append(row)
@@ -294,10 +294,10 @@ def _alike(sequences: abc.Sequence[Sequence]) -> list[list[int]]:
 
 
 def _draw_alike(
-    logits: torch.Tensor, sequences: abc.Sequence[Sequence], drafted: abc.Sequence[Ids]
+    logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]
 ) -> list[Drawn | None]:
-    """`draw` for sequences that one call can process, with one transfer to the host. # [b, V] -> b"""
-    first, params = sequences[0], sequences[0].params
+    """`draw` for requests that one call can process, with one transfer to the host. # [b, V] -> b"""
+    first, params = requests[0], requests[0].params
     try:
         scores = adjust(logits, first.token_ids, drafted, first.prompt_len, params)
     except Exception:
@@ -306,16 +306,16 @@ def _draw_alike(
         return [None]
     if params.greedy:  # of equals any would do: it is a guess
         return [Drawn(token, chance) for token, chance in zip(*best(probabilities(scores)), strict=True)]
-    starts = [len(sequence.token_ids) for sequence in sequences]
+    starts = [len(request.token_ids) for request in requests]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
-    rows: abc.Sequence[torch.Tensor | None] = [None] * len(sequences)
+    rows: abc.Sequence[torch.Tensor | None] = [None] * len(requests)
     if params.verifier == "coupled":
         weights, ids, _ = _entrants(scores, params)
-        columns = race(weights, [s.seed for s in sequences], positions, Stream.TOKEN, ids).unsqueeze(1)
+        columns = race(weights, [s.seed for s in requests], positions, Stream.TOKEN, ids).unsqueeze(1)
         chances = weights.gather(1, columns).squeeze(1) / weights.sum(-1)
         tokens = columns if ids is None else ids.gather(1, columns)
     else:
-        seeds = [noise.fold(s.seed, start) for s, start in zip(sequences, starts, strict=True)]
+        seeds = [noise.fold(s.seed, start) for s, start in zip(requests, starts, strict=True)]
         probs = probabilities(restrict(scores, params))
         tokens = race(probs, seeds, positions, Stream.DRAFT).unsqueeze(1)
         chances = probs.gather(1, tokens).squeeze(1)

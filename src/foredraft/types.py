@@ -25,7 +25,7 @@ StopRule = Callable[[int], bool]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guessed tokens of one sequence for one step.
+    """Guessed tokens of one request for one step.
 
     `parents[i]` is the index of token i's predecessor within the draft, -1 for the last committed token; empty means a
     chain. `probs` is the distribution each token was really drawn from; `None` says one-hot (an argmax, a lookup).
@@ -148,7 +148,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
-class Sequence:
+class Request:
     """One request's whole state. `token_ids` are committed; the target's cache holds the first `cached` of them."""
 
     token_ids: list[int]
@@ -193,9 +193,9 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The tokens one step added to one sequence."""
+    """The tokens one step added to one request."""
 
-    sequence: Sequence
+    request: Request
     token_ids: tuple[int, ...]
     from_draft: tuple[bool, ...]
     finish_reason: FinishReason | None

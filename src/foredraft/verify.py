@@ -15,11 +15,11 @@ from foredraft import noise
 from foredraft.errors import ExactnessError, VocabularyMismatchError
 from foredraft.noise import Stream
 from foredraft.sampling import adjust, check_finite, choose, probabilities, race, restrict
-from foredraft.types import Draft, Sequence, Verdict
+from foredraft.types import Draft, Request, Verdict
 
 
-def verify(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
-    """Check a draft against the target's raw logits, as the sequence's sampling parameters ask. # logits [n + 1, V]
+def verify(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
+    """Check a draft against the target's raw logits, as the request's sampling parameters ask. # logits [n + 1, V]
 
     Row 0 follows the last committed token, row i + 1 follows draft token i.
 
@@ -29,44 +29,44 @@ def verify(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
         VocabularyMismatchError: the draft's distributions are not over the target's vocabulary.
     """
     assert len(logits) == len(draft) + 1, f"{len(draft)} draft tokens need {len(draft) + 1} rows, not {len(logits)}"
-    scores, positions = _scores(draft, logits, sequence)
-    return _decide(draft, scores, positions, sequence)
+    scores, positions = _scores(draft, logits, request)
+    return _decide(draft, scores, positions, request)
 
 
-def verify_reached(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> Verdict:
+def verify_reached(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
     """As `verify`, row by row: a row fails (no numbers, a processor raises) only if plain decoding would come to it."""
     scores, failures = [], {}
     rows = paths(draft)
-    positions = [len(sequence.token_ids) + len(path) for path in rows]
+    positions = [len(request.token_ids) + len(path) for path in rows]
     for i, path in enumerate(rows):
         try:
-            row = adjust(logits[i : i + 1], sequence.token_ids, [path], sequence.prompt_len, sequence.params)
+            row = adjust(logits[i : i + 1], request.token_ids, [path], request.prompt_len, request.params)
             check_finite(row.amax(-1).tolist(), positions[i : i + 1])
         except Exception as error:  # a custom processor may raise anything
             failures[i] = error
             row = logits.new_zeros(1, logits.shape[1], dtype=torch.float32)
         scores.append(row)
-    verdict = _decide(draft, torch.cat(scores), positions, sequence)
+    verdict = _decide(draft, torch.cat(scores), positions, request)
     for i in (0, *(i + 1 for i in verdict.accepted)):
         if i in failures:
             raise failures[i]
     return verdict
 
 
-def _scores(draft: Draft, logits: torch.Tensor, sequence: Sequence) -> tuple[torch.Tensor, list[int]]:
+def _scores(draft: Draft, logits: torch.Tensor, request: Request) -> tuple[torch.Tensor, list[int]]:
     """Scores [n + 1, V] after everything but the filters, and the position that each row decides."""
     rows = paths(draft)
-    start = len(sequence.token_ids)
-    scores = adjust(logits, sequence.token_ids, rows, sequence.prompt_len, sequence.params)
+    start = len(request.token_ids)
+    scores = adjust(logits, request.token_ids, rows, request.prompt_len, request.params)
     return scores, [start + len(path) for path in rows]
 
 
-def _decide(draft: Draft, scores: torch.Tensor, positions: list[int], sequence: Sequence) -> Verdict:
-    params = sequence.params
+def _decide(draft: Draft, scores: torch.Tensor, positions: list[int], request: Request) -> Verdict:
+    params = request.params
     if params.greedy or params.verifier == "coupled":
-        return match(draft, choose(scores, params, sequence.seed, positions))
+        return match(draft, choose(scores, params, request.seed, positions))
     check_finite(scores.amax(-1).tolist(), positions)
-    return rejection(draft, probabilities(restrict(scores, params)), sequence.seed, positions)
+    return rejection(draft, probabilities(restrict(scores, params)), request.seed, positions)
 
 
 def paths(draft: Draft) -> list[tuple[int, ...]]:

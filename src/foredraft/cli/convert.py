@@ -12,7 +12,7 @@ from foredraft.cli.console import busy, interruptible
 from foredraft.cli.options import MODEL, OUTPUT, flag, takes
 
 if TYPE_CHECKING:
-    from foredraft.models.convert import Conversion
+    from foredraft.weights.convert import Conversion
 
 UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -45,11 +45,11 @@ def convert(options: ConvertOptions) -> None:
     with busy("importing torch and transformers"):
         from transformers.utils.logging import disable_progress_bar
 
-        from foredraft.models import convert as library
+        from foredraft.weights.convert import convert as write
     disable_progress_bar()
     interruptible()
     with progress_bar(f"{options.weight_format} of {options.model}") as report:
-        conversion = library.convert(
+        conversion = write(
             options.model,
             options.out,
             options.weight_format,  # type: ignore[arg-type]  # checked there

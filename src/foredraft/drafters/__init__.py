@@ -14,8 +14,9 @@ from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.vocabulary import check_same_vocabulary
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.base import CausalModel, SkipSet
-from foredraft.models.load import LoadOptions, load_model, load_tokenizer, looks_like_path
-from foredraft.models.quantize import for_drafting
+from foredraft.models.load import LoadOptions, load_model, load_tokenizer
+from foredraft.weights.checkpoint import looks_like_path
+from foredraft.weights.quantize import for_drafting
 
 
 @dataclass(frozen=True, slots=True)

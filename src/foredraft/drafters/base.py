@@ -6,24 +6,24 @@ A drafter may be as wrong as it likes: it changes how many tokens a pass yields,
 from typing import Protocol, runtime_checkable
 
 from foredraft.policy import DraftPolicy
-from foredraft.types import Draft, Sequence, Verdict
+from foredraft.types import Draft, Request, Verdict
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes one draft for each sequence, at most `sequence.draft_limit` tokens long, empty where it has no guess.
+    """Proposes one draft for each request, at most `request.draft_limit` tokens long, empty where it has no guess.
 
     While drafting it asks `policy.go_on` after each token whether another one pays.
     """
 
     name: str
 
-    def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]: ...
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]: ...
 
-    def observe(self, sequence: Sequence, verdict: Verdict) -> None: ...
+    def observe(self, request: Request, verdict: Verdict) -> None: ...
 
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended; drop what was kept for it."""
+    def forget(self, request: Request) -> None:
+        """The request has ended; drop what was kept for it."""
         ...
 
 
@@ -32,11 +32,11 @@ class NoDrafter:
 
     name = "none"
 
-    def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]:
-        return [Draft()] * len(sequences)
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+        return [Draft()] * len(requests)
 
-    def observe(self, sequence: Sequence, verdict: Verdict) -> None:
+    def observe(self, request: Request, verdict: Verdict) -> None:
         pass
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, request: Request) -> None:
         pass

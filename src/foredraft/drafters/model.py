@@ -1,6 +1,6 @@
 """The model drafter: another causal model with a cache of its own, or the target's own weights in another form.
 
-It drafts with one row a sequence and step, all sequences of a batch in lockstep, on its own device and in its own
+It drafts with one row a request and step, all requests of a batch in lockstep, on its own device and in its own
 dtype. What its cache holds of rejected drafts is found by comparing tokens, so nobody has to tell it what was kept.
 """
 
@@ -17,18 +17,18 @@ from foredraft.models.base import CausalModel
 from foredraft.models.rows import PREFILL_CHUNK, Span, plan
 from foredraft.policy import DraftPolicy
 from foredraft.sampling import Drawn
-from foredraft.types import Draft, Sequence, Verdict
+from foredraft.types import Draft, Request, Verdict
 
 KEY_MULTIPLE = 128  # drafts need no row invariance; rounding keeps cache views and masks alike from step to step
 
 
 class Chain:
-    """One sequence's draft while it grows."""
+    """One request's draft while it grows."""
 
-    __slots__ = ("confidences", "open", "probs", "sequence", "tokens")
+    __slots__ = ("confidences", "open", "probs", "request", "tokens")
 
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
+    def __init__(self, request: Request) -> None:
+        self.request = request
         self.tokens: list[int] = []
         self.confidences: tuple[float, ...] = ()
         self.probs: list[torch.Tensor] = []
@@ -39,7 +39,7 @@ class Chain:
         self.confidences += (drawn.confidence,)
         if drawn.probs is not None:
             self.probs.append(drawn.probs)
-        self.open = len(self.tokens) < self.sequence.draft_limit and policy.go_on(self.sequence, self.confidences)
+        self.open = len(self.tokens) < self.request.draft_limit and policy.go_on(self.request, self.confidences)
 
     def draft(self, source: str) -> Draft:
         probs = torch.stack(self.probs) if self.probs else None
@@ -48,13 +48,13 @@ class Chain:
 
 @dataclass(slots=True)
 class Held:
-    """Whose keys and values the drafter's cache holds: the first `committed` tokens of a sequence, then a draft's."""
+    """Whose keys and values the drafter's cache holds: the first `committed` tokens of a request, then a draft's."""
 
     committed: int = 0
     drafted: list[int] = field(default_factory=list)
 
     def advance(self, tokens: list[int]) -> int:
-        """How many of the sequence's `tokens` the cache holds; the pass to come adds the others."""
+        """How many of the request's `tokens` the cache holds; the pass to come adds the others."""
         held = self.committed
         for token in self.drafted:
             if held >= len(tokens) or tokens[held] != token:
@@ -71,8 +71,8 @@ class ModelDrafter:
         self.name = name
         self.model = model
         self.vocab_size = vocab_size
-        self.held: defaultdict[Sequence, Held] = defaultdict(Held)
-        self.given_up: set[Sequence] = set()  # those on which the model overflowed
+        self.held: defaultdict[Request, Held] = defaultdict(Held)
+        self.given_up: set[Request] = set()  # those on which the model overflowed
 
     @property
     def weight_bytes(self) -> int:
@@ -84,62 +84,62 @@ class ModelDrafter:
         """What drafting adds to the target's cache."""
         return self.model.cache.nbytes
 
-    def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]:
-        chains = {s: Chain(s) for s in sequences if s.draft_limit and self._can_draft(s)}
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+        chains = {s: Chain(s) for s in requests if s.draft_limit and self._can_draft(s)}
         spans = [self._catch_up(s) for s in chains]
         active = list(chains.values())
         while active:
-            guesses = sampling.draw(self._logits(spans), [c.sequence for c in active], [c.tokens for c in active])
+            guesses = sampling.draw(self._logits(spans), [c.request for c in active], [c.tokens for c in active])
             for chain, drawn in zip(active, guesses, strict=True):
                 if drawn is None:
                     chain.open = False
                 elif math.isnan(drawn.confidence):
                     chain.open = False
-                    self._give_up(chain.sequence)
+                    self._give_up(chain.request)
                 else:
                     chain.append(drawn, policy)
             active = [chain for chain in active if chain.open]
             spans = [self._next(chain) for chain in active]
-        return [chains[s].draft(self.name) if s in chains else Draft(source=self.name) for s in sequences]
+        return [chains[s].draft(self.name) if s in chains else Draft(source=self.name) for s in requests]
 
-    def _can_draft(self, sequence: Sequence) -> bool:
-        tokens = sequence.token_ids
-        has_room = len(tokens) + sequence.draft_limit <= self.model.max_positions
+    def _can_draft(self, request: Request) -> bool:
+        tokens = request.token_ids
+        has_room = len(tokens) + request.draft_limit <= self.model.max_positions
         knows_all = self.model.vocab_size >= self.vocab_size or max(tokens) < self.model.vocab_size
-        return has_room and knows_all and sequence not in self.given_up
+        return has_room and knows_all and request not in self.given_up
 
-    def _give_up(self, sequence: Sequence) -> None:
-        self.given_up.add(sequence)
-        self._wipe(sequence)
+    def _give_up(self, request: Request) -> None:
+        self.given_up.add(request)
+        self._wipe(request)
         warnings.warn(
-            f"drafter {self.name!r} gave logits that are no numbers after {len(sequence.token_ids)} tokens; this text "
+            f"drafter {self.name!r} gave logits that are no numbers after {len(request.token_ids)} tokens; this text "
             "goes on without drafts; load the draft in bfloat16 or float32",
             RuntimeWarning,
             stacklevel=2,
         )
 
-    def _wipe(self, sequence: Sequence) -> None:
-        """Take what is no number out of the cache, where the slot's next sequence would find it."""
-        self.model.cache.clear(sequence.slot)
+    def _wipe(self, request: Request) -> None:
+        """Take what is no number out of the cache, where the slot's next request would find it."""
+        self.model.cache.clear(request.slot)
 
-    def _catch_up(self, sequence: Sequence) -> Span:
+    def _catch_up(self, request: Request) -> Span:
         """The committed tokens that the cache lacks, all but the last chunk of them already computed."""
-        tokens = sequence.token_ids
-        start = min(self.held[sequence].advance(tokens), len(tokens) - 1)
+        tokens = request.token_ids
+        start = min(self.held[request].advance(tokens), len(tokens) - 1)
         while len(tokens) - start > PREFILL_CHUNK:
             chunk = tokens[start : start + PREFILL_CHUNK]
-            self.model.forward(plan([Span(sequence.slot, start, chunk, 0)], 1, KEY_MULTIPLE))
+            self.model.forward(plan([Span(request.slot, start, chunk, 0)], 1, KEY_MULTIPLE))
             start += PREFILL_CHUNK
-        return Span(sequence.slot, start, tokens[start:])
+        return Span(request.slot, start, tokens[start:])
 
     def _next(self, chain: Chain) -> Span:
-        self._hold(chain.sequence, chain.tokens[-1])
-        position = len(chain.sequence.token_ids) + len(chain.tokens) - 1
-        return Span(chain.sequence.slot, position, chain.tokens[-1:])
+        self._hold(chain.request, chain.tokens[-1])
+        position = len(chain.request.token_ids) + len(chain.tokens) - 1
+        return Span(chain.request.slot, position, chain.tokens[-1:])
 
-    def _hold(self, sequence: Sequence, token: int) -> None:
+    def _hold(self, request: Request, token: int) -> None:
         """The next pass writes this token's keys and values."""
-        self.held[sequence].drafted.append(token)
+        self.held[request].drafted.append(token)
 
     def _logits(self, spans: list[Span]) -> torch.Tensor:
         """Logits [B, V] over the target's vocabulary: a padded head is cut or filled."""
@@ -147,9 +147,9 @@ class ModelDrafter:
         missing = self.vocab_size - logits.shape[1]
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
-    def observe(self, sequence: Sequence, verdict: Verdict) -> None:
+    def observe(self, request: Request, verdict: Verdict) -> None:
         pass
 
-    def forget(self, sequence: Sequence) -> None:
-        self.held.pop(sequence, None)
-        self.given_up.discard(sequence)
+    def forget(self, request: Request) -> None:
+        self.held.pop(request, None)
+        self.given_up.discard(request)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from foredraft.policy import DraftPolicy
-from foredraft.types import Draft, Sequence, Verdict
+from foredraft.types import Draft, Request, Verdict
 
 MIN_MATCH = 2  # shorter suffixes recur by chance
 
@@ -81,26 +81,26 @@ class NgramDrafter:
 
     def __init__(self, min_match: int = MIN_MATCH) -> None:
         self.min_match = min_match
-        self.indices: defaultdict[Sequence, SuffixIndex] = defaultdict(SuffixIndex)
+        self.indices: defaultdict[Request, SuffixIndex] = defaultdict(SuffixIndex)
 
-    def propose(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Draft]:
-        return [self._draft(sequence, policy) for sequence in sequences]
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+        return [self._draft(request, policy) for request in requests]
 
-    def _draft(self, sequence: Sequence, policy: DraftPolicy) -> Draft:
-        index = self.indices[sequence]
-        for token in sequence.token_ids[len(index.tokens) :]:
+    def _draft(self, request: Request, policy: DraftPolicy) -> Draft:
+        index = self.indices[request]
+        for token in request.token_ids[len(index.tokens) :]:
             index.append(token)
-        if not sequence.draft_limit or index.match_length < self.min_match:
+        if not request.draft_limit or index.match_length < self.min_match:
             return Draft(source=self.name)
         confidence = 1 - 1 / (1 + index.match_length)
-        tokens = index.continuation(sequence.draft_limit)
+        tokens = index.continuation(request.draft_limit)
         confidences: tuple[float, ...] = (confidence,)
-        while len(confidences) < len(tokens) and policy.go_on(sequence, confidences):
+        while len(confidences) < len(tokens) and policy.go_on(request, confidences):
             confidences += (confidence,)
         return Draft(tuple(tokens[: len(confidences)]), self.name, confidences=confidences)
 
-    def observe(self, sequence: Sequence, verdict: Verdict) -> None:
+    def observe(self, request: Request, verdict: Verdict) -> None:
         pass
 
-    def forget(self, sequence: Sequence) -> None:
-        self.indices.pop(sequence, None)
+    def forget(self, request: Request) -> None:
+        self.indices.pop(request, None)

@@ -12,9 +12,9 @@ from foredraft import profile
 from foredraft.drafters.model import ModelDrafter
 from foredraft.errors import ModelError
 from foredraft.models.base import NO_SKIP, CausalModel, SkipSet, unchanged
-from foredraft.models.quantize import Quantizer, WeightFormat
 from foredraft.models.rows import Span
-from foredraft.types import Sequence
+from foredraft.types import Request
+from foredraft.weights.quantize import Quantizer, WeightFormat
 
 
 class SelfDrafter(ModelDrafter):
@@ -38,13 +38,13 @@ class SelfDrafter(ModelDrafter):
     def cache_bytes(self) -> int:
         return 0
 
-    def _catch_up(self, sequence: Sequence) -> Span:
-        return Span(sequence.slot, sequence.cached, sequence.token_ids[sequence.cached :])
+    def _catch_up(self, request: Request) -> Span:
+        return Span(request.slot, request.cached, request.token_ids[request.cached :])
 
-    def _hold(self, sequence: Sequence, token: int) -> None:
+    def _hold(self, request: Request, token: int) -> None:
         pass
 
-    def _wipe(self, sequence: Sequence) -> None:
+    def _wipe(self, request: Request) -> None:
         """Verification overwrites all that a draft wrote."""
 
 

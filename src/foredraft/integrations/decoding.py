@@ -27,7 +27,7 @@ from transformers import (
 
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
-from foredraft.types import SamplingParams, Sequence, StepOutput, VerifierName
+from foredraft.types import Request, SamplingParams, StepOutput, VerifierName
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in transformers' order
 
@@ -53,7 +53,7 @@ class Call:
 
     @property
     def ends_rows(self) -> bool:
-        """Whether a row that has ended is padded; without an end-of-sequence token transformers lets it go on."""
+        """Whether a row that has ended is padded; without an end-of-request token transformers lets it go on."""
         return len(self.input_ids) == 1 or any(hasattr(c, "eos_token_id") for c in self.criteria)
 
 
@@ -92,7 +92,7 @@ def decode(engine: Engine, call: Call) -> tuple[torch.Tensor, Benchmarks]:
     return torch.cat((call.input_ids, columns.tensor(count)), dim=1), meter.benchmarks
 
 
-def _steps(engine: Engine, rows: list[Sequence]) -> Iterator[list[StepOutput]]:
+def _steps(engine: Engine, rows: list[Request]) -> Iterator[list[StepOutput]]:
     """Drive the engine until the rows have ended; leave nothing behind when an error or the caller ends it first.
 
     Raises what a row's own processor or criterion raised.
@@ -102,7 +102,7 @@ def _steps(engine: Engine, rows: list[Sequence]) -> Iterator[list[StepOutput]]:
     try:
         while any(row.finish_reason is None for row in rows):
             outputs = engine.step()
-            error = next((output.sequence.error for output in outputs if output.sequence.error), None)
+            error = next((output.request.error for output in outputs if output.request.error), None)
             if error is not None:
                 raise error
             yield outputs
@@ -112,7 +112,7 @@ def _steps(engine: Engine, rows: list[Sequence]) -> Iterator[list[StepOutput]]:
                 engine.abort(row)
 
 
-def _row(engine: Engine, call: Call, index: int, ends: dict[int, int]) -> Sequence:
+def _row(engine: Engine, call: Call, index: int, ends: dict[int, int]) -> Request:
     padded = [int(i) for i in call.input_ids[index].tolist()]
     kept = [bool(m) for m in call.mask[index].tolist()]
     prompt = [token for token, keep in zip(padded, kept, strict=True) if keep]
@@ -123,7 +123,7 @@ def _row(engine: Engine, call: Call, index: int, ends: dict[int, int]) -> Sequen
         params = _with_processor(params, RowProcessor(own, call.input_ids[index : index + 1], len(prompt)))
     eos = {int(i) for c in call.criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.flatten().tolist()}
     stop = RowEnd(call, index, ends, frozenset(eos))
-    return Sequence(prompt, params, (call.seed + index) % 2**63, stop)
+    return Request(prompt, params, (call.seed + index) % 2**63, stop)
 
 
 def _check(engine: Engine, call: Call, index: int, prompt: list[int], kept: list[bool]) -> None:
@@ -206,7 +206,7 @@ class RowProcessor(LogitsProcessor):
 
 
 class RowEnd:
-    """A row's stop rule: its end-of-sequence tokens and the criteria, after each token with its true prefix [1, n].
+    """A row's stop rule: its end-of-request tokens and the criteria, after each token with its true prefix [1, n].
 
     `ends` has for every row how many tokens it had when it ended. Where rows are not padded, all go on up to the last.
     """
@@ -238,7 +238,7 @@ class RowEnd:
 class Columns:
     """What the rows have in common: a column [B] for each position that all of them have reached."""
 
-    def __init__(self, rows: list[Sequence], call: Call) -> None:
+    def __init__(self, rows: list[Request], call: Call) -> None:
         self.rows = rows
         self.call = call
         self.columns: list[torch.Tensor] = []
@@ -254,7 +254,7 @@ class Columns:
         if count is not None and self.call.streamer is not None:
             self.call.streamer.end()
 
-    def _token(self, row: Sequence, position: int) -> int:
+    def _token(self, row: Request, position: int) -> int:
         if position < row.num_output:
             return row.token_ids[row.prompt_len + position]
         if self.call.pad_token_id is None:
@@ -272,11 +272,11 @@ class Meter:
     def __init__(self) -> None:
         self.benchmarks = Benchmarks()
         self.began = self.last = perf_counter()
-        self.before: dict[Sequence, tuple[float, float, int, int]] = {}
+        self.before: dict[Request, tuple[float, float, int, int]] = {}
 
     def count(self, outputs: list[StepOutput]) -> None:
         now, b = perf_counter(), self.benchmarks
-        moved = [self._moved(output.sequence) for output in outputs]
+        moved = [self._moved(output.request) for output in outputs]
         if not outputs:  # a piece of a prompt
             return
         if not b.first_token_time:
@@ -293,7 +293,7 @@ class Meter:
             b.e2e_time_without_first += now - self.last
         self.last = now
 
-    def _moved(self, row: Sequence) -> tuple[float, float, int, int]:
+    def _moved(self, row: Request) -> tuple[float, float, int, int]:
         old = self.before.get(row, (0.0, 0.0, 0, 0))
         s = row.stats
         new = self.before[row] = (s.seconds_drafting, s.seconds_verifying, s.drafted, s.accepted)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from foredraft.drafters.ngram import MIN_MATCH, NgramDrafter
 from foredraft.errors import RequestError
 from foredraft.policy import DraftPolicy, Fixed, Gain, Threshold
-from foredraft.types import Draft, Sequence, Verdict
+from foredraft.types import Draft, Request, Verdict
 
 Schedule = Literal["constant", "heuristic", "heuristic_transient"]
 
@@ -45,17 +45,17 @@ class Assisted(Fixed):
         self.schedule = schedule
         self.threshold = threshold
 
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
+    def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return confidences[-1] >= self.threshold
 
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
+    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         if draft.tokens and self.schedule != "constant":
-            self.lengths[sequence] = max(1, self.start(sequence) + (2 if verdict.kind == "bonus" else -1))
+            self.lengths[request] = max(1, self.start(request) + (2 if verdict.kind == "bonus" else -1))
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, request: Request) -> None:
         if self.schedule == "heuristic":
-            self.num_draft_tokens = self.start(sequence)
-        super().forget(sequence)
+            self.num_draft_tokens = self.start(request)
+        super().forget(request)
 
 
 class IpexPolicy(Threshold):
@@ -70,16 +70,16 @@ class IpexPolicy(Threshold):
         self.least = least
         self.hf_adjust = hf_adjust
 
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
-        early = not sequence.params.greedy and len(confidences) < self.least
-        return early or super().go_on(sequence, confidences)
+    def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
+        early = not request.params.greedy and len(confidences) < self.least
+        return early or super().go_on(request, confidences)
 
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        super().observe(sequence, draft, verdict)
+    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        super().observe(request, draft, verdict)
         if self.hf_adjust and draft.tokens:
             step = 1 if verdict.kind == "bonus" else -1
             most = self.num_draft_tokens + 5
-            self.lengths[sequence] = min(most, max(1, self.start(sequence) + step))
+            self.lengths[request] = min(most, max(1, self.start(request) + step))
 
 
 @dataclass(frozen=True, slots=True)

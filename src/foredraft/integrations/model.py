@@ -180,7 +180,7 @@ class SpeculativeModel(GenerationMixin):
 
     # --- generate ---------------------------------------------------------------------------------------------------
 
-    def generate(  # type: ignore[override]  # transformers names more of what we take by keyword
+    def generate(
         self,
         inputs: Any = None,
         generation_config: GenerationConfig | None = None,

@@ -16,8 +16,8 @@ from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, probed, wrap
-from foredraft.models.lowbit import is_low_bit
 from foredraft.policy import DraftPolicy
+from foredraft.weights.lowbit import is_low_bit
 
 DraftSpec = str | Path | PreTrainedModel | Drafter | None
 DEFAULT_DRAFT = "int4"

@@ -18,9 +18,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import GRANULE, LayerShape, SlotCache
 from foredraft.models.graphs import GraphPool
-from foredraft.models.linear import LinearLayer, linear
 from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
-from foredraft.models.stored import StoredLinear, fuse
+from foredraft.weights.linear import LinearLayer, linear
+from foredraft.weights.stored import StoredLinear, fuse
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 OWN_CODE = ("transformers.models.", "transformers.activations", "torch.nn.", "foredraft.")

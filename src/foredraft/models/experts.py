@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from foredraft.models.linear import PackedLinear, can_pack
+from foredraft.weights.linear import PackedLinear, can_pack
 
 NAME = "foredraft"
 MIN_ROWS = 2  # packed products agree from here on

@@ -20,11 +20,12 @@ from foredraft.models import attention, sublayers
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.experts import pack_experts, pad_routers
-from foredraft.models.linear import PackedLinear, PlainLinear, pack_linears
-from foredraft.models.quantize import QuantLinear, dense, is_linear
 from foredraft.models.rope import pin_rope
 from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan
 from foredraft.models.support import ADVICE, check_supported
+from foredraft.models.upstream import cache_argument
+from foredraft.weights.linear import PackedLinear, PlainLinear, pack_linears
+from foredraft.weights.quantize import QuantLinear, dense, is_linear
 
 ALIBI = {"bloom", "falcon"}  # their position biases are built from a 2-D mask: a call serves one sequence
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -88,6 +89,7 @@ class HFModel:
         self.row_invariance = RowInvariance()
         self._arity: dict[int, int] = {}  # of what sub-layers return, once a variant has asked
         parameters = inspect.signature(model.forward).parameters
+        self._cache_argument = cache_argument(model) or "past_key_values"
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
         self._alone = "position_ids" not in parameters or bool(getattr(self.config, "alibi", _is_alibi(model)))
         self._builds_masks = self._alone
@@ -173,15 +175,15 @@ class HFModel:
         selected = torch.zeros(group.num_rows, dtype=torch.bool)
         selected[[row - group.first_row for row in keep]] = True
         arguments: dict[str, Any] = {
+            self._cache_argument: SlotView(self.cache, group, starts, index),
             "position_ids": positions.clamp(max=self.max_positions - 1).view(shape),
             "logits_to_keep": selected.view(shape).to(self.device),
         }
         logits: torch.Tensor = self.model(
             input_ids=torch.tensor(rows.tokens[span], device=self.device).view(shape),
             attention_mask=self._mask(group, starts),
-            past_key_values=SlotView(self.cache, group, starts, index),
             use_cache=True,
-            **{name: value for name, value in arguments.items() if name in self._takes},
+            **{name: value for name, value in arguments.items() if name == self._cache_argument or name in self._takes},
         ).logits.to(self.device)
         return logits if logits.dim() == 2 else logits[arguments["logits_to_keep"]]
 
@@ -199,7 +201,8 @@ class HFModel:
     def _dry_run(self, sample: list[int]) -> tuple[SlotCache, torch.Tensor]:
         """Discover the cache's shapes, and what the untouched model makes of the sample: logits [n, V]."""
         cache = DynamicCache()
-        logits = self.model(input_ids=torch.tensor([sample], device=self.device), past_key_values=cache).logits[0]
+        ids = torch.tensor([sample], device=self.device)
+        logits = self.model(input_ids=ids, **{self._cache_argument: cache}).logits[0]
         layers: list[Any] = [layer if getattr(layer, "is_initialized", False) else None for layer in cache.layers]
         made = [layer for layer in layers if layer is not None]
         if not made:

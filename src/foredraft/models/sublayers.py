@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from foredraft.errors import ModelError
 from foredraft.models.base import Convert, SkipSet
-from foredraft.models.quantize import is_linear
+from foredraft.weights.quantize import is_linear
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")

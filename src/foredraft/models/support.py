@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from foredraft.errors import UnsupportedModelError
+from foredraft.models.upstream import cache_argument
 
 REWINDABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 ADVICE = "decode it with transformers' generate(), or choose a target with plain attention (llama, qwen3, gpt2, ...)"
@@ -36,8 +37,8 @@ def _refusal(model: PreTrainedModel) -> str | None:
         return REFUSED[config.model_type]
     if not model.can_generate() or (getattr(config, "is_decoder", True) is False and _masked(model)):
         return "it is no causal language model (it was built without a causal head)"
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return "its forward takes no past_key_values, so there are no keys and values to keep and rewind"
+    if cache_argument(model) is None:
+        return "its forward takes no cache, so there are no keys and values to keep and rewind"
     kinds = {type(layer) for layer in DynamicCache(config=config).layers} - set(REWINDABLE)
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))

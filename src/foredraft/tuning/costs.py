@@ -18,8 +18,7 @@ from foredraft.llm import LLM
 from foredraft.policy import DraftPolicy, StepTimes
 from foredraft.tuning.calibration import Calibration
 from foredraft.tuning.driving import driven_by
-from foredraft.types import Draft, Verdict
-from foredraft.types import Sequence as Request
+from foredraft.types import Draft, Request, Verdict
 
 STRETCH = 4  # steps an arm runs in a row; the first, which warms caches up and catches up on tokens, is not counted
 QUANTILE = 0.3  # of a cell's timings: robust against what else the machine does

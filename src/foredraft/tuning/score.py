@@ -21,7 +21,7 @@ from foredraft.policy import Fixed
 from foredraft.tuning.acceptance import Acceptance, run_lengths
 from foredraft.tuning.calibration import Calibration
 from foredraft.tuning.forecast import MAX_GAMMA
-from foredraft.types import Sequence as Request
+from foredraft.types import Request
 
 KEY_MULTIPLE = 128
 CHUNK = 256

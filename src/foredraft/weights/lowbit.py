@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from foredraft.errors import ModelError, RequestError
-from foredraft.models.shards import FileRecord
-from foredraft.models.stored import TENSORS, StoredLinear
+from foredraft.weights.shards import FileRecord
+from foredraft.weights.stored import TENSORS, StoredLinear
 
 MANIFEST = "foredraft_quant.json"
 VERSION = 1

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from foredraft.errors import ModelError
-from foredraft.models.load import check_source, explained, looks_like_path
-from foredraft.models.lowbit import MANIFEST, is_low_bit
+from foredraft.weights.checkpoint import check_source, explained, looks_like_path
+from foredraft.weights.lowbit import MANIFEST, is_low_bit
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md", "*.safetensors")

@@ -1,146 +1,12 @@
-"""How far to draft, per sequence and step. No tensors, no models: numbers in, a length or a yes or no out.
-
-A policy changes when tokens arrive, never which. Every policy sees the same two questions and the same two reports.
-"""
+"""The default policy: draft one more token while what it is expected to bring exceeds what it costs."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
 
-from foredraft.errors import RequestError
-from foredraft.types import Draft, Sequence, Verdict
-
-DEFAULT_NUM_DRAFT_TOKENS = 5
-
-
-class StepTimes(NamedTuple):
-    """What one decoding step took: seconds drafting `drafted` tokens, and verifying `rows` rows."""
-
-    batch: int
-    drafted: int
-    rows: int
-    emitted: int
-    drafting: float
-    verifying: float
-    total: float
-
-
-class DraftPolicy(Protocol):
-    def start(self, sequence: Sequence) -> int:
-        """The most tokens to draft in this step; 0 is plain decoding."""
-        ...
-
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
-        """Draft another token, after tokens of which the drafter was this sure?"""
-        ...
-
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None: ...
-
-    def observe_times(self, times: StepTimes) -> None: ...
-
-    def forget(self, sequence: Sequence) -> None: ...
-
-
-class Fixed:
-    """Always the same length (gamma), but where a subclass gives a sequence one of its own."""
-
-    def __init__(self, num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS) -> None:
-        self.num_draft_tokens = num_draft_tokens
-        self.lengths: dict[Sequence, int] = {}
-
-    def start(self, sequence: Sequence) -> int:
-        return self.lengths.get(sequence, self.num_draft_tokens)
-
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
-        return True
-
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        pass
-
-    def observe_times(self, times: StepTimes) -> None:
-        pass
-
-    def forget(self, sequence: Sequence) -> None:
-        self.lengths.pop(sequence, None)
-
-
-class Heuristic(Fixed):
-    """Two more after a draft that was accepted whole, one fewer otherwise (transformers' `heuristic`)."""
-
-    def __init__(self, num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS, maximum: int = 20) -> None:
-        super().__init__(num_draft_tokens)
-        self.maximum = maximum
-
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        if draft.tokens:
-            step = 2 if verdict.kind == "bonus" else -1
-            self.lengths[sequence] = min(self.maximum, max(1, self.start(sequence) + step))
-
-
-@dataclass(slots=True)
-class ThresholdState:
-    threshold: float
-    acceptance: float
-
-
-class Threshold(Fixed):
-    """Stop after the token whose confidence falls under a threshold that adapts to hold a target acceptance.
-
-    Draft & Verify (Zhang et al., ACL 2024, eq. 5-6) and IPEX-LLM, constants included: after each verification
-
-        AR <- b1 AR + (1 - b1) accepted / drafted
-        g~  = g + eps if AR < alpha; g if drafted == num_draft_tokens; g - eps otherwise
-        g  <- b2 g + (1 - b2) g~
-
-    The token that fell short is kept and verified: dropping it because of its own probability would bias the text.
-    A new request starts from the threshold that earlier ones ended with.
-    """
-
-    def __init__(
-        self,
-        num_draft_tokens: int = 8,
-        threshold: float = 0.8,
-        *,
-        adaptive: bool = True,
-        alpha: float = 0.9,
-        eps: float = 1e-2,
-        b1: float = 0.5,
-        b2: float = 0.9,
-    ) -> None:
-        super().__init__(num_draft_tokens)
-        self.threshold, self.adaptive = threshold, adaptive
-        self.alpha, self.eps, self.b1, self.b2 = alpha, eps, b1, b2
-        self.states: dict[Sequence, ThresholdState] = {}
-
-    def _state(self, sequence: Sequence) -> ThresholdState:
-        if sequence not in self.states:
-            self.states[sequence] = ThresholdState(self.threshold, self.alpha)
-        return self.states[sequence]
-
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
-        return confidences[-1] >= self._state(sequence).threshold
-
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        if not (self.adaptive and draft.tokens):
-            return
-        state = self._state(sequence)
-        rate = len(verdict.accepted) / len(draft)
-        state.acceptance = self.b1 * state.acceptance + (1 - self.b1) * rate
-        if state.acceptance < self.alpha:
-            moved = state.threshold + self.eps
-        elif len(draft) == self.num_draft_tokens:
-            moved = state.threshold
-        else:
-            moved = state.threshold - self.eps
-        state.threshold = self.b2 * state.threshold + (1 - self.b2) * moved
-
-    def forget(self, sequence: Sequence) -> None:
-        super().forget(sequence)
-        state = self.states.pop(sequence, None)
-        if state is not None:
-            self.threshold = state.threshold
+from foredraft.policy.base import StepTimes
+from foredraft.policy.rules import Fixed
+from foredraft.types import Draft, Request, Verdict
 
 
 @dataclass(slots=True)
@@ -215,7 +81,7 @@ class StepCosts:
     plain: Average = field(default_factory=Average)  # a step without drafts
     draft: Average = field(default_factory=Average)  # drafting one token for all that draft
     rows: RowCost = field(default_factory=RowCost)
-    free_rows: int = 1  # rows of a sequence that a step without drafts has anyway
+    free_rows: int = 1  # rows of a request that a step without drafts has anyway
     emitted: Average = field(default_factory=lambda: Average(memory=20))
     seconds: Average = field(default_factory=lambda: Average(memory=20))
 
@@ -237,7 +103,7 @@ class StepCosts:
     def price(self, index: int, sharing: int) -> float:
         """Seconds that the draft token at this index adds to a step, for each of those that draft so far.
 
-        One pass of a drafter serves them all, and all sequences get the rows of the longest draft.
+        One pass of a drafter serves them all, and all requests get the rows of the longest draft.
         """
         rows = self.batch if index + 2 > self.free_rows else 0
         return (self.draft.value + rows * self.rows.slope(0.002)) / max(1, sharing)
@@ -245,7 +111,7 @@ class StepCosts:
 
 @dataclass(slots=True)
 class Trial:
-    """When sequences whose drafts do not pay try one token: all in the same step, which is cheaper in a batch."""
+    """When requests whose drafts do not pay try one token: all in the same step, which is cheaper in a batch."""
 
     every: int = 16
     longest: int = 64
@@ -265,12 +131,12 @@ class Trial:
 
 @dataclass(slots=True)
 class Step:
-    """What the sequences of the step at hand have decided so far."""
+    """What the requests of the step at hand have decided so far."""
 
     willing: int = 0
     open: dict[int, int] = field(default_factory=dict)  # by draft length: how many draft beyond it
     longest: int = 0
-    trying: set[Sequence] = field(default_factory=set)
+    trying: set[Request] = field(default_factory=set)
 
 
 class Gain(Fixed):
@@ -290,31 +156,31 @@ class Gain(Fixed):
         self.batch = 1
         self.steps = 0
         self.step = Step()
-        self.willing = 1  # sequences that would draft if all did, in the step before
+        self.willing = 1  # requests that would draft if all did, in the step before
         self.trial = Trial()
         self.alpha = Average(0.6, count=8, memory=200)  # acceptance of the next token, over all; at first a guess
-        self.alphas: defaultdict[Sequence, Average] = defaultdict(partial(Average, memory=30))
+        self.alphas: defaultdict[Request, Average] = defaultdict(partial(Average, memory=30))
 
-    def start(self, sequence: Sequence) -> int:
+    def start(self, request: Request) -> int:
         costs = self._costs()
         if costs.plain.count < 2 or self.steps % self.plain_every == self.plain_every - 1:
             return 0
-        alpha = self._alpha(sequence)
+        alpha = self._alpha(request)
         self.step.willing += self._pays(alpha, costs, self.batch)
         if not costs.draft.count or self._pays(alpha, costs, self.willing):
             return self._open(self.num_draft_tokens)
         cheap = 100 * costs.rate * costs.price(0, self.batch)  # so that trials cost a hundredth of the time at most
         if self.steps % max(1, min(self.trial.every, round(cheap))):
             return 0
-        self.step.trying.add(sequence)
+        self.step.trying.add(request)
         return self._open(1)
 
     def _open(self, limit: int) -> int:
         self.step.open[0] = self.step.open.get(0, 0) + 1
         return limit
 
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
-        survival = self._alpha(sequence)
+    def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
+        survival = self._alpha(request)
         for confidence in confidences:
             survival *= self.calibration.probability(confidence)
         costs, depth, open = self._costs(), len(confidences), self.step.open
@@ -322,8 +188,8 @@ class Gain(Fixed):
         open[depth] = open.get(depth, 0) + go_on
         return go_on
 
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        own = self.alphas[sequence]
+    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        own = self.alphas[request]
         reached = min(len(verdict.accepted) + 1, len(draft))
         for i in range(reached):
             hit = i < len(verdict.accepted)
@@ -332,7 +198,7 @@ class Gain(Fixed):
             if draft.confidences:
                 self.calibration.add(draft.confidences[i], hit)
         self.step.longest = max(self.step.longest, len(draft))
-        if draft.tokens and sequence in self.step.trying:
+        if draft.tokens and request in self.step.trying:
             self.trial.count(bool(verdict.accepted))
 
     def observe_times(self, times: StepTimes) -> None:
@@ -343,17 +209,17 @@ class Gain(Fixed):
         self.willing = self.step.willing
         self.step = Step()
 
-    def forget(self, sequence: Sequence) -> None:
-        self.alphas.pop(sequence, None)
+    def forget(self, request: Request) -> None:
+        self.alphas.pop(request, None)
 
     def _costs(self) -> StepCosts:
         if self.batch not in self.costs:
             self.costs[self.batch] = StepCosts(self.batch)
         return self.costs[self.batch]
 
-    def _alpha(self, sequence: Sequence) -> float:
-        """Acceptance of the next token, of this sequence where it has shown some, of all otherwise."""
-        own = self.alphas.get(sequence)
+    def _alpha(self, request: Request) -> float:
+        """Acceptance of the next token, of this request where it has shown some, of all otherwise."""
+        own = self.alphas.get(request)
         if own is None:
             return self.alpha.value
         weight = own.count / (own.count + 8)
@@ -369,49 +235,3 @@ class Gain(Fixed):
             if total > self.margin:
                 return True
         return False
-
-
-class PerRequest:
-    """Gives a request that asked for a draft length exactly that, and leaves every other to a policy."""
-
-    def __init__(self, policy: DraftPolicy) -> None:
-        self.policy = policy
-
-    def start(self, sequence: Sequence) -> int:
-        return self.policy.start(sequence) if sequence.num_draft_tokens is None else sequence.num_draft_tokens
-
-    def go_on(self, sequence: Sequence, confidences: tuple[float, ...]) -> bool:
-        return sequence.num_draft_tokens is not None or self.policy.go_on(sequence, confidences)
-
-    def observe(self, sequence: Sequence, draft: Draft, verdict: Verdict) -> None:
-        if sequence.num_draft_tokens is None:
-            self.policy.observe(sequence, draft, verdict)
-
-    def observe_times(self, times: StepTimes) -> None:
-        self.policy.observe_times(times)
-
-    def forget(self, sequence: Sequence) -> None:
-        self.policy.forget(sequence)
-
-
-POLICIES: dict[str, Callable[[], DraftPolicy]] = {
-    "gain": Gain,
-    "fixed": Fixed,
-    "heuristic": Heuristic,
-    "threshold": Threshold,
-}
-
-
-def make_policy(policy: str | DraftPolicy | None) -> DraftPolicy:
-    """A policy by name, as given, or the default.
-
-    Raises:
-        RequestError: no policy has that name.
-    """
-    if policy is None:
-        return Gain()
-    if not isinstance(policy, str):
-        return policy
-    if policy not in POLICIES:
-        raise RequestError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
-    return POLICIES[policy]()

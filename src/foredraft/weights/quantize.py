@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError
-from foredraft.models.linear import LinearLayer, PackedLinear, PlainLinear
+from foredraft.weights.linear import LinearLayer, PackedLinear, PlainLinear
 
 WeightFormat = Literal["int4", "int8", "int8-dynamic"]
 GROUPS = (256, 128, 64, 32)

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError, RequestError
-from foredraft.models.lowbit import FORMATS, LayerRecord, Manifest, empty_model
-from foredraft.models.quantize import GROUPS
-from foredraft.models.shards import FileRecord, ShardWriter, parse_size
-from foredraft.models.source import Origin, Tensors, find
-from foredraft.models.stored import quantize_weight
+from foredraft.weights.lowbit import FORMATS, LayerRecord, Manifest, empty_model
+from foredraft.weights.quantize import GROUPS
+from foredraft.weights.shards import FileRecord, ShardWriter, parse_size
+from foredraft.weights.source import Origin, Tensors, find
+from foredraft.weights.stored import quantize_weight
 
 WeightFormat = Literal["int4", "int8", "bf16", "fp16"]
 BITS = {"int4": 4, "int8": 8}

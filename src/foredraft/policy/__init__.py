@@ -1,0 +1,71 @@
+"""How far to draft, per request and step. No tensors, no models: numbers in, a length or a yes or no out.
+
+A policy changes when tokens arrive, never which. Every policy sees the same two questions and the same two reports.
+"""
+
+from collections.abc import Callable
+
+from foredraft.errors import RequestError
+from foredraft.policy.base import DraftPolicy, StepTimes
+from foredraft.policy.gain import Gain
+from foredraft.policy.rules import DEFAULT_NUM_DRAFT_TOKENS, Fixed, Heuristic, Threshold
+from foredraft.types import Draft, Request, Verdict
+
+__all__ = [
+    "DEFAULT_NUM_DRAFT_TOKENS",
+    "POLICIES",
+    "DraftPolicy",
+    "Fixed",
+    "Gain",
+    "Heuristic",
+    "PerRequest",
+    "StepTimes",
+    "Threshold",
+    "make_policy",
+]
+
+
+class PerRequest:
+    """Gives a request that asked for a draft length exactly that, and leaves every other to a policy."""
+
+    def __init__(self, policy: DraftPolicy) -> None:
+        self.policy = policy
+
+    def start(self, request: Request) -> int:
+        return self.policy.start(request) if request.num_draft_tokens is None else request.num_draft_tokens
+
+    def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
+        return request.num_draft_tokens is not None or self.policy.go_on(request, confidences)
+
+    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        if request.num_draft_tokens is None:
+            self.policy.observe(request, draft, verdict)
+
+    def observe_times(self, times: StepTimes) -> None:
+        self.policy.observe_times(times)
+
+    def forget(self, request: Request) -> None:
+        self.policy.forget(request)
+
+
+POLICIES: dict[str, Callable[[], DraftPolicy]] = {
+    "gain": Gain,
+    "fixed": Fixed,
+    "heuristic": Heuristic,
+    "threshold": Threshold,
+}
+
+
+def make_policy(policy: str | DraftPolicy | None) -> DraftPolicy:
+    """A policy by name, as given, or the default.
+
+    Raises:
+        RequestError: no policy has that name.
+    """
+    if policy is None:
+        return Gain()
+    if not isinstance(policy, str):
+        return policy
+    if policy not in POLICIES:
+        raise RequestError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
+    return POLICIES[policy]()
