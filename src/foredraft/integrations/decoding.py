@@ -53,7 +53,7 @@ class Call:
 
     @property
     def ends_rows(self) -> bool:
-        """Whether a row that has ended is padded; without an end-of-request token transformers lets it go on."""
+        """Whether a row that has ended is padded; without an end-of-sequence token transformers lets it go on."""
         return len(self.input_ids) == 1 or any(hasattr(c, "eos_token_id") for c in self.criteria)
 
 
@@ -206,7 +206,7 @@ class RowProcessor(LogitsProcessor):
 
 
 class RowEnd:
-    """A row's stop rule: its end-of-request tokens and the criteria, after each token with its true prefix [1, n].
+    """A row's stop rule: its end-of-sequence tokens and the criteria, after each token with its true prefix [1, n].
 
     `ends` has for every row how many tokens it had when it ended. Where rows are not padded, all go on up to the last.
     """
