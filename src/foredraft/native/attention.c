@@ -1,0 +1,206 @@
+/* Attention over a text's own pages, from its first visible key on, by online softmax: a row's bits depend on the keys
+ * that it sees and on nothing else.
+ *
+ * A page holds for each layer and key-value head its keys [dim / n][PAGE] and its values [dim / 16][PAGE / n][16], in
+ * lanes of n = 1 (F32) or 2 (BF16) elements: products of neighbours in `dim`, and of neighbouring tokens.
+ */
+#include "tile.h"
+
+#if defined(__AVX512BF16__)
+#define ROW_COUNTS(R) R(1) R(2) R(3) R(4) R(5) R(6)
+enum { ROWS = 6, VECS = 4 };
+#elif defined(__AVX2__) || defined(__aarch64__)
+#define ROW_COUNTS(R) R(1) R(2) R(3) R(4)
+enum { ROWS = 4, VECS = 1 };
+#else
+#define ROW_COUNTS(R) R(1) R(2)
+enum { ROWS = 2, VECS = 1 };
+#endif
+
+/* Rows that go through the pages together. */
+typedef struct {
+  int first[ROWS], end[ROWS];              /* the keys that each sees */
+  float top[ROWS], total[ROWS];            /* largest score so far, sum of e^(score - top) */
+  float sum[ROWS][MAX_DIM];                /* of values, weighted */
+  float score[ROWS][PAGE];
+  char query[ROWS][MAX_DIM * sizeof(float)]; /* encoded */
+  char weight[ROWS][PAGE * sizeof(float)];   /* encoded */
+} bundle;
+
+INLINE void encode_row(const int format, const float *x, int count, char *out) {
+  for (int i = 0; i < count; i += 16) {
+    if (format == F32) v_store((float *)out + i, v_load(x + i));
+    else v_to_bf16((bf16 *)out + i, v_load(x + i));
+  }
+}
+
+/* One row's scores of a page become weights; what it has summed so far is scaled to its new top. */
+INLINE void soften(const int format, bundle *b, int r, int base, float scale, int dim) {
+  const int first = b->first[r] - base, end = b->end[r] - base;
+  vec score[PAGE / 16], largest = v_set(-INFINITY), total = v_set(0);
+  UNROLL for (int v = 0; v < PAGE / 16; v++) {
+    vec scaled = v_mul(v_load(b->score[r] + v * 16), v_set(scale));
+    score[v] = v_between(v * 16, first, end, scaled, v_set(-INFINITY));
+    largest = v_max(largest, score[v]);
+  }
+  float top = v_largest(largest), before = b->top[r];
+  if (top > before) {
+    b->top[r] = top;
+    if (before > -INFINITY) {
+      vec shrink = v_exp(v_set(before - top));
+      float factor[16];
+      v_store(factor, shrink);
+      b->total[r] *= factor[0];
+      for (int i = 0; i < dim; i += 16) v_store(b->sum[r] + i, v_mul(v_load(b->sum[r] + i), shrink));
+    }
+  }
+  UNROLL for (int v = 0; v < PAGE / 16; v++) {
+    vec weight = v_exp(v_sub(score[v], v_set(b->top[r])));
+    weight = v_between(v * 16, first, end, weight, v_set(0));
+    total = v_add(total, weight);
+    v_store(b->score[r] + v * 16, weight);
+  }
+  encode_row(format, b->score[r], PAGE, b->weight[r]);
+  b->total[r] += v_sum(total);
+}
+
+/* Rows from `from` on through one page. */
+INLINE void through(const int format, const int rows, const model *m, bundle *b, int from, const char *page, int base) {
+  const int n = inputs_per_lane(format), dim = m->dim;
+  const float scale = 1 / sqrtf((float)m->head_dim);
+  weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n};
+  for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC)
+    tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
+  int end = 0;
+  for (int r = from; r < from + rows; r++) {
+    soften(format, b, r, base, scale, dim);
+    end = b->end[r] - base > end ? b->end[r] - base : end;
+  }
+  const size_t column = PAGE / n * VEC; /* bytes of sixteen values of all tokens */
+  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n};
+  int d = 0;
+  for (; d + VECS * 16 <= dim; d += VECS * 16, values.start += VECS * column)
+    tile(format, rows, VECS, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);
+  for (; d < dim; d += 16, values.start += column)
+    tile(format, rows, 1, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);
+}
+
+typedef void (*through_fn)(const model *m, bundle *b, int from, const char *page, int base);
+#define DEFINE(rows) \
+  static void f32_##rows(const model *m, bundle *b, int from, const char *page, int base) { \
+    through(F32, rows, m, b, from, page, base); \
+  } \
+  static void bf16_##rows(const model *m, bundle *b, int from, const char *page, int base) { \
+    through(BF16, rows, m, b, from, page, base); \
+  }
+ROW_COUNTS(DEFINE)
+#define NAME_F32(rows) [F32][rows] = f32_##rows,
+#define NAME_BF16(rows) [BF16][rows] = bf16_##rows,
+static const through_fn throughs[2][ROWS + 1] = {ROW_COUNTS(NAME_F32) ROW_COUNTS(NAME_BF16)};
+
+/* A head's query or key, normalised where the model does that, turned by its position; padding stays zero. */
+INLINE void turn(const model *m, const float *x, const float *norm, int position, float *out) {
+  const int half = m->head_dim / 2, dim = m->dim;
+  const float *cos = m->cos + (size_t)position * half, *sin = m->sin + (size_t)position * half;
+  float own[MAX_DIM];
+  memcpy(own, x, (size_t)dim * sizeof *own);
+  if (norm) {
+    vec squares = v_set(0);
+    for (int i = 0; i < dim; i += 16) squares = v_fma(v_load(own + i), v_load(own + i), squares);
+    vec factor = v_set(1 / sqrtf(v_sum(squares) / (float)m->head_dim + m->eps));
+    for (int i = 0; i < dim; i += 16) v_store(own + i, v_mul(v_mul(v_load(own + i), factor), v_load(norm + i)));
+  }
+  for (int i = 0; i < half; i++) {
+    out[i] = own[i] * cos[i] - own[i + half] * sin[i];
+    out[i + half] = own[i + half] * cos[i] + own[i] * sin[i];
+  }
+  memset(out + 2 * half, 0, (size_t)(dim - 2 * half) * sizeof *out);
+}
+
+/* A token's key and value at their place in a page. */
+INLINE void put(const int format, const model *m, const float *key, const float *value, unsigned char *page, int token) {
+  const int n = inputs_per_lane(format), dim = m->dim;
+  const size_t bytes = LANE / n;
+  char codes[2][MAX_DIM * sizeof(float)];
+  encode_row(format, key, dim, codes[0]);
+  encode_row(format, value, dim, codes[1]);
+  for (int i = 0; i < dim / n; i++) memcpy(page + ((size_t)i * PAGE + token) * LANE, codes[0] + i * LANE, LANE);
+  unsigned char *values = page + half_page_bytes(m);
+  for (int i = 0; i < dim; i++) {
+    size_t lane = ((size_t)i / 16 * (PAGE / n) + token / n) * 16 + i % 16;
+    memcpy(values + lane * LANE + token % n * bytes, codes[1] + i * bytes, bytes);
+  }
+}
+
+/* The keys and values of a unit's tokens. */
+void ISA(write)(const attention *a, const unit *u) {
+  const model *m = a->m;
+  const int width = a->l->qkv.outputs;
+  for (int i = u->first; i < u->first + u->count; i++) {
+    const int position = a->spans[u->span].start + i;
+    const float *of_row = a->qkv + (size_t)(a->first_row[u->span] + i) * width;
+    float key[MAX_DIM];
+    turn(m, of_row + (m->heads + u->head) * m->dim, a->l->k_norm, position, key);
+    const float *value = of_row + (m->heads + m->kv_heads + u->head) * m->dim;
+    unsigned char *page = page_of(a, u, position / PAGE);
+    if (m->format == F32) put(F32, m, key, value, page, position % PAGE);
+    else put(BF16, m, key, value, page, position % PAGE);
+  }
+}
+
+/* Where row r of a unit reads its query and writes its output: token r / fold, head r % fold of its group. */
+typedef struct {
+  int position, row, head;
+} place;
+
+INLINE place place_of(const attention *a, const unit *u, int r) {
+  const int fold = a->m->heads / a->m->kv_heads, i = u->first + r / fold;
+  return (place){a->spans[u->span].start + i, a->first_row[u->span] + i, u->head * fold + r % fold};
+}
+
+static void gather(const attention *a, const unit *u, int from, int rows, bundle *b) {
+  const model *m = a->m;
+  for (int r = 0; r < rows; r++) {
+    place p = place_of(a, u, from + r);
+    float query[MAX_DIM];
+    turn(m, a->qkv + (size_t)p.row * a->l->qkv.outputs + p.head * m->dim, a->l->q_norm, p.position, query);
+    encode_row(m->format, query, m->dim, b->query[r]);
+    b->end[r] = p.position + 1;
+    b->first[r] = a->l->window && b->end[r] > a->l->window ? b->end[r] - a->l->window : 0;
+    b->top[r] = -INFINITY;
+    b->total[r] = 0;
+    memset(b->sum[r], 0, (size_t)m->dim * sizeof(float));
+  }
+}
+
+/* Rows of growing position, hence those that see a page are neighbours. */
+static void walk(const attention *a, const unit *u, int rows, bundle *b) {
+  for (int page = b->first[0] / PAGE; page <= (b->end[rows - 1] - 1) / PAGE; page++) {
+    int base = page * PAGE, from = 0, to = rows;
+    while (b->end[from] <= base) from++;
+    while (b->first[to - 1] >= base + PAGE) to--;
+    throughs[a->m->format][to - from](a->m, b, from, (const char *)page_of(a, u, page), base);
+  }
+}
+
+static void scatter(const attention *a, const unit *u, int from, int rows, const bundle *b) {
+  const model *m = a->m;
+  for (int r = 0; r < rows; r++) {
+    place p = place_of(a, u, from + r);
+    float *out = a->out + ((size_t)p.row * m->heads + p.head) * m->dim;
+    vec factor = v_set(1 / b->total[r]);
+    for (int i = 0; i < m->dim; i += 16) v_store(out + i, v_mul(v_load(b->sum[r] + i), factor));
+  }
+}
+
+/* The outputs of a unit's rows; their keys are written. */
+void ISA(attend)(const attention *a, const unit *u) {
+  const int rows = u->count * (a->m->heads / a->m->kv_heads), bundles = (rows + ROWS - 1) / ROWS;
+  bundle b;
+  for (int i = 0; i < bundles; i++) {
+    int from = (int)((long)rows * i / bundles), to = (int)((long)rows * (i + 1) / bundles);
+    gather(a, u, from, to - from, &b);
+    walk(a, u, to - from, &b);
+    scatter(a, u, from, to - from, &b);
+  }
+}

@@ -1,0 +1,10 @@
+/* The kernels of one instruction set, under one name; compiled once for each set. */
+#include "vec.h"
+
+void ISA(embed)(const model *m, int32_t token, float *x, int width);
+void ISA(encode)(const linear *to, const float *x, int count, const float *norm, int size, float eps, char *out);
+void ISA(product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
+void ISA(write)(const attention *a, const unit *u);
+void ISA(attend)(const attention *a, const unit *u);
+
+const kernels ISA(kernels) = {ISA_NAME, ISA(embed), ISA(encode), ISA(product), ISA(write), ISA(attend)};

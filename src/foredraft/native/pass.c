@@ -1,0 +1,259 @@
+/* A whole pass: embedding, layers, head. The residual stream and all sums are fp32.
+ *
+ * Each phase is cut into chunks for whoever is there; between phases everybody has finished.
+ */
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+
+enum { ROWS_A_CHUNK = 16, TOKENS_A_UNIT = 32, SHORT_SPAN = 8, MOST_CHUNKS = 64 };
+
+/* Buffers of all passes, grown to what the largest needed; whoever is in the pool has them. */
+static struct {
+  char *start;
+  size_t bytes, used;
+} arena;
+
+typedef struct {
+  const model *m;
+  const kernels *k;
+  const int32_t *tokens;
+  int rows, width; /* of the residual stream: hidden, padded */
+  float *x, *wide, *mixed;
+  char *encoded;
+  unit *units;
+  int num_units;
+  bool all_short;
+  attention attention;
+} pass;
+
+static const kernels *kernels_of(int isa) {
+#if defined(__x86_64__)
+  if (isa == 2) return &kernels_avx512;
+  if (isa == 1) return &kernels_avx2;
+#endif
+  (void)isa;
+  return &kernels_portable;
+}
+
+EXPORT int foredraft_abi(void) { return ABI; }
+
+/* The instruction sets that this processor has, as bits: 1 portable, 2 AVX2, 4 AVX-512 with bf16 and VNNI. */
+EXPORT int foredraft_isas(void) {
+  int found = 1;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= 2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bf16"))
+    found |= 4;
+#endif
+  return found;
+}
+
+/* --- one linear layer over all rows --- */
+
+typedef struct {
+  const kernels *k;
+  const linear *w;
+  const char *x;
+  float *y;
+  int epilogue, rows, width, chunks;
+} product_job;
+
+static void product_chunk(void *arg, int chunk) {
+  const product_job *j = arg;
+  const int strips = (j->w->outputs / BLOCK + 3) / 4; /* tiles of one row take four blocks */
+  int first = (int)((long)strips * chunk / j->chunks) * 4, last = (int)((long)strips * (chunk + 1) / j->chunks) * 4;
+  if (last > j->w->outputs / BLOCK) last = j->w->outputs / BLOCK;
+  j->k->product(j->w, j->epilogue, first, last, j->x, j->rows, j->y, j->width);
+}
+
+/* Chunks of some ten microseconds: small enough that an absent worker costs little. */
+static int chunks_for(const linear *w, int rows) {
+  long work = (long)w->outputs * w->inputs * (rows < 4 ? 4 : rows) >> 18;
+  long most = (w->outputs / BLOCK + 3) / 4;
+  long chunks = work < 2 ? 2 : work < MOST_CHUNKS ? work : MOST_CHUNKS;
+  return (int)(chunks < most ? chunks : most);
+}
+
+static void product(const kernels *k, const linear *w, int epilogue, const char *x, int rows, float *y, int width) {
+  product_job job = {k, w, x, y, epilogue, rows, width, chunks_for(w, rows)};
+  pool_run(product_chunk, &job, job.chunks);
+}
+
+/* --- rows from floats to a layer's input --- */
+
+typedef struct {
+  const pass *p;
+  const linear *to;
+  const float *x, *norm;
+  const int32_t *which; /* rows, or none for all */
+  char *out;
+  int rows, stride, count;
+} encode_job;
+
+static void encode_chunk(void *arg, int chunk) {
+  const encode_job *j = arg;
+  const int first = chunk * ROWS_A_CHUNK, end = first + ROWS_A_CHUNK < j->rows ? first + ROWS_A_CHUNK : j->rows;
+  for (int r = first; r < end; r++) {
+    const float *x = j->x + (size_t)(j->which ? j->which[r] : r) * j->stride;
+    j->p->k->encode(j->to, x, j->count, j->norm, j->p->m->hidden, j->p->m->eps, j->out + r * encoded_bytes(j->to));
+  }
+}
+
+static void encode(encode_job job) { pool_run(encode_chunk, &job, (job.rows + ROWS_A_CHUNK - 1) / ROWS_A_CHUNK); }
+
+static void encode_normed(pass *p, const linear *to, const float *norm) {
+  encode((encode_job){p, to, p->x, norm, NULL, p->encoded, p->rows, p->width, p->m->hidden});
+}
+
+static void encode_plain(pass *p, const linear *to, const float *x, int count) {
+  encode((encode_job){p, to, x, NULL, NULL, p->encoded, p->rows, count, count});
+}
+
+/* --- the phases of a pass --- */
+
+static void embed_chunk(void *arg, int chunk) {
+  const pass *p = arg;
+  for (int r = chunk * ROWS_A_CHUNK; r < p->rows && r < (chunk + 1) * ROWS_A_CHUNK; r++)
+    p->k->embed(p->m, p->tokens[r], p->x + (size_t)r * p->width, p->width);
+}
+
+static void unit_chunk(void *arg, int chunk) {
+  const pass *p = arg;
+  if (p->all_short) p->k->write(&p->attention, p->units + chunk);
+  p->k->attend(&p->attention, p->units + chunk);
+}
+
+static void write_chunk(void *arg, int chunk) {
+  const pass *p = arg;
+  p->k->write(&p->attention, p->units + chunk);
+}
+
+static void attend(pass *p, const layer *l) {
+  const model *m = p->m;
+  encode_normed(p, &l->qkv, l->attention_norm);
+  product(p->k, &l->qkv, STORE, p->encoded, p->rows, p->wide, l->qkv.outputs);
+  p->attention.l = l;
+  if (!p->all_short) pool_run(write_chunk, p, p->num_units);
+  pool_run(unit_chunk, p, p->num_units);
+  encode_plain(p, &l->out, p->mixed, m->heads * m->dim);
+  product(p->k, &l->out, ADD, p->encoded, p->rows, p->x, p->width);
+}
+
+static void feed_forward(pass *p, const layer *l) {
+  encode_normed(p, &l->gate_up, l->mlp_norm);
+  product(p->k, &l->gate_up, SILU, p->encoded, p->rows, p->wide, l->gate_up.outputs / 2);
+  encode_plain(p, &l->down, p->wide, l->gate_up.outputs / 2);
+  product(p->k, &l->down, ADD, p->encoded, p->rows, p->x, p->width);
+}
+
+/* --- laying out a pass --- */
+
+static void *take(size_t bytes) {
+  void *found = arena.start ? arena.start + arena.used : NULL;
+  arena.used += (bytes + 63) / 64 * 64;
+  return found;
+}
+
+static size_t largest_encoded(const model *m, int rows, int wanted) {
+  size_t most = (size_t)wanted * encoded_bytes(&m->head);
+  for (int i = 0; i < m->layers; i++) {
+    const linear *all[] = {&m->layer[i].qkv, &m->layer[i].out, &m->layer[i].gate_up, &m->layer[i].down};
+    for (int j = 0; j < 4; j++)
+      if (all[j]->weights && rows * encoded_bytes(all[j]) > most) most = rows * encoded_bytes(all[j]);
+  }
+  return most;
+}
+
+static int widest(const model *m) {
+  int most = 0;
+  for (int i = 0; i < m->layers; i++) {
+    if (m->layer[i].qkv.outputs > most) most = m->layer[i].qkv.outputs;
+    if (m->layer[i].gate_up.outputs / 2 > most) most = m->layer[i].gate_up.outputs / 2;
+  }
+  return most;
+}
+
+static void lay_out(pass *p, int32_t **first_row, int spans, int wanted) {
+  const model *m = p->m;
+  arena.used = 0;
+  *first_row = take(sizeof(int32_t) * spans);
+  p->units = take(sizeof(unit) * ((size_t)p->rows / TOKENS_A_UNIT + spans) * m->kv_heads);
+  p->x = take(sizeof(float) * p->rows * p->width);
+  p->wide = take(sizeof(float) * p->rows * widest(m));
+  p->mixed = take(sizeof(float) * p->rows * m->heads * m->dim);
+  p->encoded = take(largest_encoded(m, p->rows, wanted));
+}
+
+static bool reserve(pass *p, int32_t **first_row, int spans, int wanted) {
+  lay_out(p, first_row, spans, wanted);
+  if (arena.used <= arena.bytes) return true;
+  free(arena.start);
+  arena.bytes = (arena.used + 4095) / 4096 * 4096;
+  if (posix_memalign((void **)&arena.start, 4096, arena.bytes)) arena.start = NULL;
+  if (!arena.start) arena.bytes = 0;
+  lay_out(p, first_row, spans, wanted);
+  return arena.start != NULL;
+}
+
+/* Units of at most TOKENS_A_UNIT tokens. A span of few tokens is one unit for each head, which writes its keys itself. */
+static void cut_into_units(pass *p, const span *spans, int count, int32_t *first_row) {
+  p->all_short = true;
+  for (int s = 0, row = 0; s < count; row += spans[s++].count) {
+    first_row[s] = row;
+    p->all_short = p->all_short && spans[s].count <= SHORT_SPAN;
+    for (int first = 0; first < spans[s].count; first += TOKENS_A_UNIT) {
+      int tokens = spans[s].count - first < TOKENS_A_UNIT ? spans[s].count - first : TOKENS_A_UNIT;
+      for (int head = 0; head < p->m->kv_heads; head++) p->units[p->num_units++] = (unit){s, head, first, tokens};
+    }
+  }
+}
+
+static void run(pass *p, const int32_t *wanted, int num_wanted, float *logits) {
+  const model *m = p->m;
+  pool_run(embed_chunk, p, (p->rows + ROWS_A_CHUNK - 1) / ROWS_A_CHUNK);
+  for (int i = 0; i < m->layers; i++) {
+    if (!m->layer[i].skip_attention) attend(p, m->layer + i);
+    if (!m->layer[i].skip_mlp) feed_forward(p, m->layer + i);
+  }
+  if (!num_wanted) return;
+  encode((encode_job){p, &m->head, p->x, m->norm, wanted, p->encoded, num_wanted, p->width, m->hidden});
+  product(p->k, &m->head, STORE, p->encoded, num_wanted, logits, m->vocab);
+}
+
+/* ints: tokens [rows], spans [spans][3], wanted rows [wanted]; pages [slots][max_pages]; logits [wanted][vocab].
+ * Returns 0, or 1 where there is no memory for it. */
+EXPORT int foredraft_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted,
+                          const unsigned char *const *pages, int max_pages, float *logits, int threads) {
+  const span *all = (const span *)(ints + rows);
+  pass p = {.m = m, .k = kernels_of(m->isa), .tokens = ints, .rows = rows, .width = round_up(m->hidden, BLOCK)};
+  int32_t *first_row;
+  pool_enter(threads);
+  bool fits = reserve(&p, &first_row, spans, wanted);
+  if (fits) {
+    cut_into_units(&p, all, spans, first_row);
+    p.attention = (attention){m, NULL, all, first_row, pages, max_pages, p.wide, p.mixed};
+    run(&p, ints + rows + 3 * spans, wanted, logits);
+  }
+  pool_leave();
+  return !fits;
+}
+
+/* y [rows][width] = x [rows][count] W^T + b alone, for tests and measurements. x is padded to a multiple of sixteen. */
+EXPORT int foredraft_linear(const linear *w, int isa, const float *x, int rows, int count, float *y, int width, int threads) {
+  char *encoded;
+  if (posix_memalign((void **)&encoded, 64, rows * encoded_bytes(w) + 64)) return 1;
+  const kernels *k = kernels_of(isa);
+  pool_enter(threads);
+  for (int r = 0; r < rows; r++)
+    k->encode(w, x + (size_t)r * round_up(count, 16), count, NULL, count, 0, encoded + r * encoded_bytes(w));
+  product(k, w, STORE, encoded, rows, y, width);
+  pool_leave();
+  free(encoded);
+  return 0;
+}
