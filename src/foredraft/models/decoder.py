@@ -328,7 +328,7 @@ def _attention(index: int, layer: Any, config: PreTrainedConfig, make_linear: Ma
         heads=heads,
         kv_heads=kv_heads,
         head_dim=dim,
-        window=_window(config, index),
+        window=window(config, index),
         norm=RMSNorm(layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon, config.hidden_size),
         qkv=_fused([a.q_proj, a.k_proj, a.v_proj], make_linear, consume),
         out=_fused([a.o_proj], make_linear, consume),
@@ -346,7 +346,7 @@ def _mlp(index: int, layer: Any, config: PreTrainedConfig, make_linear: MakeLine
     )
 
 
-def _window(config: PreTrainedConfig, layer: int) -> int | None:
+def window(config: PreTrainedConfig, layer: int) -> int | None:
     """Tokens a row sees, itself included; None is all."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer] != "sliding_attention":

@@ -1,1 +1,1 @@
-"""The native pass: a C library that computes a whole forward pass, and its binding. Knows nothing of torch."""
+"""The native pass: a C library that computes a whole forward pass, its binding, and weights in its layout."""

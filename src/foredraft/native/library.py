@@ -1,8 +1,7 @@
 """The binding of the C library: where it is, what it takes, and why it is not there. See native.h for the meaning."""
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -148,9 +147,3 @@ def why_not() -> str:
         return str(error)
     return ""
 
-
-__all__ = [
-    "ABI", "BLOCK", "ISAS", "MOST_DIM", "PAGE", "Format", "Layer", "Library", "LibraryError", "Linear", "Model", "load",
-    "why_not",
-]  # fmt: skip
-_ = Sequence, c_char_p

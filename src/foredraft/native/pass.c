@@ -226,13 +226,20 @@ static void run(pass *p, const int32_t *wanted, int num_wanted, float *logits) {
   product(p->k, &m->head, STORE, p->encoded, num_wanted, logits, m->vocab);
 }
 
+static bool all_known(const model *m, const int32_t *tokens, int rows) {
+  for (int r = 0; r < rows; r++)
+    if (tokens[r] < 0 || tokens[r] >= m->vocab) return false;
+  return true;
+}
+
 /* ints: tokens [rows], spans [spans][3], wanted rows [wanted]; pages [slots][max_pages]; logits [wanted][vocab].
- * Returns 0, or 1 where there is no memory for it. */
+ * Returns 0; 1 where there is no memory for it; 2 where a token is none of the vocabulary. */
 EXPORT int foredraft_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted,
                           const unsigned char *const *pages, int max_pages, float *logits, int threads) {
   const span *all = (const span *)(ints + rows);
   pass p = {.m = m, .k = kernels_of(m->isa), .tokens = ints, .rows = rows, .width = round_up(m->hidden, BLOCK)};
   int32_t *first_row;
+  if (!all_known(m, ints, rows)) return 2;
   pool_enter(threads);
   bool fits = reserve(&p, &first_row, spans, wanted);
   if (fits) {

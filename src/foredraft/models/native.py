@@ -1,0 +1,259 @@
+"""The native model: the Llama family on the C library, a whole pass in one call. Exact by construction.
+
+Owns the weights in the library's layout and the call; a self-draft is another list of layers over the same weights and
+cache. Knows nothing of requests, drafts or sampling.
+"""
+
+import copy
+import ctypes
+from array import array
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from foredraft.errors import CacheMemoryError, ModelError
+from foredraft.models import decoder
+from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
+from foredraft.models.pages import PageCache, PageShape
+from foredraft.models.rows import RowBatch, RowInvariance
+from foredraft.native import library as native
+from foredraft.native.library import BLOCK, MOST_DIM, Library
+from foredraft.native.packed import FORMATS, Packed, Part, interleaved, pack, round_up, stacked, vector
+from foredraft.weights.quantize import Quantizer, for_drafting
+
+EXACT = RowInvariance(min_rows=1, key_multiple=1, row_multiple=1, max_rows=129, exact=True, prefill=True)
+WIDTH = 16  # heads are padded to a multiple of this
+
+
+def why_not(model: PreTrainedModel) -> str:
+    """Why the library cannot compute what this model computes; empty where it can."""
+    config = model.config
+    if not decoder.supports(model):
+        return f"it computes the published {', '.join(decoder.FAMILY)} models, and this {config.model_type} is none"
+    if model.device.type != "cpu" or model.dtype not in FORMATS:
+        return f"it computes in float32 and bfloat16 on a CPU, and this model is {model.dtype} on {model.device}"
+    if any(not isinstance(m, nn.Linear) for layer in model.get_decoder().layers for m in _linears(layer)):
+        return "it does not compute with stored low-bit weights"
+    if _head_dim(model) > MOST_DIM or _head_dim(model) % 2:
+        return f"it takes even head sizes up to {MOST_DIM}, and this model's is {_head_dim(model)}"
+    return native.why_not()
+
+
+def _linears(layer: Any) -> tuple[Any, ...]:
+    a, m = layer.self_attn, layer.mlp
+    return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    return int(model.get_decoder().layers[0].self_attn.head_dim)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One layer: its norms and packed products; None where a sub-layer is left out."""
+
+    index: int
+    window: int
+    norms: tuple[torch.Tensor, torch.Tensor]
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    qkv: Packed
+    out: Packed
+    gate_up: Packed
+    down: Packed
+    skip: tuple[bool, bool] = (False, False)  # of attention and MLP
+
+    @property
+    def products(self) -> tuple[Packed, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def struct(self) -> native.Layer:
+        """For the library, as long as this object lives."""
+        q, k = (None, None) if self.head_norms is None else (norm.data_ptr() for norm in self.head_norms)
+        attention, mlp = (norm.data_ptr() for norm in self.norms)
+        products = (product.struct() for product in self.products)
+        return native.Layer(attention, mlp, q, k, *products, self.window, *self.skip, self.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a model; `dim` is the head size in memory."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def dim(self) -> int:
+        return round_up(self.head_dim, WIDTH)
+
+    @property
+    def width(self) -> int:
+        return round_up(self.hidden, BLOCK)
+
+
+class NativeModel:
+    """A Llama-family model in the native library, over one PageCache."""
+
+    def __init__(
+        self, model: PreTrainedModel, library: Library, *, isa: str | None = None, consume: bool = False
+    ) -> None:
+        """Take over a loaded model's weights; `consume` empties each of its layers once it is packed."""
+        config, base = model.config, model.get_decoder()
+        self.library = library
+        self.isa = library.isa(isa)
+        self.config: PreTrainedConfig = config
+        self.generation_config: GenerationConfig | None = model.generation_config
+        self.device = model.device
+        self.dtype = model.dtype
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.max_position_embeddings
+        self.num_layers: int = config.num_hidden_layers
+        self.row_invariance = EXACT
+        self.sizes = Sizes(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, _head_dim(model)
+        )
+        self.eps: float = base.norm.variance_epsilon
+        self.embedding = base.embed_tokens.weight.detach().contiguous()
+        self.norm = vector(base.norm.weight, self.sizes.width)
+        self.blocks = [self._block(i, layer, consume) for i, layer in enumerate(base.layers)]
+        head = model.get_output_embeddings()
+        self.head = pack(library, stacked([Part(head.weight.detach(), head.bias)]), self.sizes.hidden)
+        self.rope = Rope(base.rotary_emb)
+        s = self.sizes
+        self.cache = PageCache(PageShape(self.num_layers, s.kv_heads, s.dim, self.dtype))
+        self._call = Call(self)
+
+    def _block(self, index: int, layer: Any, consume: bool) -> Block:
+        s, a, m = self.sizes, layer.self_attn, layer.mlp
+        q, k, v, o, gate, up, down = (Part(l.weight.detach(), l.bias) for l in _linears(layer))
+        made = Block(
+            index,
+            decoder.window(self.config, index) or 0,
+            tuple(vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)),
+            tuple(vector(n.weight, s.dim) for n in (a.q_norm, a.k_norm)) if hasattr(a, "q_norm") else None,
+            pack(self.library, stacked([_padded_heads(part, s) for part in (q, k, v)]), s.hidden),
+            pack(self.library, stacked([_padded_inputs(o, s)]), s.heads * s.dim),
+            pack(self.library, interleaved(gate, up), s.hidden),
+            pack(self.library, stacked([down]), m.down_proj.in_features),
+        )
+        for linear in _linears(layer) if consume else ():
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+        return made
+
+    @property
+    def weight_bytes(self) -> int:
+        packed = [self.head, *(product for block in self.blocks for product in block.products)]
+        return self.embedding.nbytes + sum(layer.nbytes for layer in packed)
+
+    def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> "NativeModel":
+        """This model with other layers over the same cache; see `CausalModel.variant`."""
+        skip.check(self.num_layers)
+        other = copy.copy(self)
+        other.blocks = [
+            replace(block, skip=(block.index in skip.attention, block.index in skip.mlp)) for block in self.blocks
+        ]
+        if isinstance(convert, Quantizer):
+            raise ModelError("the native runtime does not quantise; use runtime='torch'")
+        assert convert in (unchanged, for_drafting), f"no such conversion in the native runtime: {convert}"
+        other._call = Call(other)
+        return other
+
+    def weight_sample(self) -> list[torch.Tensor]:
+        """The table, and one weight each of the first, middle and last layer."""
+        hidden, inputs = self.sizes.hidden, self.config.intermediate_size
+        chosen = [self.blocks[i] for i in (0, len(self.blocks) // 2, -1)]
+        return [self.embedding, *(block.down.dense()[:hidden, :inputs] for block in chosen)]
+
+    def forward(self, rows: RowBatch) -> torch.Tensor:
+        """Write the rows' keys and values into the cache; return logits [R, V] float32 of the wanted rows."""
+        spans: list[int] = []
+        for first_slot, _, width, starts, _ in rows.groups:
+            for slot, start in enumerate(starts, first_slot):
+                end = start + width
+                self.cache.extend(slot, end)
+                spans += (slot, start, width)
+                if end > self.rope.length:
+                    self._lengthen(end)
+        logits = torch.empty(len(rows.wanted), self.vocab_size)
+        self._call(array("i", rows.tokens + spans + rows.wanted), rows, len(spans) // 3, self.cache, logits)
+        return logits
+
+    def _lengthen(self, length: int) -> None:
+        self.rope.reserve(length)
+        self._call.point_to(self.rope)
+
+
+class Call:
+    """The library's function with all that stays the same from pass to pass."""
+
+    def __init__(self, model: NativeModel) -> None:
+        s = model.sizes
+        self.rope: Rope | None = None
+        self.function = model.library.functions.foredraft_pass
+        self.layers = (native.Layer * len(model.blocks))(*(block.struct() for block in model.blocks))
+        self.struct = native.Model(
+            len(model.blocks), s.hidden, model.vocab_size, s.heads, s.kv_heads, s.head_dim, s.dim,
+            FORMATS[model.dtype], model.isa, model.eps, model.embedding.data_ptr(), self.layers,
+            model.norm.data_ptr(), model.head.struct(),
+        )  # fmt: skip
+        self.address = ctypes.addressof(self.struct)
+        self.point_to(model.rope)
+
+    def point_to(self, rope: "Rope") -> None:
+        self.tables = rope.cos, rope.sin
+        self.struct.cos, self.struct.sin = (table.data_ptr() for table in self.tables)
+
+    def __call__(
+        self, ints: "array[int]", rows: RowBatch, spans: int, cache: PageCache, logits: torch.Tensor
+    ) -> None:
+        status = self.function(
+            self.address, ints.buffer_info()[0], len(rows.tokens), spans, len(rows.wanted), cache.address,
+            cache.table.shape[1], logits.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if status == 1:
+            raise CacheMemoryError(f"no memory for a pass of {len(rows.tokens)} rows; lower max_batch_size")
+        if status == 2:
+            outside = next(token for token in rows.tokens if not 0 <= token < self.struct.vocab)
+            raise ModelError(f"token id {outside} is outside the vocabulary of {self.struct.vocab}")
+
+
+class Rope:
+    """Cosines and sines of rotary positions in fp32, tabled on demand with the model's own module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.length = 0
+        self.cos = self.sin = torch.empty(0)
+
+    def reserve(self, length: int) -> None:
+        if length <= self.length:
+            return
+        self.length = max(length, 2 * self.length, 1024)
+        positions = torch.arange(self.length)[None]
+        with torch.inference_mode():
+            tables = self.module(torch.empty(1, 1, 1), positions)
+        self.cos, self.sin = (t[0, :, : t.shape[2] // 2].float().contiguous() for t in tables)
+
+
+def _padded_heads(part: Part, sizes: Sizes) -> Part:
+    """Each head's outputs with zeros up to `dim`."""
+    if sizes.dim == sizes.head_dim:
+        return part
+    more = (0, sizes.dim - sizes.head_dim)
+    weight = F.pad(part.weight.unflatten(0, (-1, sizes.head_dim)), (0, 0, *more)).flatten(0, 1)
+    bias = None if part.bias is None else F.pad(part.bias.detach().view(-1, sizes.head_dim), more).flatten()
+    return Part(weight, bias)
+
+
+def _padded_inputs(part: Part, sizes: Sizes) -> Part:
+    """The same of a layer's inputs."""
+    if sizes.dim == sizes.head_dim:
+        return part
+    heads = part.weight.unflatten(1, (-1, sizes.head_dim))
+    return Part(F.pad(heads, (0, sizes.dim - sizes.head_dim)).flatten(1), part.bias)
+

@@ -1,0 +1,124 @@
+"""Linear layers in the layout of the native kernels, and back.
+
+Owns which row of which tensor becomes which output; the library moves the weights, straight from where they lie.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from foredraft.native.library import BLOCK, Format, Library, Linear
+
+HALF = BLOCK // 2  # outputs of a vector: gate and up alternate by so many
+FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some outputs of a layer: weight [rows, inputs], its last dimension dense, and a bias [rows] or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A packed layer: the memory, and what the kernels are told about it."""
+
+    weights: torch.Tensor  # [outputs / 32, steps, 32] lanes
+    bias: torch.Tensor | None  # [outputs] float32
+    form: Format
+    outputs: int
+    inputs: int
+    grid: torch.Tensor | None = None
+    group: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes + (0 if self.grid is None else self.grid.nbytes)
+
+    def struct(self) -> Linear:
+        """For the library, as long as this object lives."""
+        return Linear(
+            self.weights.data_ptr(),
+            None if self.grid is None else self.grid.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            self.form,
+            self.outputs,
+            self.inputs,
+            self.group,
+        )
+
+    def dense(self) -> torch.Tensor:
+        """The weight of fp32 or bf16 as it was, [outputs, inputs], padding included, in the order of packing."""
+        dtype = torch.float32 if self.form == Format.F32 else torch.bfloat16
+        lanes = self.weights.view(dtype).view(self.outputs // BLOCK, -1, BLOCK, self.form.inputs_per_lane)
+        return lanes.transpose(1, 2).reshape(self.outputs, self.inputs)
+
+
+def pack(library: Library, rows: "Rows", inputs: int) -> Packed:
+    """A layer of fp32 or bf16 weights."""
+    form = FORMATS[rows.dtype]
+    padded = round_up(inputs, BLOCK)
+    out = torch.empty(len(rows.addresses), padded, dtype=rows.dtype)
+    library.pack(form, rows.addresses, inputs, padded, out.data_ptr(), torch.get_num_threads())
+    return Packed(out, rows.bias, form, len(rows.addresses), padded)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Where each output of a layer to be packed lies, 0 for one that is padding; holds on to the memory."""
+
+    addresses: np.ndarray
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    owners: tuple[torch.Tensor, ...]
+
+
+def stacked(parts: Sequence[Part]) -> Rows:
+    """Outputs of several tensors, one after the other."""
+    return _rows(parts, [np.arange(start, start + len(part.weight)) for start, part in _numbered(parts)])
+
+
+def interleaved(gate: Part, up: Part) -> Rows:
+    """Gate and up by turns of sixteen, so that one tile of outputs has both."""
+    order = [_padded(np.arange(len(gate.weight)) + offset, HALF) for offset in (0, len(gate.weight))]
+    turns = np.stack([part.reshape(-1, HALF) for part in order], 1)
+    return _rows((gate, up), [turns.reshape(-1)])
+
+
+def _numbered(parts: Sequence[Part]) -> list[tuple[int, Part]]:
+    starts = np.cumsum([0, *(len(part.weight) for part in parts)])
+    return [(int(start), part) for start, part in zip(starts, parts, strict=False)]
+
+
+def _padded(order: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(order, (0, -len(order) % multiple), constant_values=-1)
+
+
+def _rows(parts: Sequence[Part], order: list[np.ndarray]) -> Rows:
+    """Rows in an order of numbers across the parts; -1 is padding."""
+    owners = tuple(part.weight if part.weight.stride(1) == 1 else part.weight.contiguous() for part in parts)
+    found = [w.data_ptr() + np.arange(len(w), dtype=np.uint64) * w.stride(0) * w.element_size() for w in owners]
+    table = np.concatenate([*found, np.zeros(1, np.uint64)]).astype(np.uint64)  # the last one is for -1
+    chosen = _padded(np.concatenate(order), BLOCK)
+    return Rows(np.ascontiguousarray(table[chosen]), _bias(parts, chosen), owners[0].dtype, owners)
+
+
+def _bias(parts: Sequence[Part], chosen: np.ndarray) -> torch.Tensor | None:
+    if all(part.bias is None for part in parts):
+        return None
+    each = [torch.zeros(len(p.weight)) if p.bias is None else p.bias.detach().float() for p in parts]
+    return F.pad(torch.cat(each), (0, 1))[torch.from_numpy(chosen)].contiguous()
+
+
+def vector(values: torch.Tensor, size: int) -> torch.Tensor:
+    """A norm's weight as the kernels read it: float32, zeros up to `size`."""
+    return F.pad(values.detach().float(), (0, size - len(values))).contiguous()
