@@ -207,6 +207,8 @@ class Engine:
         self.policy.observe(request, draft, verdict)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.phase is Phase.RUNNING:
+            self.target.cache.free(request.slot)
         self.scheduler.retire(request)
         self.recomputed.discard(request)
         request.finish_reason = reason

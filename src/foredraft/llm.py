@@ -105,6 +105,7 @@ class LLM:
         tokenizer: by default the target's own; needed for text with a model object.
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
         max_batch_size: sequences that run at once; others wait.
+        runtime: "auto" is native (a C library, on CPUs) where model and machine allow it, else torch; or one of them.
         policy: how far to draft: "gain" (default), "fixed", "heuristic", "threshold", or a DraftPolicy.
 
     Raises:
@@ -129,16 +130,17 @@ class LLM:
         max_model_len: int | None = None,
         max_batch_size: int = 8,
         policy: str | DraftPolicy | None = None,
+        runtime: str = "auto",
     ) -> None:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
-        options = LoadOptions(dtype, device, device_map, trust_remote_code)
+        options = LoadOptions(dtype, device, device_map, trust_remote_code, runtime)
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
             draft = BUNDLED / "draft" if target is None else "ngram"
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
-        draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
+        draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code, runtime)
         _check_draft_place(draft, draft_dtype=draft_dtype, draft_device=draft_device)
         target = BUNDLED / "target" if target is None else target
         if tokenizer is None and not isinstance(target, PreTrainedModel):

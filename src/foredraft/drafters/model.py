@@ -19,8 +19,6 @@ from foredraft.policy import DraftPolicy
 from foredraft.sampling import Drawn
 from foredraft.types import Draft, Request, Verdict
 
-KEY_MULTIPLE = 128  # drafts need no row invariance; rounding keeps cache views and masks alike from step to step
-
 
 class Chain:
     """One request's draft while it grows."""
@@ -70,6 +68,7 @@ class ModelDrafter:
     def __init__(self, model: CausalModel, vocab_size: int, name: str = "model") -> None:
         self.name = name
         self.model = model
+        self.key_multiple = min(128, model.row_invariance.key_multiple)  # rounding keeps views and masks alike
         self.vocab_size = vocab_size
         self.held: defaultdict[Request, Held] = defaultdict(Held)
         self.given_up: set[Request] = set()  # those on which the model overflowed
@@ -128,7 +127,7 @@ class ModelDrafter:
         start = min(self.held[request].advance(tokens), len(tokens) - 1)
         while len(tokens) - start > PREFILL_CHUNK:
             chunk = tokens[start : start + PREFILL_CHUNK]
-            self.model.forward(plan([Span(request.slot, start, chunk, 0)], 1, KEY_MULTIPLE))
+            self.model.forward(plan([Span(request.slot, start, chunk, 0)], 1, self.key_multiple))
             start += PREFILL_CHUNK
         return Span(request.slot, start, tokens[start:])
 
@@ -143,7 +142,7 @@ class ModelDrafter:
 
     def _logits(self, spans: list[Span]) -> torch.Tensor:
         """Logits [B, V] over the target's vocabulary: a padded head is cut or filled."""
-        logits = self.model.forward(plan(spans, 1, KEY_MULTIPLE))
+        logits = self.model.forward(plan(spans, 1, self.key_multiple))
         missing = self.vocab_size - logits.shape[1]
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
@@ -151,5 +150,6 @@ class ModelDrafter:
         pass
 
     def forget(self, request: Request) -> None:
-        self.held.pop(request, None)
+        if self.held.pop(request, None) is not None:
+            self.model.cache.free(request.slot)
         self.given_up.discard(request)

@@ -8,7 +8,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from foredraft.errors import ModelError
-from foredraft.models.cache import SlotCache
 from foredraft.models.rows import RowBatch, RowInvariance
 
 Convert = Callable[[Any], Any]
@@ -48,18 +47,51 @@ def unchanged(layer: Any) -> Any:
     return layer
 
 
+class Cache(Protocol):
+    """Keys and values of many texts, a slot each, written at positions; to rewind is to remember a shorter length."""
+
+    max_slots: int
+    max_length: int
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def storage(self) -> list[torch.Tensor]:
+        """All that is held, the same tensors until it grows."""
+        ...
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `length` tokens in each of the first `slots` slots. Raises CacheMemoryError."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """A slot's text has ended."""
+        ...
+
+    def clear(self, slot: int, start: int = 0) -> None:
+        """Zero a slot from a position on; needed only after it held values that are not finite."""
+        ...
+
+    def release(self) -> None:
+        """Give all memory back; what was cached is gone."""
+        ...
+
+
 class CausalModel(Protocol):
     """A causal language model with a cache that is written at positions."""
 
     config: PreTrainedConfig
     generation_config: GenerationConfig | None
-    cache: SlotCache
     row_invariance: RowInvariance
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
     max_positions: int
     num_layers: int
+
+    @property
+    def cache(self) -> Cache: ...
 
     @property
     def weight_bytes(self) -> int: ...

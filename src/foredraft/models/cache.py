@@ -91,6 +91,9 @@ class SlotCache:
             new[: self.slots, : self.length] = self.storage[layer]
         return new
 
+    def free(self, slot: int) -> None:
+        """A text has ended; its slot keeps its memory for the next one."""
+
     def release(self) -> None:
         """Give all memory back; what was cached is gone."""
         self.storage, self.slots, self.length = [], 0, 0

@@ -11,6 +11,7 @@ from itertools import product
 
 import torch
 
+from foredraft.errors import ModelError
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import PREFILL_CHUNK, SHORT_SPAN, RowInvariance, Span, plan, round_up
 
@@ -61,6 +62,26 @@ def probe(model: CausalModel) -> RowInvariance:
     finally:
         model.row_invariance = before
         model.cache.release()
+
+
+def confirm(model: CausalModel) -> None:
+    """A few passes of a model that is exact by construction: a library that was built wrongly shows here.
+
+    Raises:
+        ModelError: a row's bits depend on its pass.
+    """
+    text, width = _text(model), 5
+    tokens = text.tokens[:width]
+    together = _forward(model, model.row_invariance, [Span(SLOT, 0, tokens, len(tokens))])
+    beside = [Span(NEIGHBOUR, 0, tokens[::-1], 1), Span(SLOT, 0, tokens, len(tokens))]
+    mated = _forward(model, model.row_invariance, beside)[1:]
+    alone = [_forward(model, model.row_invariance, [Span(SLOT, i, [token])]) for i, token in enumerate(tokens)]
+    model.cache.release()
+    if not (torch.equal(mated, together) and torch.equal(torch.cat(alone), together)):
+        raise ModelError(
+            "the native library computes a row differently in a different pass; use runtime='torch', and report the "
+            "processor and compiler"
+        )
 
 
 def _holds(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:

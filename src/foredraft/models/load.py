@@ -5,8 +5,10 @@ Owns the choice of dtype, device and runtime, and the errors of a checkpoint tha
 
 import copy
 import itertools
+import logging
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from foredraft.errors import ForedraftError, ModelError, RequestError
-from foredraft.models import decoder
+from foredraft.models import decoder, native
 from foredraft.models.base import CausalModel
 from foredraft.models.hf import HFModel
-from foredraft.models.invariance import probe
+from foredraft.models.invariance import confirm, probe
 from foredraft.models.support import check_supported
+from foredraft.native import library
 from foredraft.weights import lowbit
 from foredraft.weights.checkpoint import check_source, explained, first_line
 from foredraft.weights.stored import start
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RUNTIMES = ("auto", "native", "torch")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 
 
@@ -35,8 +39,11 @@ class LoadOptions:
     device: str = "auto"
     device_map: str | dict[str, Any] | None = None
     trust_remote_code: bool = False
+    runtime: str = "auto"  # native where the library and the model allow it; or native, torch
 
     def __post_init__(self) -> None:
+        if self.runtime not in RUNTIMES:
+            raise RequestError(f"runtime={self.runtime!r} is not known; use {', '.join(RUNTIMES)}")
         parse_dtype(self.dtype)
         parse_device(self.device)
         if self.device_map is not None and self.device != "auto":
@@ -101,28 +108,52 @@ def load_target(source: str | Path | PreTrainedModel, options: LoadOptions) -> C
 
 
 def probed(model: CausalModel) -> CausalModel:
-    """The model, told from which shapes on its rows are exact."""
-    model.row_invariance = probe(model)
+    """The model, told from which shapes on its rows are exact; a native one is exact by construction, and says so."""
+    if isinstance(model, native.NativeModel):
+        confirm(model)
+    else:
+        model.row_invariance = probe(model)
     return model
 
 
 def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:
-    """A model in the runtime that suits it: the lean decoder, or the adapter. Raises as `load_target`."""
+    """A model in the runtime that suits it: native, the lean decoder, or the adapter. Raises as `load_target`."""
     if isinstance(source, PreTrainedModel):
-        return wrap(source)
-    return wrap(load_checkpoint(source, options), consume=True)
+        return wrap(source, runtime=options.runtime)
+    return wrap(load_checkpoint(source, options), consume=True, runtime=options.runtime)
 
 
-def wrap(model: PreTrainedModel, *, consume: bool = False) -> CausalModel:
+def wrap(model: PreTrainedModel, *, consume: bool = False, runtime: str = "auto") -> CausalModel:
     """A transformers model in our runtime. It stays as it is, unless it is ours to `consume`: then its own weights go
     as soon as ours are packed.
+
+    Raises:
+        ModelError: `runtime` is "native", and that cannot serve this model here.
     """
     check_supported(model)
+    if runtime != "torch" and _can_run_natively(model, needed=runtime == "native"):
+        return native.NativeModel(model, library.load(), consume=consume)
     model = (model if consume else _sharing_weights(model)).eval()
     if decoder.supports(model):
         return decoder.Decoder(model, consume=consume)
     start(model)
     return HFModel(model)
+
+
+def _can_run_natively(model: PreTrainedModel, *, needed: bool) -> bool:
+    """Raises ModelError where it is needed and cannot."""
+    reason = native.why_not(model)
+    missing = "" if reason else library.why_not()
+    if needed and (reason or missing):
+        raise ModelError(f"runtime='native' cannot serve this model: {reason or missing}; use runtime='torch'")
+    if missing:
+        _say_once(missing)
+    return not (reason or missing)
+
+
+@cache
+def _say_once(missing: str) -> None:
+    logging.getLogger("foredraft").warning("models run on torch, several times slower: %s", missing)
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:

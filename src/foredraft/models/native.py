@@ -7,7 +7,9 @@ cache. Knows nothing of requests, drafts or sampling.
 import copy
 import ctypes
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from foredraft.models.pages import PageCache, PageShape
 from foredraft.models.rows import RowBatch, RowInvariance
 from foredraft.native import library as native
 from foredraft.native.library import BLOCK, MOST_DIM, Library
-from foredraft.native.packed import FORMATS, Packed, Part, interleaved, pack, round_up, stacked, vector
+from foredraft.weights.packed import FORMATS, Packed, Part, interleaved, pack, quantized, round_up, stacked, vector
 from foredraft.weights.quantize import Quantizer, for_drafting
 
 EXACT = RowInvariance(min_rows=1, key_multiple=1, row_multiple=1, max_rows=129, exact=True, prefill=True)
@@ -30,7 +32,7 @@ WIDTH = 16  # heads are padded to a multiple of this
 
 
 def why_not(model: PreTrainedModel) -> str:
-    """Why the library cannot compute what this model computes; empty where it can."""
+    """Why no library of ours computes what this model computes; empty where one does."""
     config = model.config
     if not decoder.supports(model):
         return f"it computes the published {', '.join(decoder.FAMILY)} models, and this {config.model_type} is none"
@@ -40,7 +42,7 @@ def why_not(model: PreTrainedModel) -> str:
         return "it does not compute with stored low-bit weights"
     if _head_dim(model) > MOST_DIM or _head_dim(model) % 2:
         return f"it takes even head sizes up to {MOST_DIM}, and this model's is {_head_dim(model)}"
-    return native.why_not()
+    return ""
 
 
 def _linears(layer: Any) -> tuple[Any, ...]:
@@ -58,8 +60,8 @@ class Block:
 
     index: int
     window: int
-    norms: tuple[torch.Tensor, torch.Tensor]
-    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    norms: list[torch.Tensor]  # of attention and MLP
+    head_norms: list[torch.Tensor]  # of queries and keys, where the model has them
     qkv: Packed
     out: Packed
     gate_up: Packed
@@ -70,9 +72,23 @@ class Block:
     def products(self) -> tuple[Packed, ...]:
         return self.qkv, self.out, self.gate_up, self.down
 
+    def without(self, skip: SkipSet) -> "Block":
+        return replace(self, skip=(self.index in skip.attention, self.index in skip.mlp))
+
+    def converted(self, convert: Callable[[Packed], Packed]) -> "Block":
+        """With other products; one that is skipped stays as it is, for nobody computes it."""
+        attention, mlp = ((lambda layer: layer) if skipped else convert for skipped in self.skip)
+        return replace(
+            self,
+            qkv=attention(self.qkv),
+            out=attention(self.out),
+            gate_up=mlp(self.gate_up),
+            down=mlp(self.down),
+        )
+
     def struct(self) -> native.Layer:
         """For the library, as long as this object lives."""
-        q, k = (None, None) if self.head_norms is None else (norm.data_ptr() for norm in self.head_norms)
+        q, k = [norm.data_ptr() for norm in self.head_norms] or (None, None)
         attention, mlp = (norm.data_ptr() for norm in self.norms)
         products = (product.struct() for product in self.products)
         return native.Layer(attention, mlp, q, k, *products, self.window, *self.skip, self.index)
@@ -114,9 +130,7 @@ class NativeModel:
         self.max_positions = config.max_position_embeddings
         self.num_layers: int = config.num_hidden_layers
         self.row_invariance = EXACT
-        self.sizes = Sizes(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, _head_dim(model)
-        )
+        self.sizes = Sizes(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, _head_dim(model))
         self.eps: float = base.norm.variance_epsilon
         self.embedding = base.embed_tokens.weight.detach().contiguous()
         self.norm = vector(base.norm.weight, self.sizes.width)
@@ -130,12 +144,12 @@ class NativeModel:
 
     def _block(self, index: int, layer: Any, consume: bool) -> Block:
         s, a, m = self.sizes, layer.self_attn, layer.mlp
-        q, k, v, o, gate, up, down = (Part(l.weight.detach(), l.bias) for l in _linears(layer))
+        q, k, v, o, gate, up, down = (Part(it.weight.detach(), it.bias) for it in _linears(layer))
         made = Block(
             index,
             decoder.window(self.config, index) or 0,
-            tuple(vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)),
-            tuple(vector(n.weight, s.dim) for n in (a.q_norm, a.k_norm)) if hasattr(a, "q_norm") else None,
+            [vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)],
+            [vector(n.weight, s.dim) for n in (a.q_norm, a.k_norm)] if hasattr(a, "q_norm") else [],
             pack(self.library, stacked([_padded_heads(part, s) for part in (q, k, v)]), s.hidden),
             pack(self.library, stacked([_padded_inputs(o, s)]), s.heads * s.dim),
             pack(self.library, interleaved(gate, up), s.hidden),
@@ -148,18 +162,20 @@ class NativeModel:
     @property
     def weight_bytes(self) -> int:
         packed = [self.head, *(product for block in self.blocks for product in block.products)]
-        return self.embedding.nbytes + sum(layer.nbytes for layer in packed)
+        return int(self.embedding.nbytes) + sum(layer.nbytes for layer in packed)
 
     def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> "NativeModel":
         """This model with other layers over the same cache; see `CausalModel.variant`."""
         skip.check(self.num_layers)
         other = copy.copy(self)
-        other.blocks = [
-            replace(block, skip=(block.index in skip.attention, block.index in skip.mlp)) for block in self.blocks
-        ]
+        other.blocks = [block.without(skip) for block in self.blocks]
         if isinstance(convert, Quantizer):
-            raise ModelError("the native runtime does not quantise; use runtime='torch'")
-        assert convert in (unchanged, for_drafting), f"no such conversion in the native runtime: {convert}"
+            other.blocks = [
+                block.converted(partial(quantized, self.library, quantizer=convert)) for block in other.blocks
+            ]
+            other.head = quantized(self.library, self.head, convert)
+        elif convert not in (unchanged, for_drafting):  # a draft model's own weights are as fast as any
+            raise ModelError(f"the native runtime cannot convert its layers by {convert!r}; use runtime='torch'")
         other._call = Call(other)
         return other
 
@@ -177,7 +193,7 @@ class NativeModel:
                 end = start + width
                 self.cache.extend(slot, end)
                 spans += (slot, start, width)
-                if end > self.rope.length:
+                if end > self._call.length:
                     self._lengthen(end)
         logits = torch.empty(len(rows.wanted), self.vocab_size)
         self._call(array("i", rows.tokens + spans + rows.wanted), rows, len(spans) // 3, self.cache, logits)
@@ -205,12 +221,10 @@ class Call:
         self.point_to(model.rope)
 
     def point_to(self, rope: "Rope") -> None:
-        self.tables = rope.cos, rope.sin
+        self.length, self.tables = rope.length, (rope.cos, rope.sin)
         self.struct.cos, self.struct.sin = (table.data_ptr() for table in self.tables)
 
-    def __call__(
-        self, ints: "array[int]", rows: RowBatch, spans: int, cache: PageCache, logits: torch.Tensor
-    ) -> None:
+    def __call__(self, ints: "array[int]", rows: RowBatch, spans: int, cache: PageCache, logits: torch.Tensor) -> None:
         status = self.function(
             self.address, ints.buffer_info()[0], len(rows.tokens), spans, len(rows.wanted), cache.address,
             cache.table.shape[1], logits.data_ptr(), torch.get_num_threads(),
@@ -256,4 +270,3 @@ def _padded_inputs(part: Part, sizes: Sizes) -> Part:
         return part
     heads = part.weight.unflatten(1, (-1, sizes.head_dim))
     return Part(F.pad(heads, (0, sizes.dim - sizes.head_dim)).flatten(1), part.bias)
-

@@ -1,4 +1,4 @@
-"""PageCache: keys and values in pages of 64 tokens, for all layers of one text each; what a text ends with is given back.
+"""PageCache: keys and values in pages of 64 tokens, each of one text and all layers; memory goes when the text ends.
 
 Rewinding is setting a length: later rows overwrite. A page is zeroed before it is used, so that a masked value
 contributes exactly 0. Knows nothing of models, tokens or requests.
@@ -11,7 +11,6 @@ import torch
 
 from foredraft.errors import CacheMemoryError
 from foredraft.models.cache import GRANULE
-
 
 PAGE = 64  # tokens, as in native.h
 SPARE = 16  # pages that are kept for the next text
@@ -134,6 +133,3 @@ class PageCache:
             keys.view(-1, s.dim // n, PAGE, n, 1),
             values.view(-1, s.dim // 16, PAGE // n, 16, n),
         )
-
-
-

@@ -18,6 +18,7 @@ SHORT_SPAN = 64  # spans up to here are padded to a common width, so that one at
 class RowInvariance:
     """From which shapes on a row's logits are bit-identical whatever else is in the pass.
 
+    A key multiple of 1 says that spans need nothing of each other: none is padded to the width of its neighbours.
     `exact` is False where no such shape was found: steps then run at one fixed width, and only equal passes agree.
     `prefill` says whether a prompt's rows, computed in wide chunks, also agree with rows computed one by one; drafting
     never depends on it, taking over another sequence's cache does.
@@ -101,7 +102,7 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
     slots: list[int] = []
     groups: list[Group] = []
     ends: dict[int, int] = {}  # by slot: the row after its last token
-    for run in _runs(ordered):
+    for run in _runs(ordered) if key_multiple > 1 else [[span] for span in ordered]:
         longest = max([len(span.tokens) for span in run])
         width = round_up(max(min_rows, longest), row_multiple)
         starts = tuple([span.start for span in run])

@@ -1,1 +1,1 @@
-"""The native pass: a C library that computes a whole forward pass, its binding, and weights in its layout."""
+"""The native pass: a C library that computes a whole forward pass, how it is built, and its binding."""

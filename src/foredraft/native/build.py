@@ -64,7 +64,7 @@ def build(folder: Path, sanitize: str = "", command: Sequence[str] | None = None
     if command is None:
         raise BuildError("no C compiler (cc, gcc, clang) and no ziglang package is there")
     flags = [*FLAGS, *WARNINGS, *((f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer") if sanitize else ())]
-    jobs = [(source, "", ()) for source in COMMON]
+    jobs: list[tuple[str, str, tuple[str, ...]]] = [(source, "", ()) for source in COMMON]
     for name, extra in instruction_sets(machine or platform.machine()).items():
         jobs += [(source, name, extra) for source in KERNELS]
     with tempfile.TemporaryDirectory() as scratch:

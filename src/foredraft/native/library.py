@@ -146,4 +146,3 @@ def why_not() -> str:
     except LibraryError as error:
         return str(error)
     return ""
-

@@ -160,7 +160,9 @@ class Scorer:
         for k, (offset, length) in blocks.items():
             start = self.starts[k] + offset
             spans.append(Span(k, start, self.samples[k].token_ids[start : start + length], length))
-        logits = model.forward(plan(spans, 1, KEY_MULTIPLE)).to(self.target.device)
+        logits = model.forward(plan(spans, 1, min(KEY_MULTIPLE, model.row_invariance.key_multiple))).to(
+            self.target.device
+        )
         missing = self.target.vocab_size - logits.shape[1]
         logits = F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
         return sampling.adjust(logits, (), (), 0, self.params)

@@ -4,15 +4,17 @@ Owns which row of which tensor becomes which output; the library moves the weigh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from foredraft.native.library import BLOCK, Format, Library, Linear
+from foredraft.weights.quantize import Quantizer, check_group, pick_group, round_int4, round_int8
 
 HALF = BLOCK // 2  # outputs of a vector: gate and up alternate by so many
+INT8_GROUP = 64  # inputs that share a scale, in eight bits
 FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 
 
@@ -58,18 +60,10 @@ class Packed:
 
     def dense(self) -> torch.Tensor:
         """The weight of fp32 or bf16 as it was, [outputs, inputs], padding included, in the order of packing."""
+        assert self.form in FORMATS.values(), "codes do not give the weight back"
         dtype = torch.float32 if self.form == Format.F32 else torch.bfloat16
         lanes = self.weights.view(dtype).view(self.outputs // BLOCK, -1, BLOCK, self.form.inputs_per_lane)
         return lanes.transpose(1, 2).reshape(self.outputs, self.inputs)
-
-
-def pack(library: Library, rows: "Rows", inputs: int) -> Packed:
-    """A layer of fp32 or bf16 weights."""
-    form = FORMATS[rows.dtype]
-    padded = round_up(inputs, BLOCK)
-    out = torch.empty(len(rows.addresses), padded, dtype=rows.dtype)
-    library.pack(form, rows.addresses, inputs, padded, out.data_ptr(), torch.get_num_threads())
-    return Packed(out, rows.bias, form, len(rows.addresses), padded)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,3 +116,51 @@ def _bias(parts: Sequence[Part], chosen: np.ndarray) -> torch.Tensor | None:
 def vector(values: torch.Tensor, size: int) -> torch.Tensor:
     """A norm's weight as the kernels read it: float32, zeros up to `size`."""
     return F.pad(values.detach().float(), (0, size - len(values))).contiguous()
+
+
+def pack(library: Library, rows: Rows, inputs: int) -> Packed:
+    """A layer of fp32 or bf16 weights."""
+    form = FORMATS[rows.dtype]
+    padded = round_up(inputs, BLOCK)
+    out = torch.empty(len(rows.addresses), padded, dtype=rows.dtype)
+    library.pack(form, rows.addresses, inputs, padded, out.data_ptr(), torch.get_num_threads())
+    return Packed(out, rows.bias, form, len(rows.addresses), padded)
+
+
+def quantized(library: Library, layer: Packed, quantizer: Quantizer) -> Packed:
+    """The same layer in four or eight bits; one that has them stays as it is.
+
+    Raises:
+        ModelError: a group size that the kernels lack or that does not divide the layer's input.
+    """
+    if layer.form not in FORMATS.values():
+        return layer
+    weight = layer.dense()
+    made = _int4(library, weight, quantizer.group) if quantizer.weight_format == "int4" else _int8(library, weight)
+    made = replace(made, bias=layer.bias)
+    quantizer.nbytes += made.nbytes
+    return made
+
+
+def _int4(library: Library, weight: torch.Tensor, group: int | None) -> Packed:
+    group = pick_group(weight) if group is None else check_group(group, weight)
+    codes, grid = round_int4(weight, group)
+    grid[~weight.any(1)] = 0  # padding stays zero
+    return _of_codes(library, Format.INT4, codes.to(torch.uint8), grid, group)
+
+
+def _int8(library: Library, weight: torch.Tensor) -> Packed:
+    weight = F.pad(weight, (0, -weight.shape[1] % INT8_GROUP))
+    codes, scale = round_int8(weight.reshape(-1, INT8_GROUP), torch.bfloat16)
+    grid = scale.to(torch.bfloat16).view(len(weight), -1, 1)
+    return _of_codes(library, Format.INT8, (codes.view_as(weight).int() + 128).to(torch.uint8), grid, INT8_GROUP)
+
+
+def _of_codes(library: Library, form: Format, codes: torch.Tensor, grid: torch.Tensor, group: int) -> Packed:
+    """codes [outputs, inputs] uint8; grid [outputs, groups, 1 or 2] bf16: scales, offsets."""
+    outputs, inputs = codes.shape
+    lanes = torch.empty(outputs, inputs // form.inputs_per_lane, dtype=torch.int32)
+    rows = stacked([Part(codes)])
+    library.pack(form, rows.addresses, inputs, inputs, lanes.data_ptr(), torch.get_num_threads())
+    by_block = grid.view(-1, BLOCK, *grid.shape[1:]).permute(0, 2, 3, 1).contiguous()
+    return Packed(lanes, None, form, outputs, inputs, by_block, group)
