@@ -9,12 +9,14 @@ BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/demo.py benchmarks/wi
 # $(call usable,NAME): NAME where it runs, is 3.11 or newer and can make virtual environments; else nothing.
 usable = $(shell $(1) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(1))
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo native sanitize test check format bench clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    decode the bundled pair with and without drafting; equal tokens and the speed-up"
+	@echo "make native  build the native library anew"
+	@echo "make sanitize  run its driver under the address, undefined and thread sanitizers"
 	@echo "make test    run the tests (ARGS='-k cache' is passed to pytest)"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make format  let ruff rewrite what it can"
@@ -23,6 +25,12 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py $(ARGS)
+
+native: $(VENV)/.installed
+	$(BIN)/python src/foredraft/native/build.py
+
+sanitize: | $(BIN)/pip
+	$(BIN)/python scripts/sanitize_native.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
