@@ -1,28 +1,22 @@
 """Streamed text equals decoded text, however it is cut into tokens; stop strings; chat templates."""
 
+import copy
 import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StopStringCriteria
 
 from foredraft.errors import RequestError
-from foredraft.text import (
-    MAX_WAITING,
-    ByteDetokenizer,
-    StopString,
-    TextStream,
-    WindowDetokenizer,
-    detokenizer,
-    end_of_turn_ids,
-    render_chat,
-    special_ids,
-)
+from foredraft.text import TextStream, end_of_turn_ids, render_chat
+from foredraft.text.detokenize import MAX_WAITING, ByteDetokenizer, WindowDetokenizer, detokenizer, special_ids
+from foredraft.text.stream import StopString
 
 SAMPLES = (
     "Once upon a time, there was a girl.",
@@ -62,7 +56,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    words = ["[UNK]", *"abcdehlnot.,", *("##" + char for char in "abcdehlnot"), "the", "##he"]
+    words = ["[UNK]", *"abcdefhlnot.,", *("##" + char for char in "abcdefhlnot"), "the", "##he"]
     piece = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     piece.pre_tokenizer = pre_tokenizers.Whitespace()
     piece.decoder = decoders.WordPiece(cleanup=False)
@@ -358,6 +352,86 @@ def test_a_text_stream_is_a_stop_rule_and_continues_its_prompt() -> None:
     stream = TextStream(tokenizer, (), prompt_ids=ids)
     assert [stream.push(token) for token in ids] == [False] * len(ids)
     assert stream.finish() == " the the"
+
+
+SPECIAL_STOPS = (
+    "{end}", "{end}{user}", "{end}a", "{user} a", "e{end}", "e {end}", " {user}", "{user}the", "the{end}{tool}", "{end} the",
+    "{tool}{end} a", "{tool} {end} a",
+)  # fmt: skip
+
+
+def with_added_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|stop|>", "<|user|>"]})
+    own.add_tokens(["<tool>"])
+    return own
+
+
+def first_stop_of_transformers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: str) -> int | None:
+    """How many tokens transformers' `generate` would emit."""
+    criterion = StopStringCriteria(tokenizer, [stop])
+    seen = (torch.tensor([ids[: i + 1]]) for i in range(len(ids)))
+    return next((i + 1 for i, row in enumerate(seen) if bool(criterion(row, None))), None)
+
+
+def dialogues(tokenizer: PreTrainedTokenizerBase, words: str) -> list[list[int]]:
+    """Token lists with added tokens between words, side by side and at both ends."""
+    end, user, tool = tokenizer.convert_tokens_to_ids(["<|stop|>", "<|user|>", "<tool>"])
+    the, a = encode(tokenizer, words), encode(tokenizer, "a")
+    return [
+        [*the, end, user, *a, end],
+        [end, *the, tool, end, *the, user, *the],
+        [*the, user, end, tool, *a, end, *a, end, tool],
+    ]
+
+
+@pytest.mark.parametrize("kind", [*MADE, *TOKENIZERS])
+def test_stop_strings_hold_special_and_added_tokens_as_in_transformers(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    """It ends after the same token, and shows what stands before the stop string without special tokens."""
+    tokenizer = with_added_tokens(
+        made(kind) if kind in MADE else load(request.getfixturevalue("shared") / kind)  # only these need it
+    )
+    found = 0
+    for ids in dialogues(tokenizer, " the"):
+        for template in SPECIAL_STOPS:
+            stop = template.format(end="<|stop|>", user="<|user|>", tool="<tool>")
+            stream, shown, ended = TextStream(tokenizer, (stop,), prompt_ids=encode(tokenizer, "the")), "", None
+            for i, token in enumerate(ids):
+                if stream.push(token):
+                    ended = i + 1
+                    break
+                shown += stream.take()
+            shown += stream.finish()
+            assert ended == first_stop_of_transformers(tokenizer, ids, stop), (ids, stop)
+            assert shown == stream.text
+            assert "<|" not in shown
+            kept = "".join(settled(tokenizer, ids[:ended], encode(tokenizer, "the")))
+            assert kept.startswith(shown) if ended else shown == kept
+            found += ended is not None
+    assert found >= 6
+
+
+def test_what_may_begin_a_stop_string_with_a_special_token_is_withheld() -> None:
+    tokenizer = made("byte_level")
+    end = tokenizer.eos_token_id
+    b, c, a = (encode(tokenizer, char)[0] for char in "bca")
+    stream, shown = TextStream(tokenizer, ("b<|end|>a",)), []
+    for token in (b, end, c, b, end, end, b, end):
+        assert not stream.push(token)
+        shown.append(stream.take())
+    assert shown == ["", "", "bc", "", "", "b", "", ""]  # the second <|end|> in a row decides it
+    assert stream.push(a)
+    assert (stream.finish(), stream.text, stream.num_kept_tokens) == ("", "bcb", 6)
+
+
+def test_a_stop_string_of_special_tokens_that_never_comes_releases_the_text() -> None:
+    tokenizer = made("byte_level")
+    stream = TextStream(tokenizer, ("b<|end|>a",))
+    for token in (*encode(tokenizer, "ab"), tokenizer.eos_token_id):
+        stream.push(token)
+    assert (stream.take(), stream.finish(), stream.num_kept_tokens) == ("a", "b", 3)
 
 
 # --- chat templates ---
