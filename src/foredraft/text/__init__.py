@@ -1,6 +1,7 @@
-"""Text in and out of token ids: incremental detokenising, stop strings, chat templates."""
+"""Text in and out of token ids: prompts, chat templates, incremental detokenising, stop strings."""
 
-from foredraft.text.chat import end_of_turn_ids, render_chat
+from foredraft.text.chat import Message, Tool, end_of_turn_ids, render_chat
+from foredraft.text.prompt import encode_text
 from foredraft.text.stream import TextStream
 
-__all__ = ["TextStream", "end_of_turn_ids", "render_chat"]
+__all__ = ["Message", "TextStream", "Tool", "encode_text", "end_of_turn_ids", "render_chat"]
