@@ -52,7 +52,7 @@ class Conversation:
 
     def react(self, line: str) -> bool:
         """Answer, or obey a command; False: the conversation is over."""
-        line = line.strip()
+        line = line.removeprefix("\ufeff").strip()
         if line == "/exit":
             return False
         if line == "/reset":
