@@ -1,4 +1,4 @@
-"""Under rejection sampling a seed repeats its text, whoever drafts beside it: q depends on a request's own rows alone."""
+"""Under rejection sampling a seed repeats its text whoever drafts beside it: q depends on a request's own rows."""
 
 import pytest
 import torch

@@ -163,6 +163,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer. Raises RequestError where a model object came without one."""
         if self._tokenizer is None:
             raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
         return self._tokenizer
