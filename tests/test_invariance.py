@@ -63,6 +63,21 @@ FLAWS: dict[str, Flaw] = {
 }
 
 
+def test_a_flaw_of_the_narrowest_pass_under_longer_keys_is_found() -> None:
+    """Seen on an Intel processor in fp32: 128 keys more or less, and 4 rows alone had other bits, a few of 33."""
+
+    class Narrow(Planted):
+        def forward(self, rows: RowBatch) -> torch.Tensor:
+            logits = super().forward(rows)
+            for place, row in enumerate(rows.wanted):
+                group = next(g for g in rows.groups if g.first_row <= row < g.first_row + g.num_rows)
+                odd = group.width == 4 and group.key_length % 512 and rows.positions[row] % 8 == 0
+                logits[place] += 1e-3 * bool(odd)
+            return logits
+
+    assert probe(Narrow(lambda _rows, _group: 0.0)).key_multiple == 512
+
+
 @pytest.mark.parametrize("name", list(FLAWS))
 def test_rows_that_depend_on_the_pass_are_found(name: str) -> None:
     assert found(FLAWS[name]) == FIXED

@@ -82,7 +82,7 @@ class Conversation:
 
 
 def turn(conversation: Conversation) -> bool:
-    """Read a line and react to it; Ctrl-C drops what was typed. False: nothing more to read, or to say."""
+    """Read a line and react to it; Ctrl-C drops what was typed. False: the conversation is over."""
     interactive = session.interactive()
     try:
         return conversation.react(input("> " if interactive else ""))
