@@ -71,7 +71,7 @@ def test_a_flaw_of_the_narrowest_pass_under_longer_keys_is_found() -> None:
             logits = super().forward(rows)
             for place, row in enumerate(rows.wanted):
                 group = next(g for g in rows.groups if g.first_row <= row < g.first_row + g.num_rows)
-                odd = group.width == 4 and group.key_length % 512 and rows.positions[row] % 8 == 0
+                odd = group.width == 4 and group.key_length % 512 and rows.positions[row] % 8 == 4
                 logits[place] += 1e-3 * bool(odd)
             return logits
 

@@ -1,8 +1,8 @@
 """From logits and a true prefix to processed scores, and from scores to tokens; the same code for target and drafters.
 
-A row's result has the same bits whatever other rows are in the call: every step is elementwise or compares a row with its
-own maximum and order; the one sum that decides anything (top_p) is taken in float64. Knows nothing of models, caches
-or how drafts are checked.
+A row's result has the same bits whatever other rows are in the call: every step is elementwise or compares a row with
+its own maximum and order; the one sum that decides anything (top_p) is taken in float64. Knows nothing of models,
+caches or how drafts are checked.
 
 Order, as in vLLM and transformers: logit_bias, penalties, custom processors, temperature, top_k, top_p, min_p.
 """

@@ -34,7 +34,7 @@ def verify(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
 
 
 def verify_reached(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
-    """As `verify`, row by row: one that fails (NaN, a processor raises) is an error only where plain decoding gets there."""
+    """As `verify`, row by row: a failure (NaN, a processor raises) is an error only if plain decoding gets to it."""
     scores, failures = [], {}
     rows = paths(draft)
     positions = [len(request.token_ids) + len(path) for path in rows]

@@ -63,7 +63,7 @@ def _abandon_stdout() -> None:
 
 
 def leave_at_once(*_: object) -> None:
-    """Ctrl-C during imports: libraries may swallow a KeyboardInterrupt or abort on it, and nothing is to be saved yet."""
+    """Ctrl-C during imports, where libraries may swallow a KeyboardInterrupt or abort on it; nothing is lost yet."""
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
