@@ -204,6 +204,28 @@ def test_text_without_a_tokenizer(llm):
         llm.generate([1, 2], SamplingParams(stop="x"))
 
 
+LONE = r"has a lone surrogate, '\\ud83d' at character 3, which no tokenizer can read; decode its source as UTF-8"
+
+
+@pytest.mark.parametrize("call", ["generate", "batch", "stream", "chat", "parts", "stream_chat", "tools"])
+def test_a_lone_surrogate_is_refused_everywhere(checkpoint, call):
+    llm = LLM(checkpoint, "none")
+    llm.tokenizer.chat_template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    bad, sound = "w1 \ud83d", {"role": "user", "content": "w1"}
+    calls = {
+        "generate": lambda: llm.generate(bad),
+        "batch": lambda: llm.generate(["w1", bad]),
+        "stream": lambda: llm.stream(bad),
+        "chat": lambda: llm.chat([{"role": "user", "content": bad}]),
+        "parts": lambda: llm.chat([{"role": "user", "content": [{"type": "text", "text": bad}]}]),
+        "stream_chat": lambda: llm.stream_chat([{"role": "user", "content": bad}]),
+        "tools": lambda: llm.chat([sound], tools=[{"name": bad}]),
+    }
+    with pytest.raises(RequestError, match=LONE):
+        calls[call]()
+    assert not llm.engine.has_work
+
+
 def test_nothing_has_run_when_one_prompt_of_many_is_bad(llm):
     with pytest.raises(RequestError):
         llm.generate([[1, 2], [1] * 70])

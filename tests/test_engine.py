@@ -165,8 +165,11 @@ def test_counters_add_up(name, verifier):
 def test_every_token_says_whether_it_was_drafted():
     ask = Ask([1, 2], GREEDY)
     (request,) = play(engine(Wrong(oracle(ask).texts, VOCAB), gamma=3), [ask])
-    assert any(request.from_draft) and not all(request.from_draft)
-    assert not request.from_draft[0] or len(ask.prompt) % 3
+    flags = [False]  # the prompt's own pass drafts nothing
+    while len(flags) < request.num_output:
+        right = (len(ask.prompt) + len(flags)) % 3  # what `Wrong` gets right before it is wrong
+        flags += [True] * min(right, request.num_output - len(flags) - 1) + [False]
+    assert request.from_draft == flags and any(flags)
 
 
 # Probabilities and processors

@@ -368,7 +368,7 @@ def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_of_files_and_folders(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("First passage\nof two lines.\n\nSecond.\n\n\n")
+    (tmp_path / "a.txt").write_text("\ufeffFirst passage\nof two lines.\n\nSecond.\n\n\n")
     (tmp_path / "b.jsonl").write_text('{"turns": ["Hello", "no"]}\n\n"Plain"\n{"question": "Why?", "answer": "x"}\n')
     (tmp_path / "c.bin").write_bytes(b"\xff")
     found = [getattr(prompt, "text", prompt) for prompt in read_prompts(tmp_path)]

@@ -25,13 +25,12 @@ from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
 from foredraft.results import Chunk, GenerationResult, Job
 from foredraft.runner import Runner
-from foredraft.text import TextStream, end_of_turn_ids, render_chat
+from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
 from foredraft.types import Request, SamplingParams, StepOutput
 from foredraft.weights.checkpoint import check_source
 
 BUNDLED = Path(__file__).parent / "bundled"
 Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, Any]]
 OnError = Literal["raise", "return"]
 
 
@@ -111,6 +110,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer. Raises RequestError where a model object came without one."""
         if self._tokenizer is None:
             raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
         return self._tokenizer
@@ -194,18 +194,43 @@ class LLM:
         return self._stream(self.job(prompt, params, num_draft_tokens))
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        num_draft_tokens: int | None = None,
+        tools: Sequence[Tool] = (),
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
-        """The model's next turn in a conversation, by its own chat template. Raises as `generate`."""
-        *_, last = self.stream_chat(messages, params, num_draft_tokens=num_draft_tokens)
+        """The model's next turn in a conversation, by its own chat template.
+
+        Args:
+            messages: roles with content (text or text parts), tool calls and their results, as OpenAI has them.
+            params: None decodes greedily.
+            num_draft_tokens: as for `generate`.
+            tools: what the model may call: JSON schemas, or functions that transformers can make one of.
+            template_arguments: further variables of the template, as `documents` or `enable_thinking`.
+
+        Raises:
+            RequestError: as `generate`, and where the template cannot honour what it is given.
+        """
+        *_, last = self.stream_chat(
+            messages, params, num_draft_tokens=num_draft_tokens, tools=tools, template_arguments=template_arguments
+        )
         assert last.result is not None
         return last.result
 
     def stream_chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        num_draft_tokens: int | None = None,
+        tools: Sequence[Tool] = (),
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
         """`chat`, a chunk for each step."""
-        prompt = render_chat(self.tokenizer, messages)
+        prompt = render_chat(self.tokenizer, messages, tools, template_arguments)
         job = self.job(prompt, params, num_draft_tokens, stop_token_ids=end_of_turn_ids(self.tokenizer))
         return self._stream(job)
 
@@ -240,7 +265,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""
         if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])  # not verbose: the length is checked below
+            ids = encode_text(self.tokenizer, prompt)
         else:
             try:
                 ids = [operator.index(i) for i in prompt]

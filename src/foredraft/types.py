@@ -42,6 +42,7 @@ class Draft:
 
     @property
     def is_chain(self) -> bool:
+        """Whether each token follows the one before it."""
         return not self.parents or self.parents == tuple(range(-1, len(self.tokens) - 1))
 
 
@@ -115,6 +116,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken (temperature 0)."""
         return self.temperature == 0
 
 
@@ -176,14 +178,17 @@ class Request:
 
     @property
     def output_ids(self) -> list[int]:
+        """The tokens after the prompt."""
         return self.token_ids[self.prompt_len :]
 
     @property
     def num_output(self) -> int:
+        """How many tokens there are after the prompt."""
         return len(self.token_ids) - self.prompt_len
 
     @property
     def remaining(self) -> int:
+        """How many more tokens `max_new_tokens` allows."""
         return self.params.max_new_tokens - self.num_output
 
     @property

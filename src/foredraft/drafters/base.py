@@ -19,9 +19,13 @@ class Drafter(Protocol):
 
     name: str
 
-    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]: ...
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+        """One draft for each request, in their order."""
+        ...
 
-    def observe(self, request: Request, verdict: Verdict) -> None: ...
+    def observe(self, request: Request, verdict: Verdict) -> None:
+        """What the target made of the request's draft; its tokens are committed."""
+        ...
 
     def forget(self, request: Request) -> None:
         """The request has ended; drop what was kept for it."""

@@ -18,6 +18,8 @@ class StepTimes(NamedTuple):
 
 
 class DraftPolicy(Protocol):
+    """Decides how far to draft, from numbers alone."""
+
     def start(self, request: Request) -> int:
         """The most tokens to draft in this step; 0 is plain decoding."""
         ...
@@ -26,8 +28,14 @@ class DraftPolicy(Protocol):
         """Draft another token, after tokens of which the drafter was this sure?"""
         ...
 
-    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None: ...
+    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        """What the target made of a draft."""
+        ...
 
-    def observe_times(self, times: StepTimes) -> None: ...
+    def observe_times(self, times: StepTimes) -> None:
+        """What a step took in which all requests were decoding."""
+        ...
 
-    def forget(self, request: Request) -> None: ...
+    def forget(self, request: Request) -> None:
+        """The request has ended; drop what was kept for it."""
+        ...

@@ -165,7 +165,7 @@ def read_prompts(path: Path) -> Iterator[str | Passage]:
 def _read(file: Path) -> str:
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise RequestError(f"calibration text {file} cannot be read: {error}") from error
 

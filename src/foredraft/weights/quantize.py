@@ -3,9 +3,8 @@
 Owns the number formats and the choice of a group size. A model is quantised one layer at a time from what it computes
 with (packed weights give themselves back exactly), whenever somebody asks. Knows nothing of models, caches or drafts.
 
-Kernels: int4 and int8 weight-only are ATen's, in bf16 activations; a row's bits do not depend on the other rows, so
-they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster on large layers, and good
-for drafts alone.
+Kernels: int4 and int8 weight-only are ATen's, in bf16 activations, and may verify. int8 dynamic also rounds its input:
+faster on large layers, and good for drafts alone. In all of them a row's bits do not depend on the other rows.
 """
 
 import abc
@@ -30,7 +29,7 @@ OUT_MULTIPLE = 16  # rows of an int4 weight, padded with zeros
 IN_MULTIPLE = (
     32  # inputs of an int8 weight, padded with zeros: ATen's kernel leaves out what is beyond a multiple of it
 )
-LARGE = 2**20  # weights beyond which int8 dynamic is faster than int8 weight-only, for one row
+LARGE = 2**18  # weights beyond which int8 dynamic is faster than int8 weight-only: alike for one row, ahead for more
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
 
 
@@ -151,7 +150,10 @@ class Int8Linear(QuantLinear):
 
 
 class DynamicInt8Linear(QuantLinear):
-    """Eight bits for weight and input: the fastest on a CPU, for drafts only."""
+    """Eight bits for weight and input: the fastest on a CPU, for drafts only.
+
+    Each row of the input is rounded by its own largest value, so that its bits do not depend on the other rows.
+    """
 
     bits = 8
 
@@ -163,53 +165,28 @@ class DynamicInt8Linear(QuantLinear):
             warnings.simplefilter("ignore")
             tensor = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+        self.takes_scale = torch.backends.quantized.engine in ("x86", "fbgemm")
         self.nbytes = codes.numel() + 4 * scale.numel()
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         x = x.float()
-        if len(x) == 1:
-            return self._rounded(x)
-        size = x.abs().amax(1, keepdim=True).clamp_(min=1e-30)  # or a large row would take the others' precision
-        return self._rounded(x / size).mul_(size)
-
-    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.quantized.linear_dynamic(x, self.packed)
-        return out
+        if not self.takes_scale:
+            return torch.cat([torch.ops.quantized.linear_dynamic(row, self.packed) for row in x.split(1)])
+        size = x.abs().amax(1, keepdim=True).clamp_(min=1e-30)
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        out: torch.Tensor = multiply(x / size, 1 / 127, 128, self.packed)
+        return out.mul_(size)
 
     def dense(self) -> torch.Tensor:
         weight: torch.Tensor = torch.ops.quantized.linear_unpack(self.packed)[0]
         return weight.dequantize()
 
 
-class OneRowLinear(nn.Module):
-    """A small layer of a draft model: one row takes eight bits, weight-only, and more rows take `whole`."""
-
-    def __init__(self, whole: PackedLinear) -> None:
-        super().__init__()
-        self.whole = whole
-        self.single = Int8Linear(whole.dense(), whole.bias)
-        self.bias = whole.bias
-        self.nbytes = whole.nbytes + self.single.nbytes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.single if x.numel() == self.whole.in_features else self.whole
-        return layer.forward(x)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        layer = self.single if x.numel() == self.whole.in_features else self.whole
-        return layer.add_to(residual, x)
-
-    def dense(self) -> torch.Tensor:
-        return self.whole.dense()
-
-
 def for_drafting(layer: Any) -> Any:
     """A packed layer of a draft model in the eight bits that are fastest for its size; others stay as they are."""
     if not isinstance(layer, PackedLinear):
         return layer
-    if layer.in_features * layer.out_features <= LARGE:
-        return OneRowLinear(layer)
-    return DynamicInt8Linear(layer.dense(), layer.bias)
+    return quant_linear(layer.dense(), layer.bias, "int8-dynamic")
 
 
 FORMATS: dict[WeightFormat, Callable[[torch.Tensor, torch.Tensor | None], QuantLinear]] = {
