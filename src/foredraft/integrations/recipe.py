@@ -10,8 +10,8 @@ from typing import Any, cast
 import transformers
 from transformers import PreTrainedModel
 
-from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.make import DraftContext, make_drafter
 from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet

@@ -48,7 +48,7 @@ class RowCost:
 
 
 @dataclass(slots=True)
-class Calibration:
+class ConfidenceBins:
     """How often a token drafted with a given confidence is accepted, in ten bins with a prior of their own."""
 
     bins: int = 10
@@ -74,7 +74,7 @@ class Calibration:
 
 
 @dataclass(slots=True)
-class StepCosts:
+class BatchCosts:
     """What steps of one batch size cost, in seconds."""
 
     batch: int
@@ -110,7 +110,7 @@ class StepCosts:
 
 
 @dataclass(slots=True)
-class Trial:
+class Exploration:
     """When requests whose drafts do not pay try one token: all in the same step, which is cheaper in a batch."""
 
     every: int = 16
@@ -151,13 +151,13 @@ class Gain(Fixed):
     def __init__(self, maximum: int = 16, plain_every: int = 96) -> None:
         super().__init__(maximum)
         self.plain_every, self.margin = plain_every, 0.02
-        self.calibration = Calibration()
-        self.costs: dict[int, StepCosts] = {}  # by batch size
+        self.bins = ConfidenceBins()
+        self.costs: dict[int, BatchCosts] = {}  # by batch size
         self.batch = 1
         self.steps = 0
         self.step = Step()
         self.willing = 1  # requests that would draft if all did, in the step before
-        self.trial = Trial()
+        self.exploration = Exploration()
         self.alpha = Average(0.6, count=8, memory=200)  # acceptance of the next token, over all; at first a guess
         self.alphas: defaultdict[Request, Average] = defaultdict(partial(Average, memory=30))
 
@@ -170,7 +170,7 @@ class Gain(Fixed):
         if not costs.draft.count or self._pays(alpha, costs, self.willing):
             return self._open(self.num_draft_tokens)
         cheap = 100 * costs.rate * costs.price(0, self.batch)  # so that trials cost a hundredth of the time at most
-        if self.steps % max(1, min(self.trial.every, round(cheap))):
+        if self.steps % max(1, min(self.exploration.every, round(cheap))):
             return 0
         self.step.trying.add(request)
         return self._open(1)
@@ -182,7 +182,7 @@ class Gain(Fixed):
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         survival = self._alpha(request)
         for confidence in confidences:
-            survival *= self.calibration.probability(confidence)
+            survival *= self.bins.probability(confidence)
         costs, depth, open = self._costs(), len(confidences), self.step.open
         go_on = survival > costs.rate * costs.price(depth, open.get(depth - 1, 1))
         open[depth] = open.get(depth, 0) + go_on
@@ -196,14 +196,14 @@ class Gain(Fixed):
             self.alpha.add(hit)
             own.add(hit)
             if draft.confidences:
-                self.calibration.add(draft.confidences[i], hit)
+                self.bins.add(draft.confidences[i], hit)
         self.step.longest = max(self.step.longest, len(draft))
         if draft.tokens and request in self.step.trying:
-            self.trial.count(bool(verdict.accepted))
+            self.exploration.count(bool(verdict.accepted))
 
     def observe_times(self, times: StepTimes) -> None:
         self.steps += 1
-        self.trial.end_step()
+        self.exploration.end_step()
         self.batch = times.batch
         self._costs().add(times, self.step.longest)
         self.willing = self.step.willing
@@ -212,9 +212,9 @@ class Gain(Fixed):
     def forget(self, request: Request) -> None:
         self.alphas.pop(request, None)
 
-    def _costs(self) -> StepCosts:
+    def _costs(self) -> BatchCosts:
         if self.batch not in self.costs:
-            self.costs[self.batch] = StepCosts(self.batch)
+            self.costs[self.batch] = BatchCosts(self.batch)
         return self.costs[self.batch]
 
     def _alpha(self, request: Request) -> float:
@@ -225,7 +225,7 @@ class Gain(Fixed):
         weight = own.count / (own.count + 8)
         return weight * own.value + (1 - weight) * self.alpha.value
 
-    def _pays(self, alpha: float, costs: StepCosts, sharing: int) -> bool:
+    def _pays(self, alpha: float, costs: BatchCosts, sharing: int) -> bool:
         """Whether the best draft length brings more tokens than plain decoding makes of the same time."""
         rate = self.batch / costs.plain.value
         total, survival = 0.0, 1.0

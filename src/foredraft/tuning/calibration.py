@@ -61,7 +61,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class CalibrationText:
     """Samples, the longest output first, and the parameters they were made with."""
 
     samples: tuple[Sample, ...]
@@ -70,7 +70,7 @@ class Calibration:
     def params_of(self, sample: Sample) -> SamplingParams:
         return replace(self.params, seed=sample.seed)
 
-    def every(self, stride: int) -> "Calibration":
+    def every(self, stride: int) -> "CalibrationText":
         """Each `stride`-th sample."""
         return replace(self, samples=self.samples[::stride])
 
@@ -119,7 +119,7 @@ def pick_prompts(llm: LLM, path: Path | None, count: int, held_out: int, *, seed
 
 def continue_prompts(
     llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int = 0
-) -> Calibration:
+) -> CalibrationText:
     """What the target says after each prompt.
 
     Raises:
@@ -135,7 +135,7 @@ def continue_prompts(
     samples = sorted((it for it in samples if it.num_output > 1), key=lambda it: -it.num_output)
     if not samples:
         raise RequestError("the model ends its text at once after every calibration prompt; give others")
-    return Calibration(tuple(samples), params)
+    return CalibrationText(tuple(samples), params)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from foredraft.models.base import CausalModel
 from foredraft.models.rows import SHORT_SPAN, Span, plan
 from foredraft.policy import Fixed
 from foredraft.tuning.acceptance import Acceptance, run_lengths
-from foredraft.tuning.calibration import Calibration
+from foredraft.tuning.calibration import CalibrationText
 from foredraft.tuning.forecast import MAX_GAMMA
 from foredraft.types import Request
 
@@ -68,7 +68,7 @@ class Scorer:
     noise, and alpha is E[sum min(p, q)] after temperature and filters; at temperature 0 both are equal argmaxes.
     """
 
-    def __init__(self, target: CausalModel, calibration: Calibration) -> None:
+    def __init__(self, target: CausalModel, calibration: CalibrationText) -> None:
         self.target = target
         self.samples = calibration.samples
         self.params = calibration.params
