@@ -17,10 +17,13 @@ from fakes import Ask, Oracle, RandomDrafter, Recorder, Wrong, play
 from models import tiny
 from transformers import LogitsProcessor
 
+from foredraft import drafters
 from foredraft.drafters.base import NoDrafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
+from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.engine import Engine
+from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_target
 from foredraft.policy import Gain
 from foredraft.types import SamplingParams
@@ -29,7 +32,9 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "models"
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "my_drafter.py"
 TINY, REAL = ("llama", "qwen3"), ("stories3M", "tinystories-656k")
 DTYPES = ("bfloat16", "float32")
-DRAFTERS = ("none", "ngram", "model", "oracle", "wrong", "random", "example")
+FAKES = ("model", "oracle", "wrong", "random", "example")
+DRAFTERS = (*drafters.DRAFTERS, *FAKES)
+SKIPPED = SkipSet((1,), ())
 BATCHES = {"bfloat16": (1, 2, 3, 5, 8), "float32": (1, 3, 8)}
 LENGTHS = {"tiny": (1, 3, 40, 130, 250, 257, 380, 600), "real": (1, 3, 40, 120, 130, 256, 257, 420)}
 NEW_TOKENS = {"tiny": 44, "real": 16}
@@ -72,8 +77,12 @@ class Case:
 
     def drafter(self, name: str):
         vocab = self.target.vocab_size
+        kind = drafters.DRAFTERS.get(name)
+        if kind and kind.needs_profile:
+            return SelfDrafter(self.target, name, kind.weight_format, SKIPPED)
+        if kind and name != "ngram":
+            return kind.make(drafters.DraftContext(self.target, None, LoadOptions(self.dtype)))
         made = {
-            "none": NoDrafter,
             "ngram": lambda: NgramDrafter(min_match=1),
             "model": lambda: ModelDrafter(self.draft_model, vocab),
             "oracle": lambda: Oracle(self.tokens),
