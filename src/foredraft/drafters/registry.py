@@ -37,6 +37,13 @@ def _ngram(context: "DraftContext") -> "Drafter":
     return NgramDrafter()
 
 
+def _suffix(context: "DraftContext") -> "Drafter":
+    from foredraft.drafters.memory import SuffixMemory
+    from foredraft.drafters.suffix import SuffixDrafter
+
+    return SuffixDrafter(SuffixMemory(context.target.vocab_size))
+
+
 def _self_draft(name: str, help: str, weights: "WeightFormat | None", *, skips: bool = False) -> DrafterKind:
     def make(context: "DraftContext") -> "Drafter":
         from foredraft.drafters.self_draft import SelfDrafter, skip_set
@@ -51,6 +58,7 @@ def _self_draft(name: str, help: str, weights: "WeightFormat | None", *, skips: 
 KINDS = (
     DrafterKind("none", "nothing: plain decoding", _none),
     DrafterKind("ngram", "what followed the longest suffix of the text that occurred before in it", _ngram),
+    DrafterKind("suffix", "what most often followed the end of the text, in it or in earlier outputs", _suffix),
     _self_draft("int4", "the target's own weights in four bits", "int4"),
     _self_draft("int8", "the target's own weights in eight bits", "int8-dynamic"),
     _self_draft("skip", "the target without some of its sub-layers", None, skips=True),
