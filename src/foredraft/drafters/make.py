@@ -26,6 +26,7 @@ class DraftContext:
     options: LoadOptions  # of the drafter
     profile: str | Path | None = None  # which sub-layers a self-drafter skips; None: as kept for this model
     force_profile: bool = False  # take a profile that was found for another model
+    remember: bool = True  # may it draft from outputs of earlier requests?
 
 
 def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context: DraftContext) -> Drafter:

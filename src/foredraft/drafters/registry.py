@@ -41,7 +41,7 @@ def _suffix(context: "DraftContext") -> "Drafter":
     from foredraft.drafters.memory import SuffixMemory
     from foredraft.drafters.suffix import SuffixDrafter
 
-    return SuffixDrafter(SuffixMemory(context.target.vocab_size))
+    return SuffixDrafter(SuffixMemory(context.target.vocab_size) if context.remember else None)
 
 
 def _self_draft(name: str, help: str, weights: "WeightFormat | None", *, skips: bool = False) -> DrafterKind:
