@@ -16,7 +16,7 @@ from foredraft.tuning.machine import UNWATCHED, Load
 
 @dataclass(frozen=True, slots=True)
 class DraftCost:
-    """Seconds to draft: a fixed part, and each token's."""
+    """Seconds to draft: a fixed part, and so much for each token."""
 
     fixed: float
     token: float
@@ -27,7 +27,7 @@ class DraftCost:
 
 @dataclass(frozen=True, slots=True)
 class SublayerCosts:
-    """Seconds of a self-draft: per draft, per token, and per token and sub-layer that is not skipped."""
+    """Seconds of a self-draft: of each draft, of each token, and of each token and sub-layer that is not skipped."""
 
     fixed: float
     token: float
@@ -40,7 +40,7 @@ class SublayerCosts:
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds of a step but for drafting, by tokens drafted, linear in between; and of a prompt's pass."""
+    """Seconds of a step without its drafting, by tokens drafted (interpolated), and of the pass over a prompt."""
 
     lengths: tuple[int, ...]  # ascending, beginning with 0
     seconds: tuple[float, ...]
@@ -52,7 +52,7 @@ class StepCosts:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """All that was measured. `drafts` by drafter, `sublayers` by the weights a self-draft runs on."""
+    """Everything that was measured. `drafts` by drafter, `sublayers` by the weights a self-draft runs on."""
 
     steps: StepCosts
     drafts: Mapping[str, DraftCost] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A step in somebody's turn, and what it took."""
+    """One timed step, and in which turn it was."""
 
     turn: Turn
     times: StepTimes

@@ -1,4 +1,4 @@
-"""Another drafter in a loaded LLM for a while, so that all candidates share one target."""
+"""Lend a loaded LLM another drafter, so that all candidates share one target."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from foredraft.policy import DraftPolicy, PerRequest
 
 @contextmanager
 def driven_by(llm: LLM, drafter: Drafter, policy: DraftPolicy | None = None) -> Iterator[LLM]:
-    """The same LLM with another drafter, and another policy where one is given, until the block ends."""
+    """Until the block ends the LLM drafts with this drafter, and with this policy if one is given."""
     assert not llm.engine.has_work, "a drafter cannot change while requests run"
     before, policy_before = llm.engine.drafter, llm.engine.policy
     llm.engine.drafter = drafter

@@ -22,8 +22,8 @@ FREE = (PLAIN, REPEAT)  # turns whose drafts cost nothing
 def fit(timed: Sequence[Timed], prefills: Sequence[float], load: Load = UNWATCHED) -> Costs:
     """From timed steps to costs.
 
-    A step's own price is that of steps whose drafts cost nothing. What a step takes beyond it is the draft's price, so
-    that this has in it what drafting does to the processor's caches before the target's pass.
+    The price of verifying comes from steps whose drafts cost nothing. A draft's price is what its steps take beyond
+    that: it includes the time that the target loses because drafting displaced its data from the caches.
     """
     free: list[Timed] = []
     drafted: list[Timed] = []
@@ -63,8 +63,8 @@ def _seen(timed: Iterable[Timed]) -> dict[tuple[Turn, int], list[float]]:
 def error(values: Sequence[float]) -> float:
     """The standard error of these timings' low quantile, over that quantile.
 
-    sqrt(p (1 - p) / n) / density, the density there taken from how far apart the quantiles 0.1 and 0.5 lie: of few
-    timings, or of timings that scatter, nothing is known for sure.
+    sqrt(p (1 - p) / n) / density, the density there estimated from the distance of the quantiles 0.1 and
+    0.5. Large if there are few timings or they scatter.
     """
     if len(values) < FEWEST:
         return 1.0
@@ -82,7 +82,7 @@ def _low(values: Sequence[float]) -> float:
 
 
 def _cells(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
-    """The low quantile of each key's values; of keys that were seen often enough to mean something, if there are."""
+    """The low quantile of each key's values, for keys that were seen often enough."""
     found: dict[Any, list[float]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)
@@ -95,7 +95,7 @@ def _enough(values: Iterable[Sequence[float]]) -> float:
 
 
 def _steps(free: Iterable[Timed], prefill: float) -> StepCosts:
-    """A wider pass never costs less: what says otherwise is noise."""
+    """Seconds by tokens drafted; made to rise with them, since a wider pass never costs less."""
     cells = _cells((it.times.drafted, it.times.total - it.times.drafting) for it in free)
     seconds = np.maximum.accumulate(list(cells.values())).tolist()
     return StepCosts(tuple(cells), tuple(seconds), prefill)
@@ -117,7 +117,7 @@ def _plane(beyond: Sequence[tuple[Timed, float]]) -> SublayerCosts:
 
 
 def _least_squares(columns: Any, values: Sequence[float]) -> list[float]:
-    """Coefficients, none of them negative, of the least relative error; a column that would be is left out."""
+    """Coefficients with the least relative error and none below 0: columns that would get less are left out."""
     y = np.maximum(np.asarray(values, dtype=float), 1e-6)
     scaled = columns / y[:, None]
     active = list(range(columns.shape[1]))

@@ -1,8 +1,8 @@
 """Whether the machine is busy with something else while costs are measured.
 
-Two signs, each from two readings with some time between them: how much of the processors others used (Linux counts
-that, time stolen by the host included), and how much of a short busy loop this thread spent waiting (works everywhere).
-Knows nothing of models; clocks and counters are handed in, so that tests need neither.
+Two signs: the share of all processors that other processes used (on Linux, with time stolen by the host), and the share
+of a short busy loop that this thread spent waiting for a processor (everywhere). Knows nothing of models; clocks and
+counters are parameters, so that tests can set them.
 """
 
 import os
@@ -19,7 +19,7 @@ WAITED = 0.08  # of a busy loop's time
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Shares in [0, 1]. `others`: of all processors' time, what other processes took; None where nobody counts it."""
+    """Shares in [0, 1]. `others`: of all processors' time, what other processes took; None if not known."""
 
     others: float | None = None
     waited: float = 0.0  # of a busy loop's time, what it spent waiting for a processor

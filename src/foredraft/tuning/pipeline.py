@@ -46,9 +46,10 @@ def advise(
     load: LoadOptions | None = None,
     watcher: Watcher | None = None,
 ) -> Advice:
-    """Try every drafter that could serve this model. The LLM must be idle, and is its old self afterwards.
+    """Try every drafter that could serve this model. The LLM must be idle, and drafts as before afterwards.
 
-    Ctrl-C (KeyboardInterrupt) in the search ends it with what it has found, in the confirmation leaves rows unmeasured.
+    Ctrl-C (KeyboardInterrupt) during a search ends that search and keeps its trials; during the confirmation it leaves
+    the rows with predictions only.
 
     Args:
         llm: the target, with any drafter.
@@ -75,7 +76,7 @@ class Pipeline:
 
     def run(self) -> Advice:
         if self.options.trials and not {*SEARCHES} <= {*self.options.without}:
-            optuna()  # say at once that it is missing
+            optuna()  # if it is missing, say so now, not after minutes
         candidates = find_candidates(self.llm, self.options, self.load)
         prompts, text = self._texts()
         costs = self._costs(candidates, text)
@@ -162,7 +163,7 @@ class Pipeline:
         return found, meter.load
 
     def _weighed(self, row: Row) -> Row:
-        """With the memory of a draft that is built for its set alone, not for the search."""
+        """The row with the memory of a draft built for this set alone; the search's copy holds all sub-layers."""
         kind = DRAFTERS.get(row.name)
         if row.skip is None or kind is None or kind.weight_format is None:
             return row
