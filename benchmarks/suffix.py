@@ -70,16 +70,21 @@ class Arm:
     drafter: Drafter
     policy: Gain = field(default_factory=Gain)
     seconds: list[float] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
 
     def run(self, llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:
         with driven_by(llm, self.drafter, self.policy):
             result = llm.generate(prompt, params)
         self.seconds.append(result.stats.seconds_total)
+        self.passes.append(result.stats.target_passes)
         self.texts.append(result.token_ids)
 
     def rate(self, last: int) -> float:
         return sum(map(len, self.texts[-last:])) / sum(self.seconds[-last:])
+
+    def per_pass(self, last: int) -> float:
+        return sum(map(len, self.texts[-last:])) / sum(self.passes[-last:])
 
 
 def arms(llm: LLM) -> dict[str, Arm]:
@@ -106,6 +111,10 @@ def figures(rounds: list[dict[str, Arm]]) -> dict[str, Any]:
     for name in rounds[0]:
         every, last = ([it[name].rate(n) for it in rounds] for n in (0, LAST))
         found[name] = {"all": summary(every), "last": summary(last)}
+        found[name] |= {
+            f"tokens a pass, {what}": statistics.median(it[name].per_pass(n) for it in rounds)
+            for what, n in (("all", 0), ("last", LAST))
+        }
         for other in ("plain", "ngram"):
             for what, n in (("all", 0), ("last", LAST)):
                 ratios = [it[name].rate(n) / it[other].rate(n) for it in rounds]
