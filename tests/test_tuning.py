@@ -2,8 +2,8 @@
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from foredraft import LLM, SamplingParams, profile
 from foredraft.cli.app import app
+from foredraft.cli.tune import why_none, write_profile
 from foredraft.drafters.base import Drafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
@@ -27,26 +28,19 @@ from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, load_model
 from foredraft.policy import StepTimes
 from foredraft.stats import SpecStats
-from foredraft.tuning import advise as advising
-from foredraft.tuning import report
+from foredraft.tuning import candidates as choosing
+from foredraft.tuning import pipeline, report
 from foredraft.tuning.acceptance import Acceptance, run_lengths, walk
-from foredraft.tuning.advice import Advice, Row, TuneOptions, Watcher
-from foredraft.tuning.calibration import Calibration, continue_prompts, pick_prompts, read_prompts
-from foredraft.tuning.confirm import Candidate, Measured, confirm
-from foredraft.tuning.costs import (
-    Arm,
-    Carousel,
-    Costs,
-    DraftCost,
-    Repeat,
-    StepCosts,
-    SublayerCosts,
-    Timed,
-    fit,
-    measure,
-)
+from foredraft.tuning.calibration import CalibrationText, continue_prompts, pick_prompts, read_prompts
+from foredraft.tuning.carousel import REPEATS, Carousel, Repeat, measure, settle
+from foredraft.tuning.confirm import Candidate, Confirmation, confirm
+from foredraft.tuning.costs import Costs, DraftCost, StepCosts, SublayerCosts, Timed, Turn
 from foredraft.tuning.driving import driven_by
+from foredraft.tuning.fitting import WIDE, error, fit, too_wide
 from foredraft.tuning.forecast import Forecast, expected_tokens, forecast, speedup_formula
+from foredraft.tuning.machine import Counters, Load, LoadMeter
+from foredraft.tuning.options import TuneOptions, Watcher
+from foredraft.tuning.ranking import Advice, Row
 from foredraft.tuning.score import Scorer
 from foredraft.tuning.search import Evaluation, Limits, Search, Study, Trial, as_bits, skip_set
 
@@ -59,13 +53,13 @@ def llm() -> LLM:
     return LLM(tiny("llama"), "none", max_batch_size=4)
 
 
-def text(llm: LLM, temperature: float = 0.0, count: int = 4, **changes: Any) -> Calibration:
+def text(llm: LLM, temperature: float = 0.0, count: int = 4, **changes: Any) -> CalibrationText:
     prompts = [[random.Random(i).randrange(VOCAB) for _ in range(3 + 5 * i)] for i in range(count)]
     params = SamplingParams(temperature=temperature, max_new_tokens=TOKENS, **changes)
     return continue_prompts(llm, prompts, params, seed=11)
 
 
-def generated(llm: LLM, drafter: Drafter, calibration: Calibration, gamma: int) -> SpecStats:
+def generated(llm: LLM, drafter: Drafter, calibration: CalibrationText, gamma: int) -> SpecStats:
     """What really happens, with the very texts that were scored."""
     stats = SpecStats()
     with driven_by(llm, drafter):
@@ -246,21 +240,21 @@ def test_forecast_prices_wide_passes_and_prompts() -> None:
     assert found.by_length[2] == pytest.approx((2 + 9) / (2 + 3 * (2.0 + 0.5 + 0.5)))
 
 
-def timed(arm: Arm, drafted: int, drafting: float, rest: float) -> Timed:
-    return Timed(arm, StepTimes(1, drafted, drafted + 1, 1, drafting, rest, drafting + rest))
+def timed(turn: Turn, drafted: int, drafting: float, rest: float) -> Timed:
+    return Timed(turn, StepTimes(1, drafted, drafted + 1, 1, drafting, rest, drafting + rest))
 
 
 def test_fit_finds_the_costs_it_was_fed() -> None:
     truth = SublayerCosts(2e-4, 1e-4, 5e-5, 3e-5)
     free = Repeat()
-    steps = [timed(Arm("", free, 0), 0, 0, 1e-3)] * 9 + [timed(Arm("repeat", free, 8), 8, 0, 2e-3)] * 9
+    steps = [timed(Turn("plain", free, 0), 0, 0, 1e-3)] * 9 + [timed(Turn("repeat", free, 8), 8, 0, 2e-3)] * 9
     family = []
     for attentions, mlps in ((6, 6), (3, 6), (6, 3), (2, 2)):
-        arm = Arm(f"{attentions} {mlps}", free, 2, "own", attentions, mlps)
+        turn = Turn(f"{attentions} {mlps}", free, 2, "own", attentions, mlps)
         for d in (2, 6):
             seconds = truth.draft(attentions, mlps).seconds(d)
-            family += [timed(arm, d, seconds, 1e-3 + d * 1.25e-4)] * 9
-            family += [timed(arm, d, 40 * seconds, 1e-2)] * 3  # somebody else had the machine
+            family += [timed(turn, d, seconds, 1e-3 + d * 1.25e-4)] * 9
+            family += [timed(turn, d, 40 * seconds, 1e-2)] * 3  # somebody else had the machine
     costs = fit(steps + family, [5e-3])
     for name in ("fixed", "token", "attention", "mlp"):
         assert getattr(costs.sublayers["own"], name) == pytest.approx(getattr(truth, name), rel=1e-3)
@@ -268,12 +262,132 @@ def test_fit_finds_the_costs_it_was_fed() -> None:
     assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
 
 
-def test_carousel_gives_every_arm_its_turn(llm: LLM) -> None:
+def times(drafter: Drafter, gamma: int, totals: Iterable[float], name: str = "a") -> list[Timed]:
+    turn = Turn(name, drafter, gamma)
+    return [Timed(turn, StepTimes(1, gamma, gamma + 1, 1, 0.0, total, total)) for total in totals]
+
+
+def test_error_falls_with_more_timings_and_grows_with_their_spread() -> None:
+    source = random.Random(1)
+    few, many = ([source.gauss(1, 0.1) for _ in range(n)] for n in (20, 2000))
+    assert error(many) < error(few) < 0.1
+    assert error([1.0] * 20) == 0
+    assert error([source.uniform(1, 3) for _ in range(20)]) > error(few)
+    assert error([1.0, 1.0]) == 1  # two timings tell nothing
+
+
+def test_error_is_how_far_off_the_low_quantile_is() -> None:
+    """Against the truth: the spread of the quantile over many samples."""
+    source = random.Random(2)
+    samples = [[1 + source.expovariate(4) for _ in range(40)] for _ in range(400)]
+    lows = torch.tensor([sorted(sample)[12] for sample in samples])
+    told = torch.tensor([error(sample) for sample in samples]).median()
+    assert told.item() == pytest.approx((lows.std() / lows.mean()).item(), rel=0.5)
+
+
+def test_what_scatters_is_timed_again_until_it_does_not() -> None:
+    free, source = Repeat(), random.Random(0)
+    calm, wild = Turn("calm", free, 2), Turn("wild", free, 2)
+    timed: list[Timed] = []
+    rides: list[Sequence[Turn]] = []
+
+    def ride(turns: Sequence[Turn]) -> list[Timed]:
+        rides.append(turns)
+        settled = len(rides) > 2  # whatever else ran has gone
+        for turn in turns:
+            spread = 0.0 if turn is calm or settled else 1.5
+            totals = (1 + source.uniform(0, spread) for _ in range(60 if settled else 12))
+            timed.extend(Timed(turn, StepTimes(1, 2, 3, 1, 0.0, total, total)) for total in totals)
+        return timed
+
+    settle(ride, [calm, wild], lambda: True)
+    assert rides == [[calm, wild], [wild], [wild]]
+    assert too_wide(timed) == []
+
+
+def test_timing_again_has_its_bounds() -> None:
+    wild = times(Repeat(), 2, [1, 2, 3, 4, 5, 6, 7])
+    rides: list[Sequence[Turn]] = []
+
+    def ride(turns: Sequence[Turn]) -> list[Timed]:
+        rides.append(turns)
+        return wild
+
+    settle(ride, [wild[0].turn], lambda: True)
+    assert len(rides) == 1 + REPEATS
+    rides.clear()
+    settle(ride, [wild[0].turn], lambda: False)
+    assert len(rides) == 1
+
+
+def test_costs_tell_how_sure_they_are() -> None:
+    free = Repeat()
+    plain, loud = times(free, 0, [1.0] * 20, "plain"), times(free, 2, [1, 3, 5, 7, 2, 4, 6, 8], "loud")
+    costs = fit([*plain, *loud], [1.0], Load(0.5, 0.3))
+    assert costs.errors["plain"] == 0 and costs.errors["loud"] > WIDE
+    assert costs.load.busy
+    assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
+
+
+# --- the machine ---
+
+
+@dataclass
+class Machine:
+    """Two processors; this thread runs `share` of the time, and other processes use `others` processors."""
+
+    share: float = 1.0
+    others: float = 0.0
+    counted: bool = True
+    now: float = 0.0
+
+    def clock(self) -> float:
+        self.now += 1e-4
+        return self.now
+
+    def meter(self) -> LoadMeter:
+        own = lambda: self.now * self.share  # noqa: E731
+        counted = lambda: self.now * (self.share + self.others) if self.counted else None  # noqa: E731
+        return LoadMeter(Counters(self.clock, own, own, counted, 2))
+
+
+@pytest.mark.parametrize(
+    ("machine", "others", "waited", "busy"),
+    [
+        (Machine(), 0.0, 0.0, False),
+        (Machine(others=0.1), 0.05, 0.0, False),  # a little goes on everywhere
+        (Machine(others=1.0), 0.5, 0.0, True),
+        (Machine(share=0.6, others=1.4), 0.7, 0.4, True),
+        (Machine(share=0.6, counted=False), None, 0.4, True),  # where nobody counts, a busy loop tells
+        (Machine(counted=False), None, 0.0, False),
+    ],
+)
+def test_a_busy_machine_is_noticed(machine: Machine, others: float | None, waited: float, busy: bool) -> None:
+    meter = machine.meter()
+    for _ in range(5):
+        meter.sample()
+    load = meter.load
+    assert load.others == (others if others is None else pytest.approx(others, abs=0.03))
+    assert load.waited == pytest.approx(waited, abs=0.05)
+    assert load.busy is busy
+
+
+def test_this_machine_can_be_read() -> None:
+    meter = LoadMeter()
+    meter.sample()
+    load = meter.load
+    assert 0 <= load.waited <= 1 and (load.others is None or 0 <= load.others <= 1)
+
+
+# --- turns ---
+
+
+def test_carousel_gives_everybody_their_turn(llm: LLM) -> None:
     skipping = SelfDrafter(llm.model, "skip", None, SKIPS[0])
-    arms = [Arm("skip", skipping, 2), Arm("skip", skipping, 4), Arm("repeat", Repeat(), 3)]
+    turns = [Turn("skip", skipping, 2), Turn("skip", skipping, 4), Turn("repeat", Repeat(), 3)]
     calibration = text(llm)
     before = llm.engine.drafter
-    costs = measure(llm, calibration, arms, laps=6, max_seconds=20)
+    costs = measure(llm, calibration, turns, laps=6, max_seconds=20)
     assert llm.engine.drafter is before
     assert set(costs.drafts) == {"skip"}
     assert costs.steps.lengths[0] == 0 and costs.steps.step(0) > 0 and costs.steps.prefill > 0
@@ -281,7 +395,7 @@ def test_carousel_gives_every_arm_its_turn(llm: LLM) -> None:
 
 
 def test_carousel_counts_no_prompt_as_a_step(llm: LLM) -> None:
-    carousel = Carousel([Arm("", Repeat(), 0)])
+    carousel = Carousel([Turn("plain", Repeat(), 0)])
     with driven_by(llm, carousel, carousel):
         llm.generate([1, 2, 3], SamplingParams(max_new_tokens=9))
     assert len(carousel.prefills) == 1
@@ -408,23 +522,56 @@ def test_fingerprint_tells_texts_apart(llm: LLM) -> None:
 # --- confirmation, advice ---
 
 
-def test_confirm_counts_and_compares(llm: LLM) -> None:
+def ticking(seconds: Iterable[float]) -> Callable[[], float]:
+    """A clock that moves on by the next of `seconds` (the last one for ever) with every second reading."""
+    source, now, reading = iter(seconds), 0.0, 0
+    last = 0.0
+
+    def clock() -> float:
+        nonlocal now, reading, last
+        reading += 1
+        if reading % 2 == 0:
+            last = next(source, last)
+            now += last
+        return now
+
+    return clock
+
+
+def confirmed(llm: LLM, seconds: Iterable[float], rounds: int = 2) -> tuple[dict[str, Confirmation], int]:
     candidates = {
         "skip": Candidate(SelfDrafter(llm.model, "skip", None, SKIPS[0]), 3),
         "ngram": Candidate(NgramDrafter(), 4),
     }
     ticks: list[int] = []
-    prompts = [[1, 2, 3], [7, 8]]
-    found = confirm(llm, candidates, prompts, SamplingParams(max_new_tokens=12), rounds=2, tick=lambda: ticks.append(1))
-    assert len(ticks) == 4
+    prompts, params = [[1, 2, 3], [7, 8]], SamplingParams(max_new_tokens=12)
+    clock = ticking(seconds)
+    found = confirm(llm, candidates, prompts, params, rounds=rounds, tick=lambda: ticks.append(1), clock=clock)
+    return found, len(ticks) // len(prompts)
+
+
+def test_confirm_counts_and_compares(llm: LLM) -> None:
+    found, rounds = confirmed(llm, [1.0])
+    assert rounds == 2
     for measured in found.values():
-        assert measured.equal and measured.low <= measured.high
+        assert measured.equal and measured.low == measured.speedup == measured.high == 1
+        assert (measured.rounds, measured.error) == (2, 0)
         assert measured.stats.output_tokens == 24
     assert found["skip"].stats.drafted > 0
 
 
+def test_confirm_goes_on_while_rounds_scatter_but_not_for_ever(llm: LLM) -> None:
+    source = random.Random(0)
+    found, rounds = confirmed(llm, (source.uniform(0.1, 2) for _ in range(10_000)))
+    assert rounds == 6 and all(measured.rounds == 6 for measured in found.values())
+    assert found["skip"].low < found["skip"].speedup < found["skip"].high and found["skip"].error > 0.05
+    calm = [1.0] * 3 + [source.uniform(0.5, 2) for _ in range(6)]  # the first prompt's runs, and then nothing happens
+    found, rounds = confirmed(llm, [*calm, *[1.0] * 90], rounds=3)
+    assert 3 <= rounds < 9 and found["skip"].error <= 0.05
+
+
 def row(name: str, predicted: float, measured: float | None = None, memory: int = 0) -> Row:
-    seen = None if measured is None else Measured(measured, measured, measured, 1.0, True, SpecStats())
+    seen = None if measured is None else Confirmation(measured, measured, measured, 1.0, True, SpecStats())
     return Row(name, 0.5, 0.1, Forecast(2, predicted, (1.0, predicted), 1.5, 0.5), memory, None, seen)
 
 
@@ -445,6 +592,55 @@ def test_recommendation(rows: list[Row], best: str | None) -> None:
     assert any((best or "plain decoding") in line for line in report.lines(advice))
 
 
+def advice_of(*rows: Row, load: Load = Load(), found: profile.Profile | None = None) -> Advice:  # noqa: B008
+    costs = Costs(StepCosts((0,), (1.0,)), load=load)
+    return Advice("m", rows, {}, costs, {}, found, TuneOptions(), (1, 1))
+
+
+def skipping(predicted: float, measured: float | None) -> Row:
+    return replace(row("skip", predicted, measured), skip=SkipSet((1,), ()))
+
+
+PROFILE = profile.Profile("llama", "0" * 16, 2, SkipSet((1,), ()), {"skip": profile.ProfileFigures(0.8, 0.5, 3, 1.4)})
+DOUBTS = [
+    (skipping(1.46, 1.46), Load(), False),
+    (skipping(1.4, 1.15), Load(), False),
+    (skipping(0.85, 1.46), Load(), True),  # what a busy machine once said, and what came of it
+    (skipping(1.5, 1.1), Load(), True),
+    (skipping(1.4, 1.4), Load(0.9, 0.5), False),  # busy all the while, and yet they agree
+    (skipping(1.4, None), Load(0.9, 0.5), True),
+    (skipping(1.4, None), Load(), False),
+]
+
+
+@pytest.mark.parametrize(("skip", "load", "doubtful"), DOUBTS)
+def test_a_doubtful_profile_is_kept_only_when_told_to(
+    skip: Row, load: Load, doubtful: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path))
+    advice = advice_of(skip, load=load, found=PROFILE)
+    assert (advice.doubt is not None) is doubtful
+    assert (write_profile(advice, None, anyway=False) is None) is doubtful
+    assert (write_profile(advice, tmp_path / "own.json", anyway=False) is None) is doubtful
+    assert doubtful == ("--save-anyway" in why_none(advice))
+    assert write_profile(advice, tmp_path / "own.json", anyway=True) == tmp_path / "own.json"
+    assert advice.as_dict()["doubt"] == advice.doubt
+
+
+def test_table_and_json_say_what_speaks_against_them() -> None:
+    calm = advice_of(row("a", 1.4, 1.5))
+    assert not any("WARNING" in line for line in report.lines(calm))
+    loud = replace(row("b", 0.85, 2.44), cost_error=0.31)
+    busy = advice_of(row("a", 1.4, 1.5), loud, load=Load(0.48, 0.2))
+    said = "\n".join(report.lines(busy))
+    assert "machine was busy while costs were measured: other processes took 48% of its processors" in said
+    assert "b: prediction and measurement are more than a quarter apart" in said
+    assert "costs still scatter after 3 more measurements: b 31%" in said
+    told = busy.as_dict()
+    assert told["busy"] and told["load"]["costs"] == {"busy": True, "others": 0.48, "waited": 0.2}
+    assert [(it["disagrees"], it["cost_error"]) for it in told["rows"]] == [(False, 0.0), (True, 0.31)]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -463,8 +659,8 @@ def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Costs from a glance, and a profile folder of our own."""
-    monkeypatch.setattr(advising, "COST_LAPS", 1)
-    monkeypatch.setattr(advising, "GAMMAS", (2,))
+    monkeypatch.setattr(pipeline, "COST_LAPS", 1)
+    monkeypatch.setattr(choosing, "GAMMAS", (2,))
     monkeypatch.setenv("FOREDRAFT_CACHE", str(tmp_path / "cache"))
     yield tmp_path
 
@@ -474,7 +670,7 @@ OPTIONS = TuneOptions(trials=8, max_seconds=20, prompts=2, tokens=16, rounds=1)
 
 def test_advice_covers_every_drafter(llm: LLM, brief: Path) -> None:
     stages: list[str] = []
-    advice = advising.advise(llm, OPTIONS, name="tiny", watcher=Watcher(lambda stage, total: stages.append(stage)))
+    advice = pipeline.advise(llm, OPTIONS, name="tiny", watcher=Watcher(lambda stage, total: stages.append(stage)))
     assert {row.name for row in advice.rows} == {"ngram", "int4", "int8", "skip", "int4+skip"}
     assert all(row.measured and row.measured.equal for row in advice.rows)
     memory = {row.name: row.memory for row in advice.rows}
@@ -494,8 +690,8 @@ def test_interrupted_confirmation_keeps_predictions(llm: LLM, brief: Path, monke
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(advising, "confirm", interrupt)
-    advice = advising.advise(llm, replace(OPTIONS, without=("int4", "int8", "int4+skip")))
+    monkeypatch.setattr(pipeline, "confirm", interrupt)
+    advice = pipeline.advise(llm, replace(OPTIONS, without=("int4", "int8", "int4+skip")))
     assert [row.measured for row in advice.rows] == [None, None]
     assert advice.profile is not None
 
@@ -522,7 +718,7 @@ def test_tune_end_to_end(checkpoint: Path, brief: Path) -> None:
     out, study, picture = brief / "profile.json", brief / "study.db", brief / "plot.svg"
     flags = ["--model", str(checkpoint), "--calibration", str(brief / "prompts.jsonl"), "--trials", "5"]
     flags += ["--max_seconds", "20", "--prompts", "2", "--tokens", "12", "--rounds", "1", "--study", str(study)]
-    flags += ["--draft", str(checkpoint), "--out", str(out), "--plot", str(picture), "--json"]
+    flags += ["--draft", str(checkpoint), "--out", str(out), "--save-anyway", "--plot", str(picture), "--json"]
     done = run(*flags)
     assert done.exit_code == 0, done.stderr
     answer = json.loads(done.stdout)

@@ -14,8 +14,9 @@ from typing import Any, Literal, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.drafters import DRAFTERS, SELF_DRAFTERS, DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.make import DraftContext, make_drafter
+from foredraft.drafters.registry import AUTO, DRAFTERS
 from foredraft.engine import Engine
 from foredraft.errors import GenerationError, PromptTooLongError, RequestError
 from foredraft.models.cache import GRANULE
@@ -85,7 +86,7 @@ class LLM:
         options = LoadOptions(dtype, device, device_map, trust_remote_code)
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
-            draft = BUNDLED / "draft" if target is None else "ngram"
+            draft = BUNDLED / "draft" if target is None else AUTO
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
@@ -358,7 +359,9 @@ def _check_draft_place(draft: object, **place: str | None) -> None:
     if isinstance(draft, PreTrainedModel):
         LoadOptions(place["draft_dtype"] or "auto", place["draft_device"] or "auto").check_object(draft, "draft_")
     elif given and (not isinstance(draft, (str, Path)) or draft in DRAFTERS):
-        why = "drafts with the target's own weights" if draft in SELF_DRAFTERS else "has no model to load"
+        kind = DRAFTERS.get(str(draft))
+        own = kind is not None and kind.own_weights
+        why = "drafts with the target's own weights" if own else "has no model to load"
         raise RequestError(f"draft={draft!r} {why}, so {given} cannot be honoured; leave it out")
 
 

@@ -160,6 +160,7 @@ class Request:
     num_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
     may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
+    memory: str | None = ""  # whose earlier outputs it may draft from, and adds its own to; None: nobody's
     arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
     prompt_len: int = -1

@@ -1,6 +1,6 @@
-"""Drafter: the seam for everything that guesses tokens ahead.
+"""Drafter: the interface of everything that guesses tokens ahead.
 
-A drafter may be as wrong as it likes: it changes how many tokens a pass yields, never which.
+A drafter may be wrong: that changes how many tokens a pass yields, never which.
 """
 
 from typing import Protocol, runtime_checkable
@@ -12,9 +12,9 @@ from foredraft.types import Draft, Request, Verdict
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes one draft for each request, at most `request.draft_limit` tokens long, empty where it has no guess.
+    """Proposes one draft for each request: at most `request.draft_limit` tokens, none if it has no guess.
 
-    While drafting it asks `policy.go_on` after each token whether another one pays.
+    After each token it asks `policy.go_on` whether another one pays.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Drafter(Protocol):
 
 
 class NoDrafter:
-    """Plain decoding: an empty draft for everybody."""
+    """Plain decoding: every draft is empty."""
 
     name = "none"
 

@@ -113,7 +113,7 @@ class SpeculativeModel(GenerationMixin):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "SpeculativeModel":
-        """On another device or in another dtype: loaded again from where it came.
+        """Move to another device or dtype, by loading the checkpoint again.
 
         Raises:
             RequestError: this model was made from an object in memory; move that first.
@@ -318,5 +318,5 @@ class SpeculativeModel(GenerationMixin):
 
 
 def _draft_source(assistant: Any) -> Any:
-    """What a drafter is made of; of one of ours that is what it was made of, since its cache is its own."""
+    """What a drafter is made from. For a model of ours: what that was made from, as its cache cannot be shared."""
     return assistant.recipe.source if isinstance(assistant, SpeculativeModel) else assistant

@@ -1,6 +1,6 @@
-"""How a model of the drop-in is made: from a checkpoint or from an object in memory, with whom as its drafter.
+"""How a model of the drop-in is made: from a checkpoint or an object in memory, and with which drafter.
 
-Owns loading. Knows nothing of calls.
+Owns loading. Knows nothing of generate().
 """
 
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from typing import Any, cast
 import transformers
 from transformers import PreTrainedModel
 
-from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.make import DraftContext, make_drafter
 from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
@@ -34,7 +34,7 @@ class Recipe:
     max_batch_size: int = 8
     draft_profile: str | Path | None = None
     loading: dict[str, Any] = field(default_factory=dict)  # transformers' own options
-    skip: SkipSet | None = None  # given by hand, it comes before `draft`
+    skip: SkipSet | None = None  # set by set_skip_layers; used instead of `draft`
 
     def target(self) -> CausalModel:
         if isinstance(self.source, PreTrainedModel) or not self.loading:
@@ -59,11 +59,11 @@ class Recipe:
         return make_drafter(self.draft, context)
 
     def drafter(self, spec: DraftSpec, target: CausalModel) -> Drafter:
-        """One that a call asks for."""
+        """The drafter that a call of generate() asks for."""
         return make_drafter(spec, DraftContext(target, self._tokenizer(spec), self.options))
 
     def _tokenizer(self, spec: DraftSpec) -> Any:
-        """To compare vocabularies with a draft checkpoint's; None where the target has none of its own."""
+        """The target's tokenizer, to compare its vocabulary with a draft checkpoint's; None if it has none."""
         if isinstance(self.source, PreTrainedModel) or not isinstance(spec, (str, Path)) or not Path(spec).exists():
             return None
         try:

@@ -1,4 +1,4 @@
-"""Another drafter in a loaded LLM for a while, so that all candidates share one target."""
+"""Lend a loaded LLM another drafter, so that all candidates share one target."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
