@@ -21,13 +21,13 @@ from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
 from foredraft.models.cache import GRANULE
-from foredraft.models.load import LoadOptions, load_target, load_tokenizer
+from foredraft.models.load import LoadOptions, find_tokenizer, load_target, model_or_name
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
 from foredraft.stats import SpecStats
 from foredraft.text import TextStream, end_of_turn_ids, render_chat
 from foredraft.types import FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
-from foredraft.weights.checkpoint import check_source
+from foredraft.upstream.modules import unwrapped
 
 BUNDLED = Path(__file__).parent / "bundled"
 Prompt = str | Sequence[int]
@@ -136,16 +136,15 @@ class LLM:
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
             draft = BUNDLED / "draft" if target is None else "ngram"
+        draft, target = unwrapped(draft), model_or_name(BUNDLED / "target" if target is None else target)
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
         _check_draft_place(draft, draft_dtype=draft_dtype, draft_device=draft_device)
-        target = BUNDLED / "target" if target is None else target
-        if tokenizer is None and not isinstance(target, PreTrainedModel):
-            check_source(target)
-            tokenizer = load_tokenizer(target, options)
-        self._tokenizer = tokenizer
         self.model = load_target(target, options)
+        if tokenizer is None and not isinstance(target, PreTrainedModel):
+            tokenizer = find_tokenizer(target, options)
+        self._tokenizer = tokenizer
         self.max_model_len = _context(max_model_len, self.model.max_positions)
         context = DraftContext(self.model, tokenizer, draft_options, draft_profile, force_profile)
         self.drafter = make_drafter(draft, context)
@@ -165,7 +164,7 @@ class LLM:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
-            raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
+            raise RequestError("this LLM has a model without a tokenizer; pass tokenizer=..., or token ids for text")
         return self._tokenizer
 
     @property

@@ -5,7 +5,6 @@ caches or drafts; that a token was drafted is a flag somebody else hands in to b
 """
 
 import codecs
-import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from foredraft.errors import RequestError
+from foredraft.upstream.tokenizers import decoder_state
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REPLACEMENT = "\ufffd"
@@ -160,10 +160,9 @@ def _piece_of(
 
 def _byte_scheme(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], bytes], int] | None:
     """How tokens become bytes, and how many leading spaces fall away; `None` if the decoder does anything more."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if decoder is None:
+    state = decoder_state(tokenizer)
+    if state is None:
         return None
-    state = json.loads(decoder.__getstate__())
     if state["type"] == "ByteLevel":
         return _byte_level, 0
     steps = state.get("decoders", ())

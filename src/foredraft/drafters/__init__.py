@@ -15,6 +15,7 @@ from foredraft.drafters.vocabulary import check_same_vocabulary
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer
+from foredraft.upstream.modules import unwrapped
 from foredraft.weights.checkpoint import looks_like_path
 from foredraft.weights.quantize import for_drafting
 
@@ -56,6 +57,7 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
     """
     if (context.profile is not None or context.force_profile) and spec not in WITH_PROFILE:
         raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(WITH_PROFILE)}")
+    spec = unwrapped(spec)
     if spec is None:
         return NoDrafter()
     if isinstance(spec, str) and spec in DRAFTERS:
