@@ -10,7 +10,9 @@ error where a text differs or an error is not ours.
 import argparse
 import gc
 import logging
+import re
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -195,22 +197,20 @@ def _line(error: Exception) -> str:
 
 def report(outcomes: Iterable[Outcome]) -> str:
     """docs/models.md"""
-    by_verdict: dict[str, list[Outcome]] = defaultdict(list)
-    for each in outcomes:
-        by_verdict[each.verdict].append(each)
-    count = sum(map(len, by_verdict.values()))
+    made = list(outcomes)
+    by_verdict = {verdict: [each for each in made if each.verdict == verdict] for verdict in VERDICTS}
     lines = [
         "# Which models",
         "",
-        f"Every causal model type of transformers {transformers.__version__}, {count} in all, as tiny random models in "
-        f"fp32 (torch {torch.__version__.split('+')[0]}): two prompts in one batch, {NEW} tokens each, n-gram drafts, "
-        "beside transformers' own greedy `generate`. Written by `python scripts/model_sweep.py`.",
+        f"Every causal model type of transformers {transformers.__version__}, {len(made)} in all, as tiny random",
+        f"models in fp32 (torch {torch.__version__.split('+')[0]}): two prompts in one batch, {NEW} tokens each, n-gram",
+        "drafts, beside transformers' own greedy `generate`. Written by `python scripts/model_sweep.py`.",
         "",
         "| types | |",
         "| --- | --- |",
         *(f"| {len(by_verdict[v])} | {text} |" for v, text in VERDICTS.items() if by_verdict[v] or v in FAULTS),
     ]
-    for verdict, found in by_verdict.items():
+    for verdict, found in ((verdict, found) for verdict, found in by_verdict.items() if found):
         lines += ["", f"## {VERDICTS[verdict][0].upper()}{VERDICTS[verdict][1:]}", ""]
         lines += _by_reason(found)
     return "\n".join(lines) + "\n"
@@ -220,10 +220,12 @@ def _by_reason(outcomes: list[Outcome]) -> list[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for each in outcomes:
         why = each.why.split(" cannot serve: ")[-1].split("; decode it with")[0]
+        why = re.sub(r" by \d+% from", " from", why)
         kinds[why].append(f"`{each.kind}`")
     if list(kinds) == [""]:
-        return [", ".join(kinds[""])]
-    return [f"- {', '.join(names)}: {why}" for why, names in kinds.items()]
+        return textwrap.wrap(", ".join(kinds[""]), 120)
+    items = (f"- {', '.join(names)}: {why}" for why, names in kinds.items())
+    return [line for item in items for line in textwrap.wrap(item, 120, subsequent_indent="  ")]
 
 
 def main() -> int:

@@ -52,6 +52,8 @@ class Recipe:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         try:
             model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
+        except TypeError:  # an option that transformers does not know
+            raise
         except Exception as error:  # as in load.py
             raise explained(cast(str | Path, self.source), error) from error
         return cast(PreTrainedModel, model if o.device_map else model.to(parse_device(o.device)))

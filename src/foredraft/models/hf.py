@@ -141,7 +141,7 @@ class HFModel:
         return logits[torch.tensor([place[row] for row in rows.wanted], dtype=torch.long, device=logits.device)]
 
     def _calls(self, rows: RowBatch) -> Iterator[Group]:
-        """The groups; cut into single spans where the model takes no positions of ours, padded as far as it has some."""
+        """The groups; single spans where the model takes no positions of ours, padded as far as it has some."""
         if not self._alone:
             yield from rows.groups
             return

@@ -154,8 +154,8 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
     if name is not None:
         whose = f"{name}.forward" if name else "forward"
         raise UnsupportedModelError(
-            f"this {model.config.model_type!r} cannot serve: its {whose} was replaced on the object by a function, which "
-            f"stays bound to that object; take it away (del model.{whose}), or give the model's folder"
+            f"this {model.config.model_type!r} cannot serve: its {whose} was replaced on the object by a function, "
+            f"which stays bound to that object; take it away (del model.{whose}), or give the model's folder"
         )
     return other
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # transformers renamed it in 5.24
-REWINDABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+REWINDABLE = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # by name: the last is younger than the others
 
 
 def cache_argument(model: nn.Module) -> str | None:
@@ -26,8 +26,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 def unrewindable_layers(config: PreTrainedConfig) -> list[str]:
     """The kinds of layers whose state is not keys and values at positions."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers} - set(REWINDABLE)
-    return sorted(kind.__name__ for kind in kinds)
+    return sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers} - REWINDABLE)
 
 
 def written_layers(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
