@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from foredraft.errors import ModelError, UnsupportedModelError
 from foredraft.models.hf import HFModel, SlotView
 from foredraft.models.invariance import probe
-from foredraft.models.load import LoadOptions, load_target
+from foredraft.models.load import LoadOptions, load_target, wrap
 from foredraft.models.rows import Span, plan
 from foredraft.weights.quantize import Quantizer
 
@@ -214,7 +214,7 @@ def test_what_cannot_serve_is_refused_by_name(name: str) -> None:
     make, reason = REFUSALS[name]
     model = make()
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
-        HFModel(model)
+        wrap(model)
     assert f"'{model.config.model_type}' cannot serve" in str(caught.value)
     assert "generate()" in str(caught.value), "it says what to do"
 

@@ -99,12 +99,22 @@ def test_missing_weights(tmp_path, checkpoint):
         LLM(folder)
 
 
-def test_missing_tokenizer(tmp_path, checkpoint):
+def test_a_damaged_tokenizer(tmp_path, checkpoint):
+    folder = copy(checkpoint, tmp_path / "mute")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"mute has no tokenizer that loads"):
+        LLM(folder)
+
+
+def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path, checkpoint):
     folder = copy(checkpoint, tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(ModelError, match=r"mute has no tokenizer that loads"):
-        LLM(folder)
+    mute = LLM(folder)
+    params = SamplingParams(max_new_tokens=8)
+    assert mute.generate([1, 2, 3], params).token_ids == LLM(checkpoint).generate([1, 2, 3], params).token_ids
+    with pytest.raises(RequestError, match=r"a model without a tokenizer; pass tokenizer="):
+        mute.generate("w1 w2")
 
 
 @pytest.mark.parametrize(

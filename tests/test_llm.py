@@ -1,6 +1,7 @@
 """LLM as a program uses it: threads, open streams, callbacks that fail, and models that are somebody else's."""
 
 import copy
+import functools
 import json
 import threading
 from typing import Any
@@ -88,8 +89,9 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Negated(LlamaForCausalLM):
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    @functools.wraps(LlamaForCausalLM.forward)  # whatever this transformers calls the cache
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
         out.logits = -out.logits
         return out
 

@@ -21,14 +21,14 @@ from foredraft.engine import Engine
 from foredraft.errors import GenerationError, PromptTooLongError, RequestError
 from foredraft.models.cache import GRANULE
 from foredraft.models.invariance import check_exact
-from foredraft.models.load import LoadOptions, load_target, load_tokenizer
+from foredraft.models.load import LoadOptions, find_tokenizer, load_target, model_or_name
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
 from foredraft.results import Chunk, GenerationResult, Job
 from foredraft.runner import Runner
 from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
 from foredraft.types import Request, SamplingParams, StepOutput
-from foredraft.weights.checkpoint import check_source
+from foredraft.upstream.modules import unwrapped
 
 BUNDLED = Path(__file__).parent / "bundled"
 Prompt = str | Sequence[int]
@@ -87,17 +87,16 @@ class LLM:
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
             draft = BUNDLED / "draft" if target is None else AUTO
+        draft, target = unwrapped(draft), model_or_name(BUNDLED / "target" if target is None else target)
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code)
         _check_draft_place(draft, draft_dtype=draft_dtype, draft_device=draft_device)
-        target = BUNDLED / "target" if target is None else target
-        if tokenizer is None and not isinstance(target, PreTrainedModel):
-            check_source(target)
-            tokenizer = load_tokenizer(target, options)
-        self._tokenizer = tokenizer
         self.model = load_target(target, options)
         check_exact(self.model, required=require_exact)
+        if tokenizer is None and not isinstance(target, PreTrainedModel):
+            tokenizer = find_tokenizer(target, options)
+        self._tokenizer = tokenizer
         self.max_model_len = _context(max_model_len, self.model.max_positions)
         context = DraftContext(self.model, tokenizer, draft_options, draft_profile, force_profile)
         drafter = make_drafter(draft, context)
@@ -113,7 +112,7 @@ class LLM:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The target's tokenizer. Raises RequestError where a model object came without one."""
         if self._tokenizer is None:
-            raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
+            raise RequestError("this LLM has a model without a tokenizer; pass tokenizer=..., or token ids for text")
         return self._tokenizer
 
     @property

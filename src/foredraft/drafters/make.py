@@ -13,6 +13,7 @@ from foredraft.drafters.vocabulary import check_same_vocabulary
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.base import CausalModel
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer
+from foredraft.upstream.modules import unwrapped
 from foredraft.weights.checkpoint import looks_like_path
 from foredraft.weights.quantize import for_drafting
 
@@ -39,6 +40,7 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
     """
     if (context.profile is not None or context.force_profile) and spec not in with_profile():
         raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(with_profile())}")
+    spec = unwrapped(spec)
     if spec is None:
         return NoDrafter()
     if isinstance(spec, str) and spec in DRAFTERS:

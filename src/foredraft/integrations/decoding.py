@@ -29,6 +29,7 @@ from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
 from foredraft.runner import Runner
 from foredraft.types import Request, SamplingParams, StepOutput, VerifierName
+from foredraft.upstream.generation import allowed_tokens
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in transformers' order
 
@@ -188,7 +189,7 @@ def _for_row(processor: Any, row: int, rows: int) -> Any:
         if isinstance(ignored, torch.Tensor) and len(ignored) == rows:
             return RepetitionPenaltyLogitsProcessor(processor.penalty, ignored[row : row + 1])
     if type(processor) is PrefixConstrainedLogitsProcessor:
-        allowed = processor._prefix_allowed_tokens_fn
+        allowed = allowed_tokens(processor)
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
     return processor
 

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
@@ -28,16 +27,16 @@ from foredraft.policy import DraftPolicy, make_policy
 from foredraft.runner import Runner
 from foredraft.stats import SpecStats
 from foredraft.types import VerifierName
+from foredraft.upstream.generation import Prepared, PreparedCalls
+from foredraft.upstream.modules import parse_to
 
 
-class SpeculativeModel(GenerationMixin):
+class SpeculativeModel(PreparedCalls):
     """A model with transformers' `generate`, decoded speculatively: the same tokens, sooner.
 
     After a call its statistics are here under IPEX-LLM's names (see `Benchmarks`), and `stats` has ours of all calls.
     """
 
-    main_input_name = "input_ids"
-    _is_stateful = False
     config: PreTrainedConfig
     generation_config: GenerationConfig
     first_token_time: float
@@ -118,7 +117,7 @@ class SpeculativeModel(GenerationMixin):
         Raises:
             RequestError: this model was made from an object in memory; move that first.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = parse_to(*args, **kwargs)
         device = self.device if device is None else device
         dtype = self.dtype if dtype is None else dtype
         if is_on(self.device, device) and dtype == self.dtype:
@@ -236,40 +235,29 @@ class SpeculativeModel(GenerationMixin):
             finally:
                 self._busy = None
 
-    def _sample(  # type: ignore[override]  # transformers' own types are aliases of these
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        streamer: Any = None,
-        **prepared: Any,
-    ) -> Any:
+    def decode_prepared(self, call: Prepared) -> torch.Tensor:
         """Where transformers' loop over tokens would begin."""
-        check_prepared(prepared)
-        check_processors(logits_processor)
-        mask = prepared.get("attention_mask")
-        pad = generation_config._pad_token_tensor
+        check_prepared(call.inputs)
+        check_processors(call.processors)
+        mask = call.inputs.get("attention_mask")
         seed = self._seed
         if seed is None:
-            seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
-        call = Call(
-            input_ids,
-            torch.ones_like(input_ids) if mask is None else mask,
-            logits_processor,
-            stopping_criteria,
-            bool(generation_config.do_sample),
-            None if pad is None else int(pad),
+            seed = int(torch.randint(2**62, ())) if call.do_sample else 0
+        rows = Call(
+            call.input_ids,
+            torch.ones_like(call.input_ids) if mask is None else mask,
+            call.processors,
+            call.criteria,
+            call.do_sample,
+            call.pad_token_id,
             seed,
             self._verifier,
-            streamer,
+            call.streamer,
         )
-        ids, benchmarks = decode(self.runner, call)
+        ids, benchmarks = decode(self.runner, rows)
         self._publish(benchmarks)
         self.th_stop_draft = getattr(self.engine.policy.policy, "threshold", None)
-        return GenerateDecoderOnlyOutput(sequences=cast(Any, ids)) if generation_config.return_dict_in_generate else ids
-
-    _assisted_decoding = cast(Any, _sample)  # a configuration that asks for lookup: our engine does that itself
+        return ids
 
     def _policy(self, drafting: Drafting) -> DraftPolicy | None:
         """The policy that this call asks for, if any; one that learns on is kept for the next call that asks for it."""

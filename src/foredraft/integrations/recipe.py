@@ -17,6 +17,7 @@ from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, probed, wrap
 from foredraft.policy import DraftPolicy
+from foredraft.weights.checkpoint import explained
 from foredraft.weights.lowbit import is_low_bit
 
 DraftSpec = str | Path | PreTrainedModel | Drafter | None
@@ -49,7 +50,12 @@ class Recipe:
         place = {"device_map": o.device_map} if o.device_map else {}
         dtype = parse_dtype(o.dtype) or "auto"
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
+        try:
+            model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
+        except TypeError:  # an option that transformers does not know
+            raise
+        except Exception as error:  # as in load.py
+            raise explained(cast(str | Path, self.source), error) from error
         return cast(PreTrainedModel, model if o.device_map else model.to(parse_device(o.device)))
 
     def own_drafter(self, target: CausalModel) -> Drafter:

@@ -48,12 +48,13 @@ ONLY_CALLS: dict[str, tuple[tuple[Any, ...], str]] = {  # in a checkpoint's conf
     "assistant_lookbehind": ((), "use an assistant with the target's own tokenizer"),
     "target_lookbehind": ((), "use an assistant with the target's own tokenizer"),
     "inputs_embeds": ((), "pass input_ids"),
+    "cache": ((), "pass the whole text as input_ids"),
     "past_key_values": ((), "pass the whole text as input_ids"),
     "position_ids": ((), "pass attention_mask: positions follow from it"),
     "encoder_outputs": ((), "pass input_ids"),
     "logits_to_keep": ((), "leave it out"),
 }
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
+PREPARED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
 PREPARED |= {"tokenizer", "assistant_model", "inputs_tensor"}  # read before, or not there
 LOW_BITS = {"bf16": "bfloat16", "fp16": "float16"}
 LOW_BIT_TARGET = (

@@ -15,6 +15,7 @@ from foredraft.integrations.recipe import DEFAULT_DRAFT, DraftSpec, Recipe, draf
 from foredraft.integrations.refusals import LOW_BIT_TARGET, loading_dtype, loading_place
 from foredraft.models.load import LoadOptions
 from foredraft.policy import DraftPolicy
+from foredraft.upstream.modules import unwrapped
 
 __all__ = ["AutoModelForCausalLM", "SpeculativeModel", "accelerate"]
 
@@ -88,6 +89,7 @@ def accelerate(
     Raises:
         ModelError: the model cannot serve.
     """
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise RequestError(
             f"accelerate({model!r}): give a transformers model in memory, or load one with "

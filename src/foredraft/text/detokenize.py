@@ -4,11 +4,12 @@ Knows tokenizers, and nothing of models, caches or drafts.
 """
 
 import codecs
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
+
+from foredraft.upstream.tokenizers import decoder_state
 
 REPLACEMENT = "\ufffd"
 MAX_WAITING = 8  # tokens a window may hold back: the bytes of one character, and some to spare
@@ -166,10 +167,9 @@ def _piece_of(tokenizer: PreTrainedTokenizerBase, to_bytes: Callable[[str], byte
 
 def _byte_scheme(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], bytes], int] | None:
     """How tokens become bytes, and how many leading spaces fall away; `None` if the decoder does anything more."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if decoder is None:
+    state = decoder_state(tokenizer)
+    if state is None:
         return None
-    state = json.loads(decoder.__getstate__())
     if state["type"] == "ByteLevel":
         return _byte_level, 0
     steps = state.get("decoders", ())

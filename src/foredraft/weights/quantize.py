@@ -8,7 +8,6 @@ faster on large layers, and good for drafts alone. In all of them a row's bits d
 """
 
 import abc
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -16,9 +15,10 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError
+from foredraft.upstream import kernels
+from foredraft.upstream.modules import is_product, is_turned
 from foredraft.weights.linear import LinearLayer, PackedLinear, PlainLinear
 
 WeightFormat = Literal["int4", "int8", "int8-dynamic"]
@@ -43,6 +43,14 @@ class QuantLinear(nn.Module, abc.ABC):
         super().__init__()
         self.out_features, self.in_features = shape
         self.bias = None if bias is None else bias.detach()
+        self.read: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For code that reads a layer's weight. Kept from then on."""
+        if self.read is None:
+            self.read = self.dense()
+        return self.read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # calls cost more than small products
@@ -95,23 +103,20 @@ class Int4Linear(QuantLinear):
         self.padding = codes.shape[1] - self.in_features
         self.group = codes.shape[1] // grid.shape[1]
         self.grid = F.pad(grid, (0, 0, 0, 0, 0, rows)).transpose(0, 1).contiguous()  # as the kernels want it
-        self.packed = _pack_int4(F.pad(codes, (0, 0, 0, rows)))
+        self.packed = kernels.pack_int4(F.pad(codes, (0, 0, 0, rows)))
         self.nbytes = self.packed.numel() * self.packed.element_size() + self.grid.numel() * 2
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
-        out = self._mm(F.pad(x, (0, self.padding)) if self.padding else x, self.grid)
+        x = F.pad(x, (0, self.padding)) if self.padding else x
+        out = kernels.int4_product(x, self.packed, self.group, self.grid)
         return out if out.shape[1] == self.out_features else out[:, : self.out_features]
-
-    def _mm(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        product = torch._weight_int4pack_mm_for_cpu if x.is_cpu else torch._weight_int4pack_mm
-        return product(x.contiguous(), self.packed, self.group, grid)
 
     def dense(self) -> torch.Tensor:
         """Read off the kernel itself, as products with unit vectors; on a GPU these are rounded to bf16."""
         grid = self.grid.float() if self.grid.device.type == "cpu" else self.grid
         unit = torch.eye(self.in_features + self.padding, dtype=grid.dtype, device=grid.device)
-        rows = torch.cat([self._mm(part, grid) for part in unit.split(256)])
+        rows = torch.cat([kernels.int4_product(part, self.packed, self.group, grid) for part in unit.split(256)])
         return rows.float().T[: self.out_features, : self.in_features].contiguous()
 
 
@@ -142,7 +147,7 @@ class Int8Linear(QuantLinear):
         x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
         x = F.pad(x, (0, self.padding)) if self.padding else x
         if x.is_cpu:
-            return torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
+            return kernels.int8_product(x, self.codes, self.scale)
         return F.linear(x, self.codes.to(x.dtype)) * self.scale
 
     def dense(self) -> torch.Tensor:
@@ -160,31 +165,19 @@ class DynamicInt8Linear(QuantLinear):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__(weight.shape, bias)
         codes, scale = round_int8(weight.detach(), torch.float32)
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():  # deprecated, and without a successor that quantises the input as it goes
-            warnings.simplefilter("ignore")
-            tensor = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
-        self.takes_scale = torch.backends.quantized.engine in ("x86", "fbgemm")
+        self.packed = kernels.pack_int8_dynamic(codes, scale)
         self.nbytes = codes.numel() + 4 * scale.numel()
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float()
-        if not self.takes_scale:
-            return torch.cat([torch.ops.quantized.linear_dynamic(row, self.packed) for row in x.split(1)])
-        size = x.abs().amax(1, keepdim=True).clamp_(min=1e-30)
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        out: torch.Tensor = multiply(x / size, 1 / 127, 128, self.packed)
-        return out.mul_(size)
+        return kernels.int8_rows_product(x.float(), self.packed)
 
     def dense(self) -> torch.Tensor:
-        weight: torch.Tensor = torch.ops.quantized.linear_unpack(self.packed)[0]
-        return weight.dequantize()
+        return kernels.unpack_int8_dynamic(self.packed)
 
 
 def for_drafting(layer: Any) -> Any:
     """A packed layer of a draft model in the eight bits that are fastest for its size; others stay as they are."""
-    if not isinstance(layer, PackedLinear):
+    if not isinstance(layer, PackedLinear) or layer.read is not None:
         return layer
     return quant_linear(layer.dense(), layer.bias, "int8-dynamic")
 
@@ -213,7 +206,7 @@ def quant_linear(
 
 @dataclass(slots=True)
 class Quantizer:
-    """Turns layers of any format into quantised ones, each once; layers that are no wider already stay as they are.
+    """Turns layers of any format into quantised ones, each once; layers that are as narrow already stay as they are.
 
     `nbytes` counts what it has made, that is, what a copy adds to the model it was made from.
     """
@@ -231,6 +224,8 @@ class Quantizer:
     def _quantised(self, layer: Any) -> LinearLayer:
         if isinstance(layer, QuantLinear) and layer.bits <= (4 if self.weight_format == "int4" else 8):
             return layer
+        if isinstance(layer, PackedLinear) and layer.read is not None:  # its owner's code computes with the weight too
+            return layer
         found = quant_linear(dense(layer), layer.bias, self.weight_format, self.group)
         self.nbytes += found.nbytes
         return found
@@ -238,14 +233,13 @@ class Quantizer:
 
 def is_linear(module: object) -> bool:
     """Whether `dense` can read it: ours, or transformers' own."""
-    return isinstance(module, QuantLinear | PackedLinear | PlainLinear | Conv1D) or type(module) is nn.Linear
+    return isinstance(module, QuantLinear | PackedLinear | PlainLinear) or is_product(module)
 
 
 def dense(layer: Any) -> torch.Tensor:
     """The weight [out, in] that a layer of any format computes with."""
-    if isinstance(layer, nn.Linear | Conv1D):
-        weight = layer.weight.detach()
-        return weight.T if isinstance(layer, Conv1D) else weight
+    if is_product(layer):
+        return layer.weight.detach().T if is_turned(layer) else layer.weight.detach()
     weight = layer.dense()
     assert isinstance(weight, torch.Tensor)
     return weight
@@ -322,14 +316,3 @@ def round_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Te
     step = max(1, CHUNK // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
     return torch.cat([(p.float() / s[:, None]).round_().clamp_(-127, 127).to(torch.int8) for p, s in parts]), scale
-
-
-def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [out, in] in the layout of the device's kernel."""
-    if codes.device.type == "cpu":
-        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return packed
-    tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
-    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-    return packed
