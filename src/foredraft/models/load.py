@@ -19,6 +19,7 @@ from foredraft.models.base import CausalModel
 from foredraft.models.hf import HFModel
 from foredraft.models.invariance import probe
 from foredraft.models.support import check_supported
+from foredraft.versions import suspected
 from foredraft.weights import lowbit
 from foredraft.weights.checkpoint import check_source, explained, first_line
 from foredraft.weights.stored import start
@@ -113,6 +114,7 @@ def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> Ca
     return wrap(load_checkpoint(source, options), consume=True)
 
 
+@suspected()
 def wrap(model: PreTrainedModel, *, consume: bool = False) -> CausalModel:
     """A transformers model in our runtime. It stays as it is, unless it is ours to `consume`: then its own weights go
     as soon as ours are packed.
