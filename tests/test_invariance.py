@@ -87,6 +87,17 @@ def test_a_flaw_of_the_last_row_alone_is_found() -> None:
     assert probe(LastRow(lambda _rows, _group: 0.0)).row_multiple == 4
 
 
+def test_a_flaw_of_rows_beyond_256_keys_beside_longer_texts_is_found() -> None:
+    """fp32 attention on Intel's processors: those rows keep their bits only for whole blocks of 512 keys."""
+
+    class LateRows(Planted):
+        def forward(self, rows: RowBatch) -> torch.Tensor:
+            late = torch.tensor(rows.positions)[rows.wanted] > 256
+            return super().forward(rows) + (late * 1e-3 * (rows.max_position % 512))[:, None]
+
+    assert probe(LateRows(lambda _rows, _group: 0.0)).key_multiple == 512
+
+
 def test_prefill_is_judged_apart() -> None:
     """Wide chunks that differ do not make drafting inexact; they only forbid to share what they computed."""
     assert found(lambda _rows, group: (group.width > 200) * 1e-3) == RowInvariance(4, 128, 1, 33, prefill=False)
@@ -112,8 +123,8 @@ def test_it_leaves_nothing_behind() -> None:
 def test_real_kernels(name: str, dtype: torch.dtype) -> None:
     result = probe(HFModel(tiny(name, dtype, DEVICE)))
     assert result.max_rows in (8, 33)
-    if DEVICE == "cpu":
-        assert result.exact
+    if DEVICE == "cpu":  # gemma2 caps its scores, hence multiplies matrices: where sums hang on the number of keys
+        assert result.exact or (name, dtype) == ("gemma2", torch.float32)
 
 
 def test_the_plan_avoids_the_key_lengths_that_kernels_treat_apart() -> None:
