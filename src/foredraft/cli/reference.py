@@ -11,10 +11,11 @@ from typing import get_args, get_type_hints
 
 import typer
 
+from foredraft.cli.doctor import DoctorOptions
 from foredraft.cli.options import ChatOptions, GenerateOptions
 from foredraft.cli.tune import TuneFlags
 
-TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags}
+TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags, "doctor": DoctorOptions}
 MARKED = re.compile(r"(<!-- flags of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
