@@ -40,7 +40,7 @@ test: $(VENV)/.installed-dev
 CONTRACT := tests/test_contract.py tests/test_adapter.py
 PART := llama or gpt2
 test-lowest test-latest: test-%: .venv-%/bin/pip
-	$(call install,.venv-$*,$*) --also pytest
+	$(call install,.venv-$*,$*) --also pytest accelerate
 	.venv-$*/bin/python benchmarks/demo.py --rounds 1
 	.venv-$*/bin/python -m pytest $(CONTRACT) $(if $(SHORT),-k "$(PART)") $(ARGS)
 

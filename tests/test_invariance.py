@@ -123,8 +123,8 @@ def test_it_leaves_nothing_behind() -> None:
 def test_real_kernels(name: str, dtype: torch.dtype) -> None:
     result = probe(HFModel(tiny(name, dtype, DEVICE)))
     assert result.max_rows in (8, 33)
-    if DEVICE == "cpu":  # gemma2 caps its scores, hence multiplies matrices: where sums hang on the number of keys
-        assert result.exact or (name, dtype) == ("gemma2", torch.float32)
+    if DEVICE == "cpu":  # those multiply matrices themselves; see tests/test_adapter.py
+        assert result.exact or (name in ("gemma2", "falcon_alibi") and dtype == torch.float32)
 
 
 def test_the_plan_avoids_the_key_lengths_that_kernels_treat_apart() -> None:

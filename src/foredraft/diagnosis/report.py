@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from foredraft.diagnosis.serving import Served, Serving, Torch
 
 Lines = Iterator[tuple[str, str]]
-NAME_WIDTH = 16
+NAME_WIDTH = 17
 STATES = {"holds": "yes", "broken": "NO", "unclear": "unclear"}
 
 
