@@ -103,6 +103,17 @@ def test_a_flaw_of_the_last_row_alone_is_found() -> None:
     assert probe(LastRow(lambda _rows, _group: 0.0)).row_multiple == 4
 
 
+def test_a_flaw_of_rows_beyond_256_keys_beside_longer_texts_is_found() -> None:
+    """fp32 attention on Intel's processors: those rows keep their bits only for whole blocks of 512 keys."""
+
+    class LateRows(Planted):
+        def forward(self, rows: RowBatch) -> torch.Tensor:
+            late = torch.tensor(rows.positions)[rows.wanted] > 256
+            return super().forward(rows) + (late * 1e-3 * (rows.max_position % 512))[:, None]
+
+    assert probe(LateRows(lambda _rows, _group: 0.0)).key_multiple == 512
+
+
 def test_prefill_is_judged_apart() -> None:
     """Wide chunks that differ do not make drafting inexact; they only forbid to share what they computed."""
     assert found(lambda _rows, group: (group.width > 200) * 1e-3) == RowInvariance(4, 128, 1, 33, prefill=False)
@@ -129,8 +140,8 @@ def test_real_kernels_keep_what_the_probe_says_of_them(name: str, dtype: torch.d
     """On any device: passes drawn at random, which the probe did not look at, agree where it says so."""
     model = HFModel(tiny(name, dtype, DEVICE))
     result = model.row_invariance = probe(model)
-    if DEVICE == "cpu":
-        assert result.exact
+    if DEVICE == "cpu":  # those multiply matrices themselves; see tests/test_adapter.py
+        assert result.exact or (name in ("gemma2", "falcon_alibi") and dtype == torch.float32)
     if result.exact:
         disagreeing = [case for case in range(24) if not agrees(model, Random(case))]
         assert disagreeing == []

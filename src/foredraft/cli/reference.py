@@ -11,11 +11,12 @@ from typing import get_args, get_type_hints
 
 import typer
 
+from foredraft.cli.doctor import DoctorOptions
 from foredraft.cli.options import ChatOptions, GenerateOptions
 from foredraft.cli.tune import TuneFlags
 from foredraft.drafters.registry import DRAFTERS
 
-TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags}
+TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags, "doctor": DoctorOptions}
 MARKED = re.compile(r"(<!-- (?:flags of (\w+)|drafters) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -124,7 +124,10 @@ def _forward(model: CausalModel, candidate: RowInvariance, spans: list[Span]) ->
 def _cases(candidate: RowInvariance, text: Text) -> Iterator[tuple[int, int, list[Span]]]:
     """Passes whose first logits are those of the probed sequence; from which row of the reference on, and how many."""
     some, multiple = min(5, text.widest), candidate.row_multiple
-    for offset in (text.widest - 1, text.widest - some, text.widest // 2):  # backwards, for padding overwrites
+    last = text.widest - some
+    for ahead in (NEAR, FAR):  # beyond 256 keys, which some kernels cut by how many there are
+        yield last, some, [text.span(some, last), text.mate(NEIGHBOUR, 1, ahead)]
+    for offset in (text.widest - 1, last, text.widest // 2):  # backwards, for padding overwrites
         count = min(some, text.widest - offset)
         yield offset, count, [text.span(count, offset)]
     for width in sorted({round_up(width, multiple) - multiple + 1 for width in WIDTHS if width < text.widest}):

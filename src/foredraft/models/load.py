@@ -21,6 +21,7 @@ from foredraft.models.invariance import probe
 from foredraft.models.support import ADVICE, check_supported
 from foredraft.upstream.kernels import computes_bf16
 from foredraft.upstream.modules import is_prompt_tuned, left_behind, sharing_weights, unwrapped
+from foredraft.versions import suspected
 from foredraft.weights import lowbit
 from foredraft.weights.checkpoint import check_source, explained, first_line, has_tokenizer
 from foredraft.weights.stored import start
@@ -134,6 +135,7 @@ def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> Ca
     return wrap(load_checkpoint(source, options), consume=True)
 
 
+@suspected()
 def wrap(model: PreTrainedModel, *, consume: bool = False) -> CausalModel:
     """A transformers model in our runtime. It stays as it is, unless it is ours to `consume`: then its own weights go
     as soon as ours are packed.
