@@ -35,7 +35,7 @@ def names() -> str:
         "foredraft": own,
         "foredraft.drafters.base and foredraft.policy": {"Drafter": Drafter, "DraftPolicy": DraftPolicy},
         "foredraft.integrations.transformers": {name: getattr(drop_in, name) for name in drop_in.__all__},
-        "foredraft.errors": {n: e for n, e in vars(errors).items() if isinstance(e, type)},
+        "foredraft.errors": {n: e for n, e in vars(errors).items() if getattr(e, "__module__", "") == errors.__name__},
     }
     return "\n\n".join(f"### {title}\n\n{table(found)}" for title, found in sections.items())
 

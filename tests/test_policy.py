@@ -231,7 +231,7 @@ def test_comes_back_when_acceptance_recovers(batch):
 
 def test_nothing_is_kept_of_a_request_that_ended():
     policy = Gain()
-    run(World(), policy, tokens=2000, request=50)
+    run(World(), policy, tokens=2000, length=50)
     assert len(policy.alphas) <= 1
 
 

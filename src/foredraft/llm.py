@@ -117,6 +117,7 @@ class LLM:
 
     @property
     def drafter(self) -> Drafter:
+        """Who guesses for requests that ask for nothing else."""
         return self.engine.drafter
 
     @property
