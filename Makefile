@@ -1,7 +1,9 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 # Stamps in .venv record what is installed, so that a second run installs nothing.
+# TORCH=any takes the build of torch that pip chooses (on Linux CUDA's) where the default looks for a CPU build.
 
 VENV := .venv
+TORCH ?= cpu
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3 python,$(call usable,$(name))))
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/demo.py benchmarks/widen.py,$(wildcard benchmarks/*.py)))
@@ -9,7 +11,10 @@ BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/demo.py benchmarks/wi
 # $(call usable,NAME): NAME where it runs, is 3.11 or newer and can make virtual environments; else nothing.
 usable = $(shell $(1) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(1))
 
-.PHONY: help demo native sanitize test check format bench clean
+# $(call install,ENVIRONMENT,VERSIONS): see scripts/install.py.
+install = $(1)/bin/python scripts/install.py $(2) --torch $(TORCH)
+
+.PHONY: help demo native sanitize test test-lowest test-latest check format bench constraints clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -21,7 +26,11 @@ help:
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   run the benchmarks (BENCHMARKS=benchmarks/x.py for one)"
-	@echo "make clean   remove the virtual environment and the caches"
+	@echo "make clean   remove the virtual environments and the caches"
+	@echo "make test-lowest, make test-latest"
+	@echo "             demo and contract with the lowest or newest versions that we allow (SHORT=1: a part of it)"
+	@echo "make constraints"
+	@echo "             renew constraints.txt, the exact versions that the other commands install"
 
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py $(ARGS)
@@ -34,6 +43,14 @@ sanitize: | $(BIN)/pip
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# What a release of torch or transformers breaks first: the demo, every drafter's contract, other models' own modules.
+CONTRACT := tests/test_contract.py tests/test_adapter.py
+PART := llama or gpt2
+test-lowest test-latest: test-%: .venv-%/bin/pip
+	$(call install,.venv-$*,$*) --also pytest accelerate
+	.venv-$*/bin/python benchmarks/demo.py --rounds 1
+	.venv-$*/bin/python -m pytest $(CONTRACT) $(if $(SHORT),-k "$(PART)") $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -49,21 +66,28 @@ bench: $(VENV)/.installed-bench
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no benchmark" >&2; exit 1; }
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
-clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+constraints:
+	rm -rf .venv-constraints
+	$(MAKE) .venv-constraints/bin/pip
+	$(call install,.venv-constraints,latest) --extras dev,serve,bench --also hatchling editables
+	.venv-constraints/bin/python scripts/constrain.py
+	rm -rf .venv-constraints
 
-$(BIN)/pip:
+clean:
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+
+%/bin/pip:
 	@test -n "$(strip $(PYTHON))" || { \
 		echo "foredraft needs Python 3.11 or newer with the venv module, and none was found." >&2; \
 		echo "Install one (Debian, Ubuntu: apt install python3-venv) or name it: make demo PYTHON=/path/to/python3" >&2; \
 		exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo 'installing foredraft into $(VENV); on the first run this takes some minutes'
-	$(BIN)/python -m pip install --quiet --editable .
+	$(call install,$(VENV),pinned)
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(call install,$(VENV),pinned) --extras $*
 	@touch $@

@@ -15,14 +15,13 @@ import torch
 
 from foredraft import LLM, SamplingParams
 from foredraft.models.base import SkipSet
-from foredraft.models.load import LoadOptions
-from foredraft.tuning.advice import TuneOptions, Watcher
-from foredraft.tuning.advise import OWN, Advisor, _cost
 from foredraft.tuning.calibration import continue_prompts, pick_prompts
-from foredraft.tuning.costs import Arm, Repeat, measure
+from foredraft.tuning.candidates import OWN, family, wide_passes
+from foredraft.tuning.carousel import measure
 from foredraft.tuning.forecast import forecast
 from foredraft.tuning.score import Scorer
 from foredraft.tuning.search import Evaluation, Limits, Search, Study, skip_set
+from foredraft.tuning.skipping import draft_cost
 
 
 def main() -> None:
@@ -41,14 +40,12 @@ def main() -> None:
     llm = LLM(args.model, "none", dtype=args.dtype)
     prompts = pick_prompts(llm, args.calibration, 2 * args.prompts, 0, seed=args.seed)
     calibration = continue_prompts(llm, prompts.calibration, SamplingParams(max_new_tokens=args.tokens))
-    advisor = Advisor(llm, TuneOptions(), "", LoadOptions(), Watcher())
-    arms = [*advisor._family(OWN, llm.model), *(Arm("repeat", Repeat(), gamma) for gamma in (1, 4, 10, 16))]
-    costs = measure(llm, calibration, arms, laps=12, max_seconds=60)
+    costs = measure(llm, calibration, [*family(OWN, llm.model), *wide_passes()], laps=12, max_seconds=60)
 
     def evaluator(scorer: Scorer, **how: int | bool):  # type: ignore[no-untyped-def]
         def evaluate(skip: SkipSet) -> Evaluation:
             acceptance = scorer.score(llm.model.variant(skip=skip), **how)
-            cost = _cost(costs, OWN, llm.model, skip)
+            cost = draft_cost(costs, OWN, llm.model, skip)
             return Evaluation(acceptance.alpha, forecast(acceptance, cost, costs.steps, args.tokens))
 
         return evaluate

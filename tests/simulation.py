@@ -35,7 +35,7 @@ class Clock:
         return self.tokens / self.seconds
 
 
-def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, request: int = 300) -> list[Clock]:
+def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300) -> list[Clock]:
     """Decode so many tokens per request of the batch; a clock for each of the world's phases."""
     source = Random(seed)
     clocks = []
@@ -45,7 +45,7 @@ def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, re
         while clock.tokens < tokens * world.batch / len(world.alphas):
             step(world, policy, requests, alpha, source, clock)
             for i, request in enumerate(requests):
-                if request.num_output > request:
+                if request.num_output > length:
                     policy.forget(request)
                     requests[i] = fresh()
         clocks.append(clock)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from foredraft.errors import ModelError, UnsupportedModelError
 from foredraft.models.hf import HFModel, SlotView
 from foredraft.models.invariance import probe
-from foredraft.models.load import LoadOptions, load_target
+from foredraft.models.load import LoadOptions, load_target, wrap
 from foredraft.models.rows import Span, plan
 from foredraft.weights.quantize import Quantizer
 
@@ -74,16 +74,19 @@ def test_greedy_text_is_what_transformers_generates(name: str) -> None:
     assert decode(HFModel(tiny(name, device=DEVICE)), PROMPTS, hints) == hints
 
 
+# They multiply weights and values themselves. On Intel's processors that sum, in fp32, hangs on the number of keys.
+OWN_PRODUCTS = {"bloom", "falcon", "falcon_alibi", "gemma2", "gpt_oss"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_architecture
 def test_rows_have_the_same_bits_however_they_are_passed(name: str, dtype: torch.dtype) -> None:
     """One by one, in blocks of random widths, and in batches whose mates raise the key length."""
     model = HFModel(tiny(name, dtype, DEVICE))
     model.row_invariance = probe(model)
-    if DEVICE == "cpu":
-        assert model.row_invariance.exact
-    elif not model.row_invariance.exact:
-        pytest.skip("no shape makes this model row invariant on this device")
+    if not model.row_invariance.exact:
+        assert DEVICE != "cpu" or (name in OWN_PRODUCTS and dtype == torch.float32)
+        pytest.skip("no shape makes this model row invariant here")
     text, source = draws(300, seed=4), random.Random(5)
     for start, end in ((110, 145), (240, 275)):  # across the ends of key blocks
         forward(model, [Span(0, 0, text[:start]), Span(2, 0, text[:start])])
@@ -214,7 +217,7 @@ def test_what_cannot_serve_is_refused_by_name(name: str) -> None:
     make, reason = REFUSALS[name]
     model = make()
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
-        HFModel(model)
+        wrap(model)
     assert f"'{model.config.model_type}' cannot serve" in str(caught.value)
     assert "generate()" in str(caught.value), "it says what to do"
 

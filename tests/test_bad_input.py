@@ -99,12 +99,22 @@ def test_missing_weights(tmp_path, checkpoint):
         LLM(folder)
 
 
-def test_missing_tokenizer(tmp_path, checkpoint):
+def test_a_damaged_tokenizer(tmp_path, checkpoint):
+    folder = copy(checkpoint, tmp_path / "mute")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"mute has no tokenizer that loads"):
+        LLM(folder)
+
+
+def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path, checkpoint):
     folder = copy(checkpoint, tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(ModelError, match=r"mute has no tokenizer that loads"):
-        LLM(folder)
+    mute = LLM(folder)
+    params = SamplingParams(max_new_tokens=8)
+    assert mute.generate([1, 2, 3], params).token_ids == LLM(checkpoint).generate([1, 2, 3], params).token_ids
+    with pytest.raises(RequestError, match=r"a model without a tokenizer; pass tokenizer="):
+        mute.generate("w1 w2")
 
 
 @pytest.mark.parametrize(
@@ -202,6 +212,28 @@ def test_text_without_a_tokenizer(llm):
         llm.generate("hello")
     with pytest.raises(RequestError, match=r"stop=\('x',\) needs a tokenizer"):
         llm.generate([1, 2], SamplingParams(stop="x"))
+
+
+LONE = r"has a lone surrogate, '\\ud83d' at character 3, which no tokenizer can read; decode its source as UTF-8"
+
+
+@pytest.mark.parametrize("call", ["generate", "batch", "stream", "chat", "parts", "stream_chat", "tools"])
+def test_a_lone_surrogate_is_refused_everywhere(checkpoint, call):
+    llm = LLM(checkpoint, "none")
+    llm.tokenizer.chat_template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    bad, sound = "w1 \ud83d", {"role": "user", "content": "w1"}
+    calls = {
+        "generate": lambda: llm.generate(bad),
+        "batch": lambda: llm.generate(["w1", bad]),
+        "stream": lambda: llm.stream(bad),
+        "chat": lambda: llm.chat([{"role": "user", "content": bad}]),
+        "parts": lambda: llm.chat([{"role": "user", "content": [{"type": "text", "text": bad}]}]),
+        "stream_chat": lambda: llm.stream_chat([{"role": "user", "content": bad}]),
+        "tools": lambda: llm.chat([sound], tools=[{"name": bad}]),
+    }
+    with pytest.raises(RequestError, match=LONE):
+        calls[call]()
+    assert not llm.engine.has_work
 
 
 def test_nothing_has_run_when_one_prompt_of_many_is_bad(llm):

@@ -206,6 +206,28 @@ def test_the_prompt_may_come_from_stdin(run: Fake, args: tuple[str, ...]) -> Non
     assert run.llm.asked[0][0] == "two\nlines é"
 
 
+@pytest.mark.parametrize("stdin", [b"\xef\xbb\xbftwo\n", "\ufefftwo"])
+def test_a_byte_order_mark_is_no_part_of_the_prompt(run: Fake, stdin: str | bytes) -> None:
+    assert run("generate", stdin=stdin).exit_code == 0
+    assert run("generate", "\ufefftwo").exit_code == 0
+    assert [asked[0] for asked in run.llm.asked] == ["two", "two"]
+
+
+def test_a_chat_file_may_begin_with_a_byte_order_mark(run: Fake) -> None:
+    run.llm.tokenizer.chat_template = "t"
+    assert run("chat", stdin=b"\xef\xbb\xbf/reset\nHello\n").exit_code == 0
+    assert [asked[0] for asked in run.llm.asked] == [[{"role": "user", "content": "Hello"}]]
+
+
+def test_a_prompt_that_begins_with_a_dash(run: Fake) -> None:
+    done = run("generate", "--raw", "-5 degrees")
+    assert done.exit_code == 2
+    assert "foredraft generate -- '-5 degrees'" in " ".join(done.stderr.replace("│", " ").split())
+    assert run("generate", "--raw", "--", "-5 degrees").exit_code == 0
+    assert run.llm.asked[-1][0] == "-5 degrees"
+    assert "goes after" not in run("chat", "-5").stderr  # it takes no prompt
+
+
 @pytest.mark.parametrize(
     ("stdin", "complaint"),
     [("", "prompt is empty"), (" \n", "prompt is empty"), (b"\xff", "not UTF-8 text (byte 0xff at 0)")],
@@ -499,7 +521,7 @@ def test_the_documented_flags_are_current() -> None:
         document = (ROOT / name).read_text(encoding="utf-8")
         found |= {match[2] for match in reference.MARKED.finditer(document)}
         assert reference.embed(document) == document, f"run: python -m foredraft.cli.reference {name}"
-    assert found == set(reference.TABLES)
+    assert found == {*reference.TABLES, None}  # None: the table of drafters
     assert "| `--num-draft-tokens` `--gamma` |" in (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 
 

@@ -29,6 +29,7 @@ def reference(name: str) -> list[list[int]]:
     return texts
 
 
+@pytest.mark.filterwarnings("ignore::foredraft.errors.ExactnessWarning")  # some processors' products in fp32
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_text_equals_transformers_generate(name):
     wanted = reference(name)

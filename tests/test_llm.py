@@ -1,6 +1,8 @@
 """LLM as a program uses it: threads, open streams, callbacks that fail, and models that are somebody else's."""
 
 import copy
+import functools
+import json
 import threading
 from typing import Any
 
@@ -9,10 +11,13 @@ import torch
 from fakes import Scripted
 from models import draws, tiny
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 from foredraft import LLM, SamplingParams
+from foredraft.cli.app import app
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
+from foredraft.llm import BUNDLED
 from foredraft.models.decoder import Decoder
 from foredraft.models.hf import HFModel
 from foredraft.types import Request, Verdict
@@ -84,8 +89,9 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Negated(LlamaForCausalLM):
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    @functools.wraps(LlamaForCausalLM.forward)  # whatever this transformers calls the cache
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
         out.logits = -out.logits
         return out
 
@@ -111,6 +117,7 @@ def test_a_llama_that_computes_something_else_is_not_mistaken_for_one(change):
     assert isinstance(LLM(tiny("llama"), "none").model, Decoder)
 
 
+@pytest.mark.filterwarnings("ignore::foredraft.errors.ExactnessWarning")  # some processors' products in fp32
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gemma2"])
 def test_a_model_in_memory_stays_as_it_is(name):
     model = tiny(name).train()
@@ -196,3 +203,52 @@ def test_prompts_as_tensors():
     wanted = [result.token_ids for result in llm.generate(many, PARAMS)]
     assert [result.token_ids for result in llm.generate(torch.tensor(many), PARAMS)] == wanted
     assert llm.generate(torch.tensor(many[0]), PARAMS).token_ids == wanted[0]
+
+
+# --- stop strings of the bundled pair, where <|end|> ends a turn and is no text ---
+
+QUESTION = "User: I need a table for two in Oakland tonight.\nAssistant:"
+
+
+@pytest.fixture(scope="module")
+def bundled() -> LLM:
+    return LLM(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def original() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(BUNDLED / "target", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [None, 0, 6])
+@pytest.mark.parametrize("stop", ["<|end|>", "<|end|>\nUser:", "?<|end|>", "reservation for?<|end|>\n", "\nUser:"])
+def test_stop_strings_with_special_tokens_end_where_transformers_ends(
+    bundled: LLM, original: PreTrainedModel, stop: str, num_draft_tokens: int | None
+) -> None:
+    tokenizer, params = bundled.tokenizer, SamplingParams(max_new_tokens=40, stop=stop, ignore_eos=True)
+    inputs = tokenizer(QUESTION, return_tensors="pt")
+    ids = original.generate(
+        **inputs, max_new_tokens=40, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+    )[0, inputs["input_ids"].shape[1] :].tolist()  # fmt: skip
+    chunks = list(bundled.stream(QUESTION, params, num_draft_tokens=num_draft_tokens))
+    result = chunks[-1].result
+    assert result is not None and len(ids) < 40
+    assert (result.token_ids, result.finish_reason) == (ids, "stop")
+    written = tokenizer.decode(ids).partition(stop)[0]
+    assert result.text == "".join(chunk.text for chunk in chunks) == written.replace("<|end|>", "")
+    assert "".join(piece for chunk in chunks for piece, _ in chunk.pieces) == result.text
+    assert bundled.generate([QUESTION] * 3, params, num_draft_tokens=num_draft_tokens)[2].text == result.text
+
+
+def test_a_chat_and_the_command_line_stop_at_special_tokens(bundled: LLM) -> None:
+    question, stop = QUESTION.removeprefix("User: ").partition("\n")[0], "?<|end|>\nUser"
+    params = SamplingParams(max_new_tokens=40, stop=stop, ignore_eos=True)
+    plain = bundled.generate(QUESTION, params)
+    done = CliRunner().invoke(
+        app, ["generate", "--raw", "--json", "--dtype", "fp32", "--ignore-eos", "--stop", stop, QUESTION]
+    )
+    answer = json.loads(done.stdout)
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == (plain.text, plain.token_ids, "stop")
+    chat = bundled.chat([{"role": "user", "content": question}], SamplingParams(max_new_tokens=40, stop="?<|end|>"))
+    assert chat.finish_reason == "stop"
+    assert not chat.text.endswith("?") and bundled.tokenizer.decode(chat.token_ids).endswith("?<|end|>")

@@ -7,7 +7,7 @@ from simulation import World, fresh, run
 
 from foredraft.errors import RequestError
 from foredraft.policy import POLICIES, Fixed, Gain, Heuristic, PerRequest, Threshold, make_policy
-from foredraft.policy.gain import Average, Calibration, RowCost
+from foredraft.policy.gain import Average, ConfidenceBins, RowCost
 from foredraft.types import Draft, Verdict
 
 LENGTHS = (0, 1, 2, 4, 8, 16)
@@ -161,7 +161,7 @@ def test_row_cost_is_the_slope_of_a_pass():
 
 
 def test_calibration_learns_what_a_confidence_is_worth():
-    calibration = Calibration()
+    calibration = ConfidenceBins()
     assert calibration.probability(0.95) == pytest.approx(0.95)
     for i in range(400):
         calibration.add(0.95, i % 2 == 0)
@@ -231,7 +231,7 @@ def test_comes_back_when_acceptance_recovers(batch):
 
 def test_nothing_is_kept_of_a_request_that_ended():
     policy = Gain()
-    run(World(), policy, tokens=2000, request=50)
+    run(World(), policy, tokens=2000, length=50)
     assert len(policy.alphas) <= 1
 
 

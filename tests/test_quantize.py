@@ -14,7 +14,6 @@ from foredraft.weights.quantize import (
     DynamicInt8Linear,
     Int4Linear,
     Int8Linear,
-    OneRowLinear,
     Quantizer,
     dense,
     for_drafting,
@@ -85,15 +84,29 @@ def test_groups_of_equal_values_keep_their_value():
     assert relative(found[:, 32:64], w[:, 32:64]) < 2**-8
 
 
-@pytest.mark.parametrize("weight_format", ["int4", "int8"])
+@pytest.mark.parametrize("weight_format", ["int4", "int8", "int8-dynamic"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_only_rows_do_not_depend_on_each_other(weight_format, dtype):
-    """What a quantised target needs; int8-dynamic does not have it."""
-    layer = quant_linear(weight(96, 128, dtype), None, weight_format)
-    x = weight(33, 128, dtype, seed=4)
+def test_rows_do_not_depend_on_each_other(weight_format, dtype):
+    """What a quantised target needs, and what makes a draft's distribution its own request's alone."""
+    layer = quant_linear(weight(544, 512, dtype), None, weight_format)
+    assert isinstance(layer, DynamicInt8Linear) == (weight_format == "int8-dynamic")
+    x = weight(33, 512, dtype, seed=4)
+    x[20] *= 1000  # a scale over all rows would be this one's
+    x[21] = x[21].abs()
     whole = layer(x)
     for rows in (1, 2, 4, 5, 8, 17):
         assert torch.equal(layer(x[:rows]), whole[:rows])
+    assert torch.equal(layer(x[20:22]), whole[20:22])
+
+
+def test_rows_are_rounded_one_by_one_where_the_kernel_takes_no_scale():
+    layer = DynamicInt8Linear(weight(64, 96))
+    x = weight(5, 96, seed=4) * torch.tensor([1, 10, 0, 1000, 1e-3])[:, None]
+    given = layer(x)
+    layer.takes_scale = False
+    assert torch.equal(layer(x)[:1], layer(x[:1]))
+    assert relative(layer(x[3:4]), given[3:4]) < 0.02
+    assert not layer(x)[2].any() and not given[2].any()
 
 
 def test_small_groups_only_where_large_ones_lose_too_much():
@@ -169,27 +182,13 @@ def test_clipping_never_loses_to_the_whole_range():
         assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_single_row_takes_eight_bits_and_more_rows_the_whole_weight(dtype):
-    whole = linear(weight(64, 96, dtype), weight(1, 64, dtype)[0])
-    layer = for_drafting(whole)
-    x, residual = weight(3, 96, dtype, seed=1), weight(3, 64, dtype, seed=2)
-    eight = Int8Linear(whole.dense(), whole.bias)
-    assert layer.nbytes == whole.nbytes + eight.nbytes
-    assert torch.equal(layer.forward(x), whole.forward(x))
-    assert torch.equal(layer.forward(x[:1]), eight.forward(x[:1]))
-    assert torch.equal(layer.add_to(residual, x), whole.add_to(residual, x))
-    assert torch.equal(layer.add_to(residual[:1], x[:1]), eight.add_to(residual[:1], x[:1]))
-    assert torch.equal(layer.dense(), whole.dense())
-
-
 def test_layers_that_are_not_packed_stay_as_they_are():
     plain = PlainLinear(weight(16, 16))
     assert for_drafting(plain) is plain
 
 
 def test_drafts_take_the_kernel_that_is_fastest_for_the_size():
-    small, large = linear(weight(1024, 1024)), linear(weight(1056, 1024))
-    assert [type(for_drafting(layer)) for layer in (small, large)] == [OneRowLinear, DynamicInt8Linear]
+    small, large = linear(weight(512, 512)), linear(weight(544, 512))
+    assert [type(for_drafting(layer)) for layer in (small, large)] == [Int8Linear, DynamicInt8Linear]
     kinds = [type(quant_linear(dense(layer), None, "int8-dynamic")) for layer in (small, large)]
     assert kinds == [Int8Linear, DynamicInt8Linear]

@@ -11,7 +11,7 @@ import torch
 from models import VOCAB, tiny
 
 from foredraft import LLM, SamplingParams
-from foredraft.drafters import SELF_DRAFTERS
+from foredraft.drafters import DRAFTERS
 from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.engine import Engine
 from foredraft.errors import ModelError, RequestError
@@ -21,7 +21,7 @@ from foredraft.models.invariance import probe
 from foredraft.models.load import wrap
 from foredraft.models.rows import Span, plan
 from foredraft.policy import Fixed
-from foredraft.profile import HowFound, Measured, Profile, find, load, model_hash, profile_for, save
+from foredraft.profile import HowFound, Profile, ProfileFigures, find, load, model_hash, profile_for, save
 from foredraft.types import Request
 from foredraft.weights.quantize import Quantizer, quant_linear
 
@@ -69,7 +69,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 def drafting(llm: LLM, name: str) -> SelfDrafter:
     weight_format, skip = DRAFTS[name]
     drafter = SelfDrafter(llm.model, name, weight_format, skip)
-    llm.drafter = llm.engine.drafter = drafter
+    llm.engine.use(drafter)
     return drafter
 
 
@@ -226,7 +226,7 @@ def test_every_self_drafter_by_name(own_cache):
     model = wrap(tiny("llama"))
     save(profile_for(model, SOME, {}, HowFound()))
     plain = LLM(tiny("llama"), draft="none").generate(prompts(3), PARAMS["greedy"])
-    for name in SELF_DRAFTERS:
+    for name in (kind.name for kind in DRAFTERS.values() if kind.own_weights):
         llm = LLM(tiny("llama"), draft=name)
         assert llm.drafter.name == name
         assert outcome(llm.generate(prompts(3), PARAMS["greedy"])) == outcome(plain)
@@ -236,7 +236,7 @@ def test_profile_by_path_and_by_hash(tmp_path):
     model = tiny("llama")
     with pytest.raises(ModelError, match=r"no skip profile is known .* run foredraft tune"):
         LLM(model, draft="skip")
-    figures = {"skip": Measured(alpha=0.8, cost_ratio=0.5, num_draft_tokens=4, speedup=1.3)}
+    figures = {"skip": ProfileFigures(alpha=0.8, cost_ratio=0.5, num_draft_tokens=4, speedup=1.3)}
     profile = profile_for(wrap(tiny("llama")), SOME, figures, HowFound("tpe", 100, 3, "its own text"))
     path = save(profile, tmp_path / "elsewhere" / "mine.json")
     assert load(path) == profile

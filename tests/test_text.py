@@ -1,28 +1,22 @@
 """Streamed text equals decoded text, however it is cut into tokens; stop strings; chat templates."""
 
+import copy
 import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StopStringCriteria
 
 from foredraft.errors import RequestError
-from foredraft.text import (
-    MAX_WAITING,
-    ByteDetokenizer,
-    StopString,
-    TextStream,
-    WindowDetokenizer,
-    detokenizer,
-    end_of_turn_ids,
-    render_chat,
-    special_ids,
-)
+from foredraft.text import TextStream, end_of_turn_ids, render_chat
+from foredraft.text.detokenize import MAX_WAITING, ByteDetokenizer, WindowDetokenizer, detokenizer, special_ids
+from foredraft.text.stream import StopString
 
 SAMPLES = (
     "Once upon a time, there was a girl.",
@@ -62,7 +56,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    words = ["[UNK]", *"abcdehlnot.,", *("##" + char for char in "abcdehlnot"), "the", "##he"]
+    words = ["[UNK]", *"abcdefhlnot.,", *("##" + char for char in "abcdefhlnot"), "the", "##he"]
     piece = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     piece.pre_tokenizer = pre_tokenizers.Whitespace()
     piece.decoder = decoders.WordPiece(cleanup=False)
@@ -360,6 +354,89 @@ def test_a_text_stream_is_a_stop_rule_and_continues_its_prompt() -> None:
     assert stream.finish() == " the the"
 
 
+SPECIAL_STOPS = (
+    "{end}", "{end}{user}", "{end}a", "{user} a", "e{end}", "e {end}", " {user}", "{user}the",
+    "the{end}{tool}", "{end} the", "{tool}{end} a", "{tool} {end} a",
+)  # fmt: skip
+
+
+def with_added_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|stop|>", "<|user|>"]})
+    own.add_tokens(["<tool>"])
+    return own
+
+
+def first_stop_of_transformers(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: str) -> int | None:
+    """How many tokens transformers' `generate` would emit."""
+    try:
+        criterion = StopStringCriteria(tokenizer, [stop])
+    except ValueError:  # no tokens of this tokenizer spell it
+        return None
+    seen = (torch.tensor([ids[: i + 1]]) for i in range(len(ids)))
+    return next((i + 1 for i, row in enumerate(seen) if bool(criterion(row, None))), None)
+
+
+def dialogues(tokenizer: PreTrainedTokenizerBase, words: str) -> list[list[int]]:
+    """Token lists with added tokens between words, side by side and at both ends."""
+    end, user, tool = tokenizer.convert_tokens_to_ids(["<|stop|>", "<|user|>", "<tool>"])
+    the, a = encode(tokenizer, words), encode(tokenizer, "a")
+    return [
+        [*the, end, user, *a, end],
+        [end, *the, tool, end, *the, user, *the],
+        [*the, user, end, tool, *a, end, *a, end, tool],
+    ]
+
+
+@pytest.mark.parametrize("kind", [*MADE, *TOKENIZERS])
+def test_stop_strings_hold_special_and_added_tokens_as_in_transformers(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    """It ends after the same token, and shows what stands before the stop string without special tokens."""
+    tokenizer = with_added_tokens(
+        made(kind) if kind in MADE else load(request.getfixturevalue("shared") / kind)  # only these need it
+    )
+    found = 0
+    for ids in dialogues(tokenizer, " the"):
+        for template in SPECIAL_STOPS:
+            stop = template.format(end="<|stop|>", user="<|user|>", tool="<tool>")
+            stream, shown, ended = TextStream(tokenizer, (stop,), prompt_ids=encode(tokenizer, "the")), "", None
+            for i, token in enumerate(ids):
+                if stream.push(token):
+                    ended = i + 1
+                    break
+                shown += stream.take()
+            shown += stream.finish()
+            assert ended == first_stop_of_transformers(tokenizer, ids, stop), (ids, stop)
+            assert shown == stream.text
+            assert "<|" not in shown
+            kept = "".join(settled(tokenizer, ids[:ended], encode(tokenizer, "the")))
+            assert kept.startswith(shown) if ended else shown == kept
+            found += ended is not None
+    assert found >= 6
+
+
+def test_what_may_begin_a_stop_string_with_a_special_token_is_withheld() -> None:
+    tokenizer = made("byte_level")
+    end = tokenizer.eos_token_id
+    b, c, a = (encode(tokenizer, char)[0] for char in "bca")
+    stream, shown = TextStream(tokenizer, ("b<|end|>a",)), []
+    for token in (b, end, c, b, end, end, b, end):
+        assert not stream.push(token)
+        shown.append(stream.take())
+    assert shown == ["", "", "bc", "", "", "b", "", ""]  # the second <|end|> in a row decides it
+    assert stream.push(a)
+    assert (stream.finish(), stream.text, stream.num_kept_tokens) == ("", "bcb", 6)
+
+
+def test_a_stop_string_of_special_tokens_that_never_comes_releases_the_text() -> None:
+    tokenizer = made("byte_level")
+    stream = TextStream(tokenizer, ("b<|end|>a",))
+    for token in (*encode(tokenizer, "ab"), tokenizer.eos_token_id):
+        stream.push(token)
+    assert (stream.take(), stream.finish(), stream.num_kept_tokens) == ("a", "b", 3)
+
+
 # --- chat templates ---
 
 
@@ -427,6 +504,17 @@ def test_render_chat_asks_for_the_assistants_turn() -> None:
         (PLAIN, [USER, {"role": "bot", "content": "Hi"}], r"messages\[1\] has role 'bot'; it must be one of"),
         (PLAIN, [{"role": "user", "content": None}], "must be text"),
         (PLAIN, [{"role": "user"}], "must be text"),
+        (
+            PLAIN,
+            [{"role": "user", "content": "a \ud83d"}],
+            r"messages\[0\] has a lone surrogate, '\\ud83d' at character 2",
+        ),
+        (PLAIN, [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "part of type 'image_url'"),
+        (PLAIN, [{"role": "user", "content": [{"type": "text"}]}], "has the part {'type': 'text'}"),
+        (PLAIN, [{"role": "user", "content": ["Hi"]}], "has the part 'Hi'"),
+        (PLAIN, [{"role": "assistant", "content": None, "tool_calls": []}], "must be text"),
+        (PLAIN, [{"role": "assistant", "tool_calls": [{"function": "f"}]}], r"messages\[0\] has tool_calls"),
+        (PLAIN, [{"role": "assistant", "tool_calls": "f()"}], r"messages\[0\] has tool_calls 'f\(\)'; they must be"),
         ("{{ raise_exception('roles must alternate') }}", [USER], "roles must alternate"),
         ("{% for %}", [USER], "refuses"),
         ("{{ messages[0]['content'] + 1 }}", [USER], "refuses"),
@@ -436,3 +524,120 @@ def test_render_chat_asks_for_the_assistants_turn() -> None:
 def test_a_chat_that_cannot_be_rendered_says_why(template: str, messages: object, complaint: str) -> None:
     with pytest.raises(RequestError, match=complaint):
         render_chat(simple(template), messages)  # type: ignore[arg-type]
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+ASKED = {"role": "user", "content": "How is Oslo?"}
+RESULT = {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "rain"}
+
+
+def called(arguments: object) -> dict[str, object]:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def weather(city: str) -> str:
+    """The weather of a city.
+
+    Args:
+        city: its name
+    """
+    return city
+
+
+def qwen(shared: Path) -> PreTrainedTokenizerBase:
+    return with_template("Qwen-Qwen2.5-7B-Instruct.jinja", shared, ["<|im_start|>", "<|im_end|>"])
+
+
+def llama(shared: Path) -> PreTrainedTokenizerBase:
+    specials = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
+    return with_template("meta-llama-Llama-3.1-8B-Instruct.jinja", shared, specials)
+
+
+def by_transformers(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, object]], **variables: object) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+
+
+@pytest.mark.parametrize("family", [qwen, llama])
+def test_tools_calls_and_results_are_rendered_as_the_template_does(family, shared: Path) -> None:
+    tokenizer = family(shared)
+    for chat in ([ASKED], [ASKED, called({"city": "Oslo"}), RESULT], [ASKED, called({"city": "Oslo"}), RESULT, ANSWER]):
+        expected = by_transformers(tokenizer, chat, tools=[WEATHER])
+        assert tokenizer.decode(render_chat(tokenizer, chat, [WEATHER])) == expected
+        assert "weather" in expected
+    assert '"city"' in tokenizer.decode(render_chat(tokenizer, [ASKED], [weather]))
+
+
+@pytest.mark.parametrize("family", [qwen, llama])
+def test_arguments_as_json_text_are_what_the_object_is(family, shared: Path) -> None:
+    """OpenAI's clients send text; the template would quote it once more."""
+    tokenizer = family(shared)
+    chats = [[ASKED, called(arguments), RESULT] for arguments in ('{"city": "Oslo"}', {"city": "Oslo"})]
+    first, second = (render_chat(tokenizer, chat) for chat in chats)
+    assert first == second
+
+
+def test_a_template_that_wants_arguments_as_text_gets_them_as_they_came() -> None:
+    tokenizer = simple(
+        "{% for m in messages %}{{ m['content'] or '' }}"
+        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + c['function']['arguments'] }}{% endfor %}"
+        "{% endfor %}"
+    )
+    text = tokenizer.decode(render_chat(tokenizer, [ASKED, called('{"city": "Oslo"}')]))
+    assert text == 'How is Oslo?weather{"city": "Oslo"}'
+
+
+@pytest.mark.parametrize("family", [qwen, llama])
+def test_text_parts_are_one_text_to_a_template_that_knows_no_parts(family, shared: Path) -> None:
+    """Llama's would print the list, Qwen's raise."""
+    tokenizer = family(shared)
+    parts = [{"type": "text", "text": "How is"}, {"type": "text", "text": "Oslo?"}]
+    whole = {"role": "user", "content": "How is\nOslo?"}
+    assert render_chat(tokenizer, [{"role": "user", "content": parts}]) == render_chat(tokenizer, [whole])
+
+
+def test_text_parts_stay_parts_to_a_template_that_reads_them() -> None:
+    tokenizer = simple(
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] }}{% if not loop.last %}|{% endif %}{% endfor %}"
+        "{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert tokenizer.decode(render_chat(tokenizer, [{"role": "user", "content": parts}])) == "a|b"
+
+
+def test_keys_that_are_none_are_left_out() -> None:
+    tokenizer = simple("{% for m in messages %}{{ m['name'] is defined }}{{ m['content'] }}{% endfor %}")
+    assert tokenizer.decode(render_chat(tokenizer, [{"role": "user", "content": "a", "name": None}])) == "Falsea"
+
+
+def test_template_arguments_reach_the_template() -> None:
+    tokenizer = simple("{{ messages[0]['content'] }} {{ documents[0]['title'] }} {{ mood }}")
+    ids = render_chat(tokenizer, [USER], arguments={"documents": [{"title": "A"}], "mood": "calm"})
+    assert tokenizer.decode(ids) == "Hi A calm"
+
+
+@pytest.mark.parametrize(
+    ("tools", "arguments", "complaint"),
+    [
+        ([WEATHER], {}, "knows no 'tools'"),
+        ((), {"enable_thinking": False}, "knows no 'enable_thinking'"),
+        ((), {"tokenize": False}, "tokenize are not the template's own"),
+        ((), {"messages": []}, "messages are not the template's own"),
+        ("weather", {}, "tools='weather' is not usable"),
+        ([7], {}, r"tools=\[7\] is not usable"),
+        (WEATHER, {}, "is not usable; give a list"),
+    ],
+)
+def test_what_the_template_cannot_honour_is_refused(
+    tools: object, arguments: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(RequestError, match=complaint):
+        render_chat(simple(PLAIN), [USER], tools, arguments)  # type: ignore[arg-type]

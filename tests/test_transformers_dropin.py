@@ -111,7 +111,8 @@ def test_loaded_from_a_folder(plain: PreTrainedModel, draft: str | None, tmp_pat
 def test_a_draft_folder(llama: PreTrainedModel, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "target")
     near(llama).save_pretrained(tmp_path / "draft")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "target", draft=tmp_path / "draft", speculative=True)
+    folders = {"draft": tmp_path / "draft", "speculative": True, "policy": "fixed"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "target", **folders)
     same(llama, loaded, prompts(), max_new_tokens=NEW)
     assert loaded.n_matched > 0
 

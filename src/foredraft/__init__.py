@@ -1,10 +1,11 @@
 """foredraft: the same tokens, sooner. Speculative decoding for Hugging Face causal language models, kept exact."""
 
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from foredraft.integrations.transformers import accelerate
-    from foredraft.llm import LLM, Chunk, GenerationResult
+    from foredraft.llm import LLM
+    from foredraft.results import Chunk, GenerationResult
     from foredraft.stats import SpecStats
     from foredraft.types import Draft, Request, SamplingParams, Verdict
     from foredraft.weights.convert import convert
@@ -28,8 +29,8 @@ _HOMES = {
     "accelerate": "integrations.transformers",
     "convert": "weights.convert",
     "LLM": "llm",
-    "Chunk": "llm",
-    "GenerationResult": "llm",
+    "Chunk": "results",
+    "GenerationResult": "results",
     "SpecStats": "stats",
     "Draft": "types",
     "SamplingParams": "types",
@@ -38,10 +39,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     """Import torch and transformers only when something of ours is first used: `foredraft --help` stays instant."""
     if name not in _HOMES:
         raise AttributeError(f"module 'foredraft' has no attribute {name!r}")
     from importlib import import_module
 
     return getattr(import_module(f"foredraft.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

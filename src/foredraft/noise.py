@@ -1,7 +1,7 @@
 """Random numbers without state: each is a pure function of (seed, position, token id, stream).
 
-A generator that is *advanced* gives other numbers when a step checks five tokens than when it checks one; a function
-of the place gives the same ones, whoever asks, in whatever order, on whatever device. Python mixes (seed, position,
+A generator that is *advanced* gives other numbers when a step checks five tokens than when it checks one. A function
+of seed and place gives the same ones whoever asks, in whatever order, on whatever device. Python mixes (seed, position,
 stream) into a 64-bit key a row (splitmix64, Steele et al. 2014); torch mixes that key with each token's own 64-bit
 hash, in integer operations that are exact everywhere. Knows nothing of models, requests or probabilities.
 """

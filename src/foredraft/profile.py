@@ -25,7 +25,7 @@ SAMPLED = 2048  # values of each weight that enter the hash
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ProfileFigures:
     """What a drafter with this set gave: per-position acceptance, draft token over target pass, and their sum."""
 
     alpha: float
@@ -52,7 +52,7 @@ class Profile:
     model_hash: str
     num_layers: int
     skip: SkipSet
-    measured: Mapping[str, Measured] = field(default_factory=dict)
+    measured: Mapping[str, ProfileFigures] = field(default_factory=dict)
     found: HowFound = HowFound()
 
     def check(self, model: CausalModel, *, force: bool = False) -> None:
@@ -80,7 +80,7 @@ def model_hash(model: CausalModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def profile_for(model: CausalModel, skip: SkipSet, measured: Mapping[str, Measured], found: HowFound) -> Profile:
+def profile_for(model: CausalModel, skip: SkipSet, measured: Mapping[str, ProfileFigures], found: HowFound) -> Profile:
     """A profile of this model. Raises ModelError where the set does not fit it."""
     skip.check(model.num_layers)
     return Profile(model.config.model_type, model_hash(model), model.num_layers, skip, measured, found)
@@ -152,7 +152,7 @@ def _profile(data: dict[str, Any]) -> Profile:
         str(data["model_hash"]),
         int(data["num_layers"]),
         SkipSet(_layers(data["skip"]["attention"]), _layers(data["skip"]["mlp"])),
-        {str(name): Measured(**values) for name, values in data.get("measured", {}).items()},
+        {str(name): ProfileFigures(**values) for name, values in data.get("measured", {}).items()},
         HowFound(**data.get("found", {})),
     )
 

@@ -1,8 +1,8 @@
 """From logits and a true prefix to processed scores, and from scores to tokens; the same code for target and drafters.
 
-Bit for bit the same for a row whatever other rows are in the call: every step is elementwise or compares a row with its
-own maximum and order; the one sum that decides anything (top_p) is taken in float64. Knows nothing of models, caches
-or how drafts are checked.
+A row's result has the same bits whatever other rows are in the call: every step is elementwise or compares a row with
+its own maximum and order; the one sum that decides anything (top_p) is taken in float64. Knows nothing of models,
+caches or how drafts are checked.
 
 Order, as in vLLM and transformers: logit_bias, penalties, custom processors, temperature, top_k, top_p, min_p.
 """
@@ -80,7 +80,7 @@ def _penalise(
     """Repetition (prompt and output), then presence and frequency (output alone), each row by its own prefix."""
     if params.repetition_penalty != 1:
         longest = max(map(len, paths))
-        padded = [[*path, *[prefix[-1]] * (longest - len(path))] for path in paths]  # a token already in: no change
+        padded = [[*path, *[prefix[-1]] * (longest - len(path))] for path in paths]  # penalised already: no change
         shared = torch.tensor(prefix, device=scores.device).expand(len(paths), -1)
         own = torch.tensor(padded, dtype=torch.int64, device=scores.device)
         ids = torch.cat((shared, own), dim=1)
@@ -239,7 +239,7 @@ def best(scores: torch.Tensor) -> tuple[list[int], list[float]]:
 
 
 def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
-    """Refuse rows whose largest score is no number: NaN and +inf survive a maximum, and -inf means all are -inf.
+    """Refuse rows with NaN or +inf in them, which a maximum keeps, and rows where every score is -inf.
 
     Raises:
         NumericsError: with the first such row.
@@ -254,7 +254,7 @@ def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
 class Drawn(NamedTuple):
     """A drafter's guess. `confidence` is its own probability of `token`, `probs` what the token was drawn from.
 
-    A confidence of NaN says that the logits were no numbers, and the token is none.
+    A NaN confidence means that the logits were NaN or infinite; `token` then means nothing.
     """
 
     token: int
@@ -266,7 +266,7 @@ def draw(logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Seq
     """One guess for each request after its committed and its drafted tokens. # [b, V] -> b
 
     The target's own processing, and for `coupled` the target's own noise, so that both tend to choose alike; for
-    `rejection` a draw from q with noise of its own, fresh in every block (a block is known by where it starts).
+    `rejection` a draw from q with noise of its own, new in every block (keyed by where the block starts).
     None where the request's own processor fails on this prefix, which is an error only if the text ever gets there.
     """
     groups = _alike(requests)
@@ -281,7 +281,7 @@ def draw(logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Seq
 
 
 def _alike(requests: abc.Sequence[Request]) -> list[list[int]]:
-    """Rows that one call can process: those that differ in prefix and seed alone, where the prefix has no say."""
+    """Groups of rows that one call can process: equal settings, and scores that do not depend on the prefix."""
     if len(requests) == 1:
         return [[0]]
     groups: dict[object, list[int]] = {}
@@ -304,7 +304,7 @@ def _draw_alike(
         if not params.processors:
             raise
         return [None]
-    if params.greedy:  # of equals any would do: it is a guess
+    if params.greedy:  # any of several equals will do: it is a guess
         return [Drawn(token, chance) for token, chance in zip(*best(probabilities(scores)), strict=True)]
     starts = [len(request.token_ids) for request in requests]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]

@@ -41,6 +41,7 @@ class SpecStats:
 
     @property
     def tokens_per_second(self) -> float:
+        """Output tokens over the seconds from arrival to the end."""
         return self.output_tokens / self.seconds_total if self.seconds_total else 0.0
 
     def count_pass(self, drafted: int, accepted: int, emitted: int) -> None:

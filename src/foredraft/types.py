@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 from foredraft.errors import RequestError
 from foredraft.stats import SpecStats
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 VerifierName = Literal["coupled", "rejection"]
 StopRule = Callable[[int], bool]
 """Called once for each token as it is committed, in order; True ends the request with this token."""
@@ -42,6 +42,7 @@ class Draft:
 
     @property
     def is_chain(self) -> bool:
+        """Whether each token follows the one before it."""
         return not self.parents or self.parents == tuple(range(-1, len(self.tokens) - 1))
 
 
@@ -115,6 +116,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken (temperature 0)."""
         return self.temperature == 0
 
 
@@ -156,15 +158,17 @@ class Request:
     seed: int
     stop_rule: StopRule
     num_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
+    may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
-    arrived: float = 0.0  # perf_counter of the engine
+    memory: str | None = ""  # whose earlier outputs it may draft from, and adds its own to; None: nobody's
+    arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
     prompt_len: int = -1
     slot: int = -1
     cached: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
-    error: Exception | None = None  # why it was aborted, where that was not its user's wish
+    error: Exception | None = None  # what went wrong, where `finish_reason` is "error"
     from_draft: list[bool] = field(default_factory=list)  # one for each output token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SpecStats = field(default_factory=SpecStats)
@@ -175,14 +179,17 @@ class Request:
 
     @property
     def output_ids(self) -> list[int]:
+        """The tokens after the prompt."""
         return self.token_ids[self.prompt_len :]
 
     @property
     def num_output(self) -> int:
+        """How many tokens there are after the prompt."""
         return len(self.token_ids) - self.prompt_len
 
     @property
     def remaining(self) -> int:
+        """How many more tokens `max_new_tokens` allows."""
         return self.params.max_new_tokens - self.num_output
 
     @property

@@ -25,7 +25,7 @@ def verify(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
 
     Raises:
         ExactnessError: the draft is malformed, or a tree with the verifier `rejection`.
-        NumericsError: the logits are no numbers.
+        NumericsError: the logits are NaN or infinite.
         VocabularyMismatchError: the draft's distributions are not over the target's vocabulary.
     """
     assert len(logits) == len(draft) + 1, f"{len(draft)} draft tokens need {len(draft) + 1} rows, not {len(logits)}"
@@ -34,7 +34,7 @@ def verify(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
 
 
 def verify_reached(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
-    """As `verify`, row by row: a row fails (no numbers, a processor raises) only if plain decoding would come to it."""
+    """As `verify`, row by row: a failure (NaN, a processor raises) is an error only if plain decoding gets to it."""
     scores, failures = [], {}
     rows = paths(draft)
     positions = [len(request.token_ids) + len(path) for path in rows]
@@ -105,8 +105,8 @@ def match(draft: Draft, targets: abc.Sequence[int]) -> Verdict:
 def rejection(draft: Draft, p: torch.Tensor, seed: int, positions: abc.Sequence[int]) -> Verdict:
     """Keep draft tokens with probability min(1, p/q); after the first refusal draw from the residual. # p [n + 1, V]
 
-    `positions[0]` is where the block starts. All of its noise is keyed by that too: how far a block was drafted may
-    depend on noise of earlier blocks, and may then not be a choice about this one's.
+    `positions[0]` is where the block starts. It is part of the key of all noise here, so that no number is used in two
+    blocks: a policy that has seen what earlier noise did may have chosen this block's length by it.
 
     Raises:
         ExactnessError: the draft is a tree, or holds a token that its distribution gives probability 0.
@@ -132,8 +132,8 @@ def acceptance(p: float, q: float) -> float:
 def residual(p: torch.Tensor, token: int, q: torch.Tensor | None) -> torch.Tensor:
     """Weights, not normalised, of what follows when `token`, drawn from q, was refused: max(0, p - q). # [V] -> [V]
 
-    Without q the token was certain (q is one-hot): all others keep their p. Where rounding leaves nothing, p and q are
-    equal up to rounding, and p it is.
+    Without q the token was certain (q is one-hot): all others keep their p. Where nothing is left, p and q were equal
+    up to rounding, and the result is p.
     """
     if q is None:
         rest = p.clone()

@@ -1,16 +1,39 @@
 """The commands by name."""
 
-from typing import Annotated
+import shlex
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from foredraft import __version__
 from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
+from foredraft.cli.doctor import doctor
 from foredraft.cli.generate import generate
 from foredraft.cli.tune import tune
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune}
+COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune, "doctor": doctor}
+
+
+class Command(TyperCommand):
+    """A command whose error for an unknown flag says how a prompt may begin with a dash."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption" and any(param.name == "prompt" for param in self.params):
+                _suggest_dashes(error, given)
+            raise
+
+
+def _suggest_dashes(error: Any, args: list[str]) -> None:
+    prompt = next((arg for arg in args if arg.startswith(error.option_name)), error.option_name)
+    usage = f"foredraft generate -- {shlex.quote(prompt)}"
+    error.message = f"{error.message}. A prompt that begins with a dash goes after --: {usage}"
+
 
 app = typer.Typer(
     name="foredraft",
@@ -23,7 +46,7 @@ app = typer.Typer(
     },
 )
 for command in COMMANDS.values():
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_version(asked: bool) -> None:

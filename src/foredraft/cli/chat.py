@@ -52,7 +52,7 @@ class Conversation:
 
     def react(self, line: str) -> bool:
         """Answer, or obey a command; False: the conversation is over."""
-        line = line.strip()
+        line = line.removeprefix("\ufeff").strip()
         if line == "/exit":
             return False
         if line == "/reset":
@@ -82,7 +82,7 @@ class Conversation:
 
 
 def turn(conversation: Conversation) -> bool:
-    """Read a line and react to it; Ctrl-C drops what was typed. False: nothing more to read, or to say."""
+    """Read a line and react to it; Ctrl-C drops what was typed. False: the conversation is over."""
     interactive = session.interactive()
     try:
         return conversation.react(input("> " if interactive else ""))

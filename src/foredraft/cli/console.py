@@ -29,8 +29,8 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 @contextmanager
 def guard() -> Iterator[None]:
     """Errors become one line and an exit code; a reader that has gone away (`| head -1`) is no error."""
-    if sys.stderr is None:  # closed by who called us
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # it lives as long as we do
+    if sys.stderr is None:  # closed by the process that started us
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # never closed: needed until we exit
     if sys.stdout is None:
         raise _failed(OSError("stdout is closed; there is nowhere to print to"), FAILURE)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -58,12 +58,12 @@ def guard() -> Iterator[None]:
 
 
 def _abandon_stdout() -> None:
-    """What could not be written is given up, or the interpreter's last flush complains."""
+    """Drop what could not be written, as the interpreter's last flush would fail with a traceback."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
 def leave_at_once(*_: object) -> None:
-    """Ctrl-C while libraries are imported, which may swallow an exception or abort on it: nothing is lost yet."""
+    """Ctrl-C during imports, where libraries may swallow a KeyboardInterrupt or abort on it; nothing is lost yet."""
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
@@ -145,7 +145,7 @@ class Printer:
             if not text:
                 continue
             self.at_start = False
-            text = text.replace("\x1b", "\ufffd") if self.terminal else text  # a model must not steer the terminal
+            text = text.replace("\x1b", "\ufffd") if self.terminal else text  # no escape sequences from a model
             sys.stdout.write(f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text)
         sys.stdout.flush()
 

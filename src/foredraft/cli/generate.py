@@ -16,6 +16,8 @@ from foredraft.errors import RequestError
 if TYPE_CHECKING:
     from foredraft import LLM, GenerationResult
 
+BYTE_ORDER_MARK = "\ufeff"  # how some editors begin a file; no part of its text
+
 
 @takes(GenerateOptions)
 def generate(options: GenerateOptions) -> None:
@@ -38,7 +40,7 @@ def generate(options: GenerateOptions) -> None:
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The argument, or stdin without its last line break. Raises RequestError where there is nothing to read."""
+    """The argument, or stdin without its last line break. Raises RequestError where it is empty or no text."""
     if prompt is None and session.interactive():
         raise RequestError("no prompt; give one as an argument, or pipe it into stdin")
     if prompt in (None, "-"):
@@ -48,6 +50,7 @@ def read_prompt(prompt: str | None) -> str:
         except UnicodeDecodeError as error:
             raise RequestError(f"stdin is not UTF-8 text (byte {data[error.start]:#04x} at {error.start})") from error
     assert prompt is not None
+    prompt = prompt.removeprefix(BYTE_ORDER_MARK)
     if not prompt.strip():
         raise RequestError("the prompt is empty; give some text to go on from")
     try:
@@ -98,6 +101,7 @@ def describe(result: "GenerationResult") -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "prompt_tokens": len(result.prompt_token_ids),
         "seed": result.seed,
+        "exact": result.exact,
         "stats": result.stats.as_dict(),
     }
 

@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar, get_type_hints
 import typer
 
 from foredraft.cli.console import guard
+from foredraft.drafters.registry import DRAFTERS, with_profile
 from foredraft.errors import RequestError
 
 Options = TypeVar("Options")
@@ -35,7 +36,7 @@ class RunOptions:
         flag(
             "--draft",
             "--draft-model",
-            help="Who drafts: a model's folder or hub name, ngram, int4, int8, skip, int4+skip, none (plain) or auto.",
+            help=f"Who drafts: {', '.join(DRAFTERS)}, auto, or a draft model's folder or hub name.",
             panel=MODEL,
         ),
     ] = "auto"
@@ -48,7 +49,7 @@ class RunOptions:
     ] = None
     draft_profile: Annotated[
         Path | None,
-        flag("--draft-profile", help="What skip and int4+skip leave out: a file.", panel=MODEL),
+        flag("--draft-profile", help=f"What {' and '.join(with_profile())} leave out: a file.", panel=MODEL),
     ] = None
     trust_remote_code: Annotated[
         bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)

@@ -1,4 +1,4 @@
-"""The flags as Markdown tables, embedded in the documentation.
+"""The flags and the drafters as Markdown tables, embedded in the documentation.
 
 python -m foredraft.cli.reference docs/cli.md docs/tuning.md
 """
@@ -11,11 +11,13 @@ from typing import get_args, get_type_hints
 
 import typer
 
+from foredraft.cli.doctor import DoctorOptions
 from foredraft.cli.options import ChatOptions, GenerateOptions
 from foredraft.cli.tune import TuneFlags
+from foredraft.drafters.registry import DRAFTERS
 
-TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags}
-MARKED = re.compile(r"(<!-- flags of (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags, "doctor": DoctorOptions}
+MARKED = re.compile(r"(<!-- (?:flags of (\w+)|drafters) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(options: type) -> str:
@@ -39,7 +41,21 @@ def names(field: str, info: object) -> str:
 
 def embed(document: str) -> str:
     """The document with every marked table renewed."""
-    return MARKED.sub(lambda match: f"{match[1]}\n{table(TABLES[match[2]])}\n\n{match[3]}", document)
+
+    def renewed(match: re.Match[str]) -> str:
+        text = drafters() if match[2] is None else table(TABLES[match[2]])
+        return f"{match[1]}\n{text}\n\n{match[3]}"
+
+    return MARKED.sub(renewed, document)
+
+
+def drafters() -> str:
+    """One row for each drafter that has a name."""
+    rows = ["| name | drafts with | needs |", "|---|---|---|"]
+    for kind in DRAFTERS.values():
+        needs = "a [profile](self-drafting.md#profiles)" if kind.needs_profile else ""
+        rows.append(f"| `{kind.name}` | {kind.help} | {needs} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def open_llm(options: RunOptions) -> "LLM":
 
 
 def start(options: RunOptions) -> "tuple[LLM, SamplingParams]":
-    """Check the flags, then load: a typing error must not cost the time of loading."""
+    """Check the flags, then load, so that a typing error is told at once."""
     device = options.target_device
     options.check()
     with busy("importing torch and transformers"):
@@ -91,7 +91,7 @@ class Question:
 
 @dataclass(slots=True)
 class Answer:
-    """What was printed, and all that is known of it should it have been interrupted."""
+    """What has been printed so far; complete enough for a summary where it was interrupted."""
 
     text: str = ""
     from_draft: list[bool] = field(default_factory=list)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, flag, takes
+from foredraft.drafters.registry import drafting
 
 if TYPE_CHECKING:
     from foredraft import LLM
     from foredraft.models.load import LoadOptions
-    from foredraft.tuning.advice import Advice, TuneOptions, Watcher
+    from foredraft.tuning.options import TuneOptions, Watcher
+    from foredraft.tuning.ranking import Advice
 
 TEXT, SEARCH = "Text", "Search"
 
@@ -38,7 +40,7 @@ class TuneFlags:
         list[str] | None,
         flag(
             "--without",
-            help="Leave a drafter out: ngram, int4, int8, skip, int4+skip; may be given several times.",
+            help=f"Leave a drafter out: {', '.join(drafting())}; may be given several times.",
             panel=DRAFTING,
         ),
     ] = None
@@ -75,6 +77,14 @@ class TuneFlags:
         Path | None,
         flag("--out", help="Where to write the skip profile. Default: where --draft skip finds it.", panel=OUTPUT),
     ] = None
+    save_anyway: Annotated[
+        bool,
+        flag(
+            "--save-anyway",
+            help="Write the profile also where its prediction and its measurement are more than a quarter apart.",
+            panel=OUTPUT,
+        ),
+    ] = False
     plot: Annotated[Path | None, flag("--plot", help="Write a picture (.png, .svg, .pdf).", panel=OUTPUT)] = None
     json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
 
@@ -88,7 +98,7 @@ def tune(options: TuneFlags) -> None:
         llm, load = open_target(options)
         with progress() as watcher:
             advice = advise(llm, chosen, options, load, watcher)
-        written = write_profile(advice, options.out)
+        written = write_profile(advice, options.out, anyway=options.save_anyway)
         if options.plot is not None:
             from foredraft.tuning.report import plot
 
@@ -100,12 +110,12 @@ def tune(options: TuneFlags) -> None:
     from foredraft.tuning.report import show
 
     show(advice, stdout_console(highlight=False))
-    note(f"profile: {written}" if written else "no skip profile was written")
+    note(f"profile: {written}" if written else why_none(advice))
 
 
 def tune_options(options: TuneFlags) -> "TuneOptions":
     """Raises RequestError for values out of range."""
-    from foredraft.tuning.advice import TuneOptions
+    from foredraft.tuning.options import TuneOptions
     from foredraft.types import SamplingParams
 
     SamplingParams(temperature=options.temperature)
@@ -139,27 +149,36 @@ def open_target(options: TuneFlags) -> "tuple[LLM, LoadOptions]":
 
 
 def advise(llm: "LLM", chosen: "TuneOptions", options: TuneFlags, load: "LoadOptions", watcher: "Watcher") -> "Advice":
-    from foredraft.tuning.advise import advise as run
+    from foredraft.tuning.pipeline import advise as run
 
     return run(llm, chosen, name=options.model or "the bundled target", load=load, watcher=watcher)
 
 
-def write_profile(advice: "Advice", out: Path | None) -> Path | None:
-    """Where the profile went: where it was asked for, else where drafters find it, unless it does not pay."""
-    from foredraft import profile
-    from foredraft.tuning.advice import WORTH
+def write_profile(advice: "Advice", out: Path | None, *, anyway: bool) -> Path | None:
+    """Where the profile went: where it was asked for, else where drafters find it.
 
-    if advice.profile is None:
+    None where nothing was written: there is none, it is doubtful, or it does not pay and nobody asked for a file.
+    """
+    from foredraft import profile
+    from foredraft.tuning.ranking import WORTH
+
+    if advice.profile is None or (advice.doubt is not None and not anyway):
         return None
     if out is None and max(figures.speedup for figures in advice.profile.measured.values()) < WORTH:
         return None
     return profile.save(advice.profile, out)
 
 
+def why_none(advice: "Advice") -> str:
+    if advice.profile is None or advice.doubt is None:
+        return "no skip profile was written"
+    return f"no skip profile was written: {advice.doubt}; tune again on an idle machine, or give --save-anyway"
+
+
 @contextmanager
 def progress() -> "Iterator[Watcher]":
     """A bar for each stage on a terminal's stderr; a line for each stage elsewhere."""
-    from foredraft.tuning.advice import Watcher
+    from foredraft.tuning.options import Watcher
 
     if not sys.stderr.isatty():
         yield Watcher(lambda stage, total: note(f"{stage} ..."))

@@ -1,101 +1,22 @@
-"""The drafters by name, and how a name, a path or a model becomes one."""
+"""Everything that guesses tokens ahead: a file each, a record each in the registry, and how a name becomes one.
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+Importing the package imports neither torch nor transformers, so that the command line's help may list the drafters.
+"""
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
-from foredraft.drafters.base import Drafter, NoDrafter
-from foredraft.drafters.model import ModelDrafter
-from foredraft.drafters.ngram import NgramDrafter
-from foredraft.drafters.self_draft import SelfDrafter, skip_set
-from foredraft.drafters.vocabulary import check_same_vocabulary
-from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
-from foredraft.models.base import CausalModel, SkipSet
-from foredraft.models.load import LoadOptions, load_model, load_tokenizer
-from foredraft.weights.checkpoint import looks_like_path
-from foredraft.weights.quantize import for_drafting
+from foredraft.drafters.registry import DRAFTERS, DrafterKind
+
+if TYPE_CHECKING:
+    from foredraft.drafters.make import DraftContext, make_drafter
+
+__all__ = ["DRAFTERS", "DraftContext", "DrafterKind", "make_drafter"]
 
 
-@dataclass(frozen=True, slots=True)
-class DraftContext:
-    """What a drafter may be built from."""
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'foredraft.drafters' has no attribute {name!r}")
+    from foredraft.drafters import make
 
-    target: CausalModel
-    tokenizer: PreTrainedTokenizerBase | None
-    options: LoadOptions  # of the drafter
-    profile: str | Path | None = None  # which sub-layers a self-drafter skips; None: as kept for this model
-    force_profile: bool = False  # take a profile that was found for another model
-
-
-DRAFTERS: dict[str, Callable[[DraftContext], Drafter]] = {
-    "none": lambda context: NoDrafter(),
-    "ngram": lambda context: NgramDrafter(),
-    "int4": lambda context: SelfDrafter(context.target, "int4", "int4"),
-    "int8": lambda context: SelfDrafter(context.target, "int8", "int8-dynamic"),
-    "skip": lambda context: SelfDrafter(context.target, "skip", skip=_skip_set(context)),
-    "int4+skip": lambda context: SelfDrafter(context.target, "int4+skip", "int4", _skip_set(context)),
-}
-SELF_DRAFTERS = ("int4", "int8", "skip", "int4+skip")
-WITH_PROFILE = ("skip", "int4+skip")
-
-
-def _skip_set(context: DraftContext) -> SkipSet:
-    return skip_set(context.target, context.profile, force=context.force_profile)
-
-
-def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context: DraftContext) -> Drafter:
-    """A drafter by name, or from a draft model's folder, hub name or object, or as it is.
-
-    Raises:
-        ModelError: no model is there.
-        RequestError: nothing of that name; the nearest known name is suggested.
-        VocabularyMismatchError: the draft model has other tokens.
-    """
-    if (context.profile is not None or context.force_profile) and spec not in WITH_PROFILE:
-        raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(WITH_PROFILE)}")
-    if spec is None:
-        return NoDrafter()
-    if isinstance(spec, str) and spec in DRAFTERS:
-        return DRAFTERS[spec](context)
-    if isinstance(spec, (str, Path)):
-        return _from_checkpoint(spec, context)
-    if isinstance(spec, PreTrainedModel):
-        return _from_object(spec, context)
-    if not isinstance(spec, Drafter):
-        names = ", ".join(DRAFTERS)
-        raise ModelError(
-            f"draft={spec!r} cannot draft; give a name ({names}), a model's folder or hub name, or a Drafter"
-        )
-    return spec
-
-
-def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
-    if isinstance(source, str) and not looks_like_path(source) and "/" not in source:
-        near = difflib.get_close_matches(source, DRAFTERS, n=1)
-        if near:
-            raise RequestError(f"draft={source!r} is not known; did you mean {near[0]!r}?")
-    try:
-        model = load_model(source, context.options)
-    except ModelError as error:
-        names = ", ".join(DRAFTERS)
-        raise type(error)(f"draft={str(source)!r}: {error} (drafters by name: {names})") from error
-    if context.tokenizer is not None:
-        check_same_vocabulary(context.tokenizer, load_tokenizer(source, context.options))
-    return _drafting_with(model, context)
-
-
-def _from_object(model: PreTrainedModel, context: DraftContext) -> Drafter:
-    size, wanted = model.config.get_text_config(decoder=True).vocab_size, context.target.vocab_size
-    if size != wanted:
-        raise VocabularyMismatchError(
-            f"the draft model has {size} tokens and the target {wanted}, and an object comes without a tokenizer to "
-            "compare; give the draft by its folder or hub name"
-        )
-    return _drafting_with(load_model(model, context.options), context)
-
-
-def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:
-    return ModelDrafter(model.variant(for_drafting), context.target.vocab_size)
+    return getattr(make, name)

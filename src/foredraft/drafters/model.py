@@ -1,7 +1,7 @@
-"""The model drafter: another causal model with a cache of its own, or the target's own weights in another form.
+"""The model drafter: drafts with another causal model, which has its own cache, device and dtype.
 
-It drafts with one row a request and step, all requests of a batch in lockstep, on its own device and in its own
-dtype. What its cache holds of rejected drafts is found by comparing tokens, so nobody has to tell it what was kept.
+All requests of a batch draft together, one token each a pass. The drafter finds out what was rejected by comparing the
+tokens in its cache with the request's, so verification does not have to report it.
 """
 
 import math
@@ -21,7 +21,7 @@ from foredraft.types import Draft, Request, Verdict
 
 
 class Chain:
-    """One request's draft while it grows."""
+    """The draft of one request while it is made."""
 
     __slots__ = ("confidences", "open", "probs", "request", "tokens")
 
@@ -46,13 +46,13 @@ class Chain:
 
 @dataclass(slots=True)
 class Held:
-    """Whose keys and values the drafter's cache holds: the first `committed` tokens of a request, then a draft's."""
+    """What the drafter's cache holds of a request: its first `committed` tokens, then those of its last draft."""
 
     committed: int = 0
     drafted: list[int] = field(default_factory=list)
 
     def advance(self, tokens: list[int]) -> int:
-        """How many of the request's `tokens` the cache holds; the pass to come adds the others."""
+        """How many of the request's `tokens` the cache holds; the next pass will add the others."""
         held = self.committed
         for token in self.drafted:
             if held >= len(tokens) or tokens[held] != token:
@@ -71,7 +71,7 @@ class ModelDrafter:
         self.key_multiple = min(128, model.row_invariance.key_multiple)  # rounding keeps views and masks alike
         self.vocab_size = vocab_size
         self.held: defaultdict[Request, Held] = defaultdict(Held)
-        self.given_up: set[Request] = set()  # those on which the model overflowed
+        self.given_up: set[Request] = set()  # requests whose logits overflowed in the draft model
 
     @property
     def weight_bytes(self) -> int:
@@ -118,11 +118,11 @@ class ModelDrafter:
         )
 
     def _wipe(self, request: Request) -> None:
-        """Take what is no number out of the cache, where the slot's next request would find it."""
+        """Clear the slot, which now holds NaN or infinity: its next request would read them."""
         self.model.cache.clear(request.slot)
 
     def _catch_up(self, request: Request) -> Span:
-        """The committed tokens that the cache lacks, all but the last chunk of them already computed."""
+        """Compute the committed tokens that the cache lacks, but for the last chunk, which the first pass computes."""
         tokens = request.token_ids
         start = min(self.held[request].advance(tokens), len(tokens) - 1)
         while len(tokens) - start > PREFILL_CHUNK:
@@ -137,11 +137,11 @@ class ModelDrafter:
         return Span(chain.request.slot, position, chain.tokens[-1:])
 
     def _hold(self, request: Request, token: int) -> None:
-        """The next pass writes this token's keys and values."""
+        """Note that the next pass writes this token's keys and values."""
         self.held[request].drafted.append(token)
 
     def _logits(self, spans: list[Span]) -> torch.Tensor:
-        """Logits [B, V] over the target's vocabulary: a padded head is cut or filled."""
+        """Logits [B, V] over the target's vocabulary; if the draft's head has another size it is cut or filled up."""
         logits = self.model.forward(plan(spans, 1, self.key_multiple))
         missing = self.vocab_size - logits.shape[1]
         return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits

@@ -1,7 +1,6 @@
-"""The n-gram drafter: what followed the longest suffix of the text the last time it occurred (prompt lookup).
+"""The n-gram drafter: drafts what followed the longest suffix of the text when it last occurred (prompt lookup).
 
-Needs no model. A suffix automaton (Blumer et al. 1985) finds the longest match of any length in amortised constant
-time a token; nothing is ever scanned.
+Needs no model. A suffix automaton (Blumer et al. 1985) finds the longest match, in amortised constant time a token.
 """
 
 from collections import defaultdict
@@ -15,7 +14,7 @@ MIN_MATCH = 2  # shorter suffixes recur by chance
 
 @dataclass(slots=True)
 class SuffixIndex:
-    """A growing token list, and for its longest suffix that occurred before, where that occurrence ended."""
+    """A growing list of tokens that knows its longest suffix that occurred before, and where that occurrence ended."""
 
     tokens: list[int] = field(default_factory=list)
     edges: list[dict[int, int]] = field(default_factory=lambda: [{}])
@@ -66,7 +65,7 @@ class SuffixIndex:
         return len(self.edges) - 1
 
     def continuation(self, count: int) -> list[int]:
-        """Up to `count` tokens that followed the match; a match that runs into the end of the text repeats itself."""
+        """Up to `count` tokens that followed the match; if the text ends before that, it is taken to repeat itself."""
         if self.match_length == 0:
             return []
         start = self.match_end + 1
@@ -75,7 +74,7 @@ class SuffixIndex:
 
 
 class NgramDrafter:
-    """Drafts the continuation of the longest suffix match over prompt and output."""
+    """Drafts what followed the longest suffix of prompt and output that occurred before."""
 
     name = "ngram"
 

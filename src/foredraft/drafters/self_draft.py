@@ -1,8 +1,8 @@
 """Self-drafting: the target's own weights, in fewer bits, without some sub-layers, or both, over the target's cache.
 
-There is no draft prefill and nothing to catch up with: the target has written the keys and values of every committed
-token but the newest, in the same slot at the same positions. What a draft writes there, verification overwrites in
-every layer before anything else reads it; a skipped attention layer writes nothing, and nobody reads it while drafting.
+No prompt has to be computed for drafting: the target has already written the keys and values of every committed token
+but the newest, in the same slot and at the same positions. What a draft writes there, verification overwrites in every
+layer before the target reads it. A skipped attention layer neither writes nor reads anything while drafting.
 """
 
 from dataclasses import replace
@@ -45,7 +45,7 @@ class SelfDrafter(ModelDrafter):
         pass
 
     def _wipe(self, request: Request) -> None:
-        """Verification overwrites all that a draft wrote."""
+        """Nothing to do: verification overwrites all that a draft wrote."""
 
 
 def skip_set(target: CausalModel, path: str | Path | None = None, *, force: bool = False) -> SkipSet:

@@ -1,7 +1,7 @@
-"""One call of transformers' generate(), after its own preparation: rows of token ids in, rows of token ids out.
+"""Runs one call of transformers' generate() after transformers has prepared it: rows of token ids in and out.
 
-Owns the padding, where rows end and what they end with, streamers and IPEX-LLM's statistics. Logits processors and
-stopping criteria are transformers' lists as it built them; each row sees them with its own prefix, padding included.
+Owns padding, stopping, streamers and IPEX-LLM's statistics. Logits processors and stopping criteria are the lists that
+transformers built; they are called for one row at a time, with its prefix padded as transformers would pad it.
 """
 
 import math
@@ -27,7 +27,9 @@ from transformers import (
 
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
+from foredraft.runner import Runner
 from foredraft.types import Request, SamplingParams, StepOutput, VerifierName
+from foredraft.upstream.generation import allowed_tokens
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in transformers' order
 
@@ -53,7 +55,7 @@ class Call:
 
     @property
     def ends_rows(self) -> bool:
-        """Whether a row that has ended is padded; without an end-of-sequence token transformers lets it go on."""
+        """Whether rows that have ended are padded. Without an end-of-sequence token transformers does not end them."""
         return len(self.input_ids) == 1 or any(hasattr(c, "eos_token_id") for c in self.criteria)
 
 
@@ -73,17 +75,17 @@ class Benchmarks:
     e2e_time_without_first: float = 0.0
 
 
-def decode(engine: Engine, call: Call) -> tuple[torch.Tensor, Benchmarks]:
+def decode(runner: Runner, call: Call) -> tuple[torch.Tensor, Benchmarks]:
     """Run the rows to their end. Ids [B, L + new] as transformers returns them.
 
     Raises:
         RequestError: a row is padded on the right, has no token, or does not fit the model's context.
     """
     ends: dict[int, int] = {}
-    rows = [_row(engine, call, i, ends) for i in range(len(call.input_ids))]
+    rows = [_row(runner.engine, call, i, ends) for i in range(len(call.input_ids))]
     columns = Columns(rows, call)
     meter = Meter()
-    for outputs in _steps(engine, rows):
+    for outputs in _steps(runner, rows):
         meter.count(outputs)
         columns.flush()
     count = max(row.num_output for row in rows) if call.ends_rows else max(ends.values())
@@ -92,24 +94,26 @@ def decode(engine: Engine, call: Call) -> tuple[torch.Tensor, Benchmarks]:
     return torch.cat((call.input_ids, columns.tensor(count)), dim=1), meter.benchmarks
 
 
-def _steps(engine: Engine, rows: list[Request]) -> Iterator[list[StepOutput]]:
-    """Drive the engine until the rows have ended; leave nothing behind when an error or the caller ends it first.
+def _steps(runner: Runner, rows: list[Request]) -> Iterator[list[StepOutput]]:
+    """What each step gave the rows, until they have ended; after an error, or if the caller leaves, cancel the rest.
 
     Raises what a row's own processor or criterion raised.
     """
-    for row in rows:
-        engine.add(row)
+    outputs: list[StepOutput] = []
     try:
+        for row in rows:
+            runner.submit(row, outputs.append)
         while any(row.finish_reason is None for row in rows):
-            outputs = engine.step()
-            error = next((output.request.error for output in outputs if output.request.error), None)
+            runner.run_until(lambda: bool(outputs))
+            new = outputs[:]
+            outputs.clear()
+            error = next((output.request.error for output in new if output.request.error), None)
             if error is not None:
                 raise error
-            yield outputs
+            yield new
     finally:
         for row in rows:
-            if row.finish_reason is None:
-                engine.abort(row)
+            runner.cancel(row)
 
 
 def _row(engine: Engine, call: Call, index: int, ends: dict[int, int]) -> Request:
@@ -146,10 +150,10 @@ def _check(engine: Engine, call: Call, index: int, prompt: list[int], kept: list
 
 
 def _params(call: Call) -> tuple[SamplingParams, list[LogitsProcessor]]:
-    """Sampling parameters, and the processors that they do not stand for.
+    """Sampling parameters, and the processors that have to be called besides.
 
-    temperature, top_k, top_p and min_p at the end of the list are ours to do. Where a later processor follows them
-    (typical_p, a watermark, ...), the list is taken as it is, and the noise is added to what comes out of it.
+    temperature, top_k, top_p and min_p at the end of the list become our own parameters. If another processor follows
+    them (typical_p, a watermark, ...), the whole list is called as it is, and we sample from its scores.
     """
     rest = list(call.processors)
     if not call.do_sample:
@@ -163,7 +167,7 @@ def _params(call: Call) -> tuple[SamplingParams, list[LogitsProcessor]]:
 
 
 def _is_plain(warper: Any) -> bool:
-    """Whether its set of tokens is what our parameter of that name keeps."""
+    """Whether our parameter of that name keeps the same tokens as this warper."""
     least = getattr(warper, "min_tokens_to_keep", 1)
     filtered = getattr(warper, "filter_value", -math.inf)
     return least == 1 and filtered == -math.inf and getattr(warper, "top_p", 1.0) > 0
@@ -179,19 +183,19 @@ def _with_processor(params: SamplingParams, processor: LogitsProcessor) -> Sampl
 
 
 def _for_row(processor: Any, row: int, rows: int) -> Any:
-    """The processor for one row alone, where it holds something for every row."""
+    """A processor that holds something for each row, reduced to one row."""
     if type(processor) is RepetitionPenaltyLogitsProcessor:
         ignored = processor.prompt_ignore_length
         if isinstance(ignored, torch.Tensor) and len(ignored) == rows:
             return RepetitionPenaltyLogitsProcessor(processor.penalty, ignored[row : row + 1])
     if type(processor) is PrefixConstrainedLogitsProcessor:
-        allowed = processor._prefix_allowed_tokens_fn
+        allowed = allowed_tokens(processor)
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
     return processor
 
 
 class RowProcessor(LogitsProcessor):
-    """Shows a list of processors one row's prefix [1, n] as transformers would: with the prompt's padding."""
+    """Calls a list of processors with one row's prefix [1, n], padded as transformers would pad it."""
 
     def __init__(self, processors: LogitsProcessorList, padded: torch.Tensor, prompt_len: int) -> None:
         self.processors = processors
@@ -206,9 +210,10 @@ class RowProcessor(LogitsProcessor):
 
 
 class RowEnd:
-    """A row's stop rule: its end-of-sequence tokens and the criteria, after each token with its true prefix [1, n].
+    """A row's stop rule: end-of-sequence tokens, and the criteria called with the row's prefix [1, n] after each token.
 
-    `ends` has for every row how many tokens it had when it ended. Where rows are not padded, all go on up to the last.
+    `ends` is shared by all rows: the number of tokens with which each of them ended. If rows are not padded, every row
+    goes on until the last one has ended.
     """
 
     def __init__(self, call: Call, row: int, ends: dict[int, int], eos: frozenset[int]) -> None:
@@ -236,7 +241,7 @@ class RowEnd:
 
 
 class Columns:
-    """What the rows have in common: a column [B] for each position that all of them have reached."""
+    """The output column by column: a tensor [B] for each position that all rows have reached."""
 
     def __init__(self, rows: list[Request], call: Call) -> None:
         self.rows = rows
@@ -244,7 +249,7 @@ class Columns:
         self.columns: list[torch.Tensor] = []
 
     def flush(self, count: int | None = None) -> None:
-        """Hand the streamer every column that is complete, or all up to `count` and the end."""
+        """Make the columns that are complete and stream them; with `count`, all up to there, then end the stream."""
         open_rows = [row.num_output for row in self.rows if row.finish_reason is None]
         ready = min(open_rows, default=0) if count is None else count
         for position in range(len(self.columns), ready):
@@ -267,7 +272,7 @@ class Columns:
 
 
 class Meter:
-    """Measures rounds by how the rows' own statistics move."""
+    """Measures rounds by what each adds to the rows' statistics."""
 
     def __init__(self) -> None:
         self.benchmarks = Benchmarks()
@@ -277,8 +282,6 @@ class Meter:
     def count(self, outputs: list[StepOutput]) -> None:
         now, b = perf_counter(), self.benchmarks
         moved = [self._moved(output.request) for output in outputs]
-        if not outputs:  # a piece of a prompt
-            return
         if not b.first_token_time:
             b.first_token_time = now - self.began
         else:

@@ -33,7 +33,7 @@ Result = dict[str, Any]
 
 
 class LlamaForCausalLM:
-    """Stands where Draft & Verify's model class stood; any architecture with a skip draft will do."""
+    """Takes the place of Draft & Verify's model class; works with every architecture that has a skip draft."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> SpeculativeModel:

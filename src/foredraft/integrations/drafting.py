@@ -1,6 +1,6 @@
-"""The drafting options of transformers and IPEX-LLM by their own names: how they become our drafters and policies.
+"""The drafting options of transformers and IPEX-LLM under their own names, and the drafters and policies they ask for.
 
-They change when tokens arrive, never which. Knows nothing of prompts, tensors or loading.
+These options change when tokens arrive, never which. Knows nothing of prompts, tensors or loading.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,9 @@ IPEX_DEFAULTS: dict[str, Any] = {
 class Assisted(Fixed):
     """transformers' assisted generation: a length, its schedule, and an exit at a fixed confidence.
 
-    `heuristic` drafts 2 more after a draft that was accepted whole and 1 fewer otherwise, and the next request goes on
-    where this one ended; `heuristic_transient` begins anew with each request. The token that fell short is kept.
+    `heuristic` drafts 2 more after a draft that was accepted whole and 1 fewer otherwise, and the next request starts
+    with the length that this one ended with; `heuristic_transient` starts every request with the same length. The token
+    whose confidence was too low is still verified.
     """
 
     def __init__(self, num_draft_tokens: int, schedule: Schedule = "constant", threshold: float = 0.0) -> None:
@@ -61,7 +62,7 @@ class Assisted(Fixed):
 class IpexPolicy(Threshold):
     """IPEX-LLM's draft exit: the adapting threshold, no exit before `least` tokens when sampling, `hf_adjust`.
 
-    With `hf_adjust` the longest draft grows by 1 after a draft that was accepted whole, up to 5 above where it began,
+    With `hf_adjust` the longest draft grows by 1 after a draft that was accepted whole, up to 5 above its first value,
     and shrinks by 1 otherwise.
     """
 
@@ -84,7 +85,7 @@ class IpexPolicy(Threshold):
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """The drafting options of one call, those that were given; what is not there is the model's own way to draft."""
+    """The drafting options that one call was given. For what it does not say, the model drafts in its usual way."""
 
     assistant: Any = None
     options: tuple[tuple[str, Any], ...] = ()  # sorted by name
@@ -107,7 +108,7 @@ class Drafting:
 
     @property
     def learns_on(self) -> bool:
-        """Whether the next call with these options goes on with what this one's policy has learned."""
+        """Whether the policy is kept for the next call with the same options, with what it has learned."""
         given = dict(self.options)
         return "lookahead" in given or given.get("num_assistant_tokens_schedule") == "heuristic"
 

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
@@ -22,20 +21,22 @@ from foredraft.integrations.drafting import Drafting
 from foredraft.integrations.recipe import Recipe
 from foredraft.integrations.refusals import check_call, check_prepared, check_processors
 from foredraft.models.base import NO_SKIP, SkipSet
+from foredraft.models.invariance import check_exact
 from foredraft.models.load import is_on
-from foredraft.policy import DraftPolicy, PerRequest, make_policy
+from foredraft.policy import DraftPolicy, make_policy
+from foredraft.runner import Runner
 from foredraft.stats import SpecStats
 from foredraft.types import VerifierName
+from foredraft.upstream.generation import Prepared, PreparedCalls
+from foredraft.upstream.modules import parse_to
 
 
-class SpeculativeModel(GenerationMixin):
+class SpeculativeModel(PreparedCalls):
     """A model with transformers' `generate`, decoded speculatively: the same tokens, sooner.
 
     After a call its statistics are here under IPEX-LLM's names (see `Benchmarks`), and `stats` has ours of all calls.
     """
 
-    main_input_name = "input_ids"
-    _is_stateful = False
     config: PreTrainedConfig
     generation_config: GenerationConfig
     first_token_time: float
@@ -65,6 +66,7 @@ class SpeculativeModel(GenerationMixin):
 
     def _build(self, recipe: Recipe) -> None:
         target = recipe.target()
+        check_exact(target)
         target.cache.max_slots = recipe.max_batch_size
         self.recipe = recipe
         self._drafters: dict[Any, Drafter] = {}  # those that calls have asked for, by what was asked for
@@ -76,6 +78,7 @@ class SpeculativeModel(GenerationMixin):
             max_batch_size=recipe.max_batch_size,
             max_model_len=target.max_positions,
         )
+        self.runner = Runner(self.engine)
 
     # --- what a transformers model offers besides ---------------------------------------------------------------
 
@@ -93,6 +96,11 @@ class SpeculativeModel(GenerationMixin):
         return self.engine.stats
 
     @property
+    def exact(self) -> bool:
+        """Whether drafting is known to change no token here: what was found of the target when it was loaded."""
+        return self.engine.target.row_invariance.exact
+
+    @property
     def name_or_path(self) -> str:
         source = self.recipe.source
         return str(source.name_or_path if isinstance(source, PreTrainedModel) else source)
@@ -104,12 +112,12 @@ class SpeculativeModel(GenerationMixin):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> "SpeculativeModel":
-        """On another device or in another dtype: loaded again from where it came.
+        """Move to another device or dtype, by loading the checkpoint again.
 
         Raises:
             RequestError: this model was made from an object in memory; move that first.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = parse_to(*args, **kwargs)
         device = self.device if device is None else device
         dtype = self.dtype if dtype is None else dtype
         if is_on(self.device, device) and dtype == self.dtype:
@@ -213,70 +221,59 @@ class SpeculativeModel(GenerationMixin):
             raise RequestError("generate() was called from within generate(); call it from outside, or another model")
         with self._lock:
             self._busy, self._seed, self._verifier = threading.get_ident(), seed, verifier
-            usual = self.engine.drafter, self.engine.policy
             try:
-                self._choose(drafting)
-                return cast(Any, GenerationMixin.generate)(
-                    self,
-                    inputs,
-                    generation_config,
-                    logits_processor,
-                    stopping_criteria,
-                    prefix_allowed_tokens_fn,
-                    **kwargs,
-                )
+                with self.engine.using(policy=self._policy(drafting), drafter=self._drafter(drafting)):
+                    return cast(Any, GenerationMixin.generate)(
+                        self,
+                        inputs,
+                        generation_config,
+                        logits_processor,
+                        stopping_criteria,
+                        prefix_allowed_tokens_fn,
+                        **kwargs,
+                    )
             finally:
-                self.engine.drafter, self.engine.policy = usual
                 self._busy = None
 
-    def _sample(  # type: ignore[override]  # transformers' own types are aliases of these
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        streamer: Any = None,
-        **prepared: Any,
-    ) -> Any:
+    def decode_prepared(self, call: Prepared) -> torch.Tensor:
         """Where transformers' loop over tokens would begin."""
-        check_prepared(prepared)
-        check_processors(logits_processor)
-        mask = prepared.get("attention_mask")
-        pad = generation_config._pad_token_tensor
+        check_prepared(call.inputs)
+        check_processors(call.processors)
+        mask = call.inputs.get("attention_mask")
         seed = self._seed
         if seed is None:
-            seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
-        call = Call(
-            input_ids,
-            torch.ones_like(input_ids) if mask is None else mask,
-            logits_processor,
-            stopping_criteria,
-            bool(generation_config.do_sample),
-            None if pad is None else int(pad),
+            seed = int(torch.randint(2**62, ())) if call.do_sample else 0
+        rows = Call(
+            call.input_ids,
+            torch.ones_like(call.input_ids) if mask is None else mask,
+            call.processors,
+            call.criteria,
+            call.do_sample,
+            call.pad_token_id,
             seed,
             self._verifier,
-            streamer,
+            call.streamer,
         )
-        ids, benchmarks = decode(self.engine, call)
+        ids, benchmarks = decode(self.runner, rows)
         self._publish(benchmarks)
         self.th_stop_draft = getattr(self.engine.policy.policy, "threshold", None)
-        return GenerateDecoderOnlyOutput(sequences=cast(Any, ids)) if generation_config.return_dict_in_generate else ids
+        return ids
 
-    _assisted_decoding = cast(Any, _sample)  # a configuration that asks for lookup: our engine does that itself
+    def _policy(self, drafting: Drafting) -> DraftPolicy | None:
+        """The policy that this call asks for, if any; one that learns on is kept for the next call that asks for it."""
+        policy = drafting.policy(self.engine.target.row_invariance.max_draft_tokens)
+        if policy is None or not drafting.learns_on:
+            return policy
+        return self._policies.setdefault(drafting.options, policy)
 
-    def _choose(self, drafting: Drafting) -> None:
-        """The drafter and the policy that this call asks for; made once, and kept for the next one that asks."""
-        most = self.engine.target.row_invariance.max_draft_tokens
-        policy = drafting.policy(most)
-        if policy is not None:
-            kept = self._policies.setdefault(drafting.options, policy) if drafting.learns_on else policy
-            self.engine.policy = PerRequest(kept)
+    def _drafter(self, drafting: Drafting) -> Drafter | None:
+        """The drafter that this call asks for, if any; made once, and kept for the next one that asks."""
         if drafting.lookup:
-            self.engine.drafter = self._drafter(("ngram", drafting.drafter().min_match), drafting.drafter)
-        elif drafting.assistant is not None:
-            spec = _draft_source(drafting.assistant)
-            make = lambda: self.recipe.drafter(spec, self.engine.target)  # noqa: E731
-            self.engine.drafter = self._drafter(spec, make)
+            return self._kept(("ngram", drafting.drafter().min_match), drafting.drafter)
+        if drafting.assistant is None:
+            return None
+        spec = _draft_source(drafting.assistant)
+        return self._kept(spec, lambda: self.recipe.drafter(spec, self.engine.target))
 
     def set_skip_layers(self, attn_skip_layer_ids: Iterable[int], mlp_skip_layer_ids: Iterable[int]) -> None:
         """From here on draft with this model less these layers' attention and MLP (Draft & Verify's name).
@@ -286,7 +283,7 @@ class SpeculativeModel(GenerationMixin):
         """
         skip = SkipSet(tuple(attn_skip_layer_ids), tuple(mlp_skip_layer_ids))
         recipe = replace(self.recipe, skip=skip)
-        self.engine.drafter = recipe.own_drafter(self.engine.target)
+        self.engine.use(recipe.own_drafter(self.engine.target))
         self.recipe = recipe
 
     def get_skip_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -294,7 +291,7 @@ class SpeculativeModel(GenerationMixin):
         skip = getattr(self.engine.drafter, "skip", NO_SKIP)
         return skip.attention, skip.mlp
 
-    def _drafter(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
+    def _kept(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
         if key not in self._drafters:
             self._drafters[key] = make()
         return self._drafters[key]
@@ -309,5 +306,5 @@ class SpeculativeModel(GenerationMixin):
 
 
 def _draft_source(assistant: Any) -> Any:
-    """What a drafter is made of; of one of ours that is what it was made of, since its cache is its own."""
+    """What a drafter is made from. For a model of ours: what that was made from, as its cache cannot be shared."""
     return assistant.recipe.source if isinstance(assistant, SpeculativeModel) else assistant

@@ -1,6 +1,6 @@
-"""How a model of the drop-in is made: from a checkpoint or from an object in memory, with whom as its drafter.
+"""How a model of the drop-in is made: from a checkpoint or an object in memory, and with which drafter.
 
-Owns loading. Knows nothing of calls.
+Owns loading. Knows nothing of generate().
 """
 
 from dataclasses import dataclass, field
@@ -10,13 +10,14 @@ from typing import Any, cast
 import transformers
 from transformers import PreTrainedModel
 
-from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.make import DraftContext, make_drafter
 from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
 from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, probed, wrap
 from foredraft.policy import DraftPolicy
+from foredraft.weights.checkpoint import explained
 from foredraft.weights.lowbit import is_low_bit
 
 DraftSpec = str | Path | PreTrainedModel | Drafter | None
@@ -34,7 +35,7 @@ class Recipe:
     max_batch_size: int = 8
     draft_profile: str | Path | None = None
     loading: dict[str, Any] = field(default_factory=dict)  # transformers' own options
-    skip: SkipSet | None = None  # given by hand, it comes before `draft`
+    skip: SkipSet | None = None  # set by set_skip_layers; used instead of `draft`
 
     def target(self) -> CausalModel:
         if isinstance(self.source, PreTrainedModel) or not self.loading:
@@ -49,7 +50,12 @@ class Recipe:
         place = {"device_map": o.device_map} if o.device_map else {}
         dtype = parse_dtype(o.dtype) or "auto"
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
+        try:
+            model = load(self.source, dtype=dtype, trust_remote_code=o.trust_remote_code, **place, **self.loading)
+        except TypeError:  # an option that transformers does not know
+            raise
+        except Exception as error:  # as in load.py
+            raise explained(cast(str | Path, self.source), error) from error
         return cast(PreTrainedModel, model if o.device_map else model.to(parse_device(o.device)))
 
     def own_drafter(self, target: CausalModel) -> Drafter:
@@ -59,11 +65,11 @@ class Recipe:
         return make_drafter(self.draft, context)
 
     def drafter(self, spec: DraftSpec, target: CausalModel) -> Drafter:
-        """One that a call asks for."""
+        """The drafter that a call of generate() asks for."""
         return make_drafter(spec, DraftContext(target, self._tokenizer(spec), self.options))
 
     def _tokenizer(self, spec: DraftSpec) -> Any:
-        """To compare vocabularies with a draft checkpoint's; None where the target has none of its own."""
+        """The target's tokenizer, to compare its vocabulary with a draft checkpoint's; None if it has none."""
         if isinstance(self.source, PreTrainedModel) or not isinstance(spec, (str, Path)) or not Path(spec).exists():
             return None
         try:

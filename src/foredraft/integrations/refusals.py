@@ -1,4 +1,4 @@
-"""What the drop-in cannot honour, by name, with the value and what to do instead; and how loading options read."""
+"""Options that the drop-in refuses, each with what to do instead; and how loading options are read."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import SynthIDTextWatermarkLogitsProcessor
 from foredraft.errors import RequestError
 
 LOOP = "decode with transformers' own model for that"
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # name: values that ask for nothing, what to do
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # name: values that change nothing, what to do
     "num_beams": ((1,), "foredraft decodes one continuation a row: pass num_beams=1"),
     "num_beam_groups": ((1,), LOOP),
     "diversity_penalty": ((0.0,), LOOP),
@@ -48,12 +48,13 @@ ONLY_CALLS: dict[str, tuple[tuple[Any, ...], str]] = {  # in a checkpoint's conf
     "assistant_lookbehind": ((), "use an assistant with the target's own tokenizer"),
     "target_lookbehind": ((), "use an assistant with the target's own tokenizer"),
     "inputs_embeds": ((), "pass input_ids"),
+    "cache": ((), "pass the whole text as input_ids"),
     "past_key_values": ((), "pass the whole text as input_ids"),
     "position_ids": ((), "pass attention_mask: positions follow from it"),
     "encoder_outputs": ((), "pass input_ids"),
     "logits_to_keep": ((), "leave it out"),
 }
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
+PREPARED = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
 PREPARED |= {"tokenizer", "assistant_model", "inputs_tensor"}  # read before, or not there
 LOW_BITS = {"bf16": "bfloat16", "fp16": "float16"}
 LOW_BIT_TARGET = (
@@ -63,7 +64,7 @@ LOW_BIT_TARGET = (
 
 
 def check_call(kwargs: dict[str, Any], *configs: Any) -> None:
-    """Raise RequestError for the first option that asks for what generate() here does not do.
+    """Raise RequestError for the first option that asks for something generate() does not do here.
 
     A keyword counts before a configuration, the first configuration before the next; `None` asks for nothing.
     """

@@ -1,6 +1,6 @@
-"""The drop-in: `AutoModelForCausalLM` and `accelerate` give a model whose `generate` is transformers', sooner.
+"""The drop-in: models from `AutoModelForCausalLM` and `accelerate` have transformers' `generate`, and are faster.
 
-What cannot be honoured is refused by name.
+An option that has no effect here is refused, by name.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from foredraft.integrations.recipe import DEFAULT_DRAFT, DraftSpec, Recipe, draf
 from foredraft.integrations.refusals import LOW_BIT_TARGET, loading_dtype, loading_place
 from foredraft.models.load import LoadOptions
 from foredraft.policy import DraftPolicy
+from foredraft.upstream.modules import unwrapped
 
 __all__ = ["AutoModelForCausalLM", "SpeculativeModel", "accelerate"]
 
@@ -81,14 +82,14 @@ def accelerate(
     policy: str | DraftPolicy | None = None,
     max_batch_size: int = 8,
 ) -> SpeculativeModel:
-    """A transformers model already in memory, with the same `generate`, sooner.
+    """Wrap a transformers model that is already in memory: the same `generate`, faster.
 
-    The model is left as it is and goes on working. Make another one when its weights change: some are shared with it,
-    those that are packed are copies.
+    The model itself is not changed. If its weights change later, wrap it again: packed weights are copies.
 
     Raises:
         ModelError: the model cannot serve.
     """
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise RequestError(
             f"accelerate({model!r}): give a transformers model in memory, or load one with "

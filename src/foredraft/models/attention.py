@@ -1,4 +1,4 @@
-"""Attention and masks for modules written by transformers, as functions registered under the name "foredraft".
+"""Attention and masks for modules written by transformers, as functions they know by the name "foredraft".
 
 A transformers model builds its masks (causal, sliding, chunked; a kind of layer each) from its own index functions, and
 calls the attention function that its configuration names. Ours evaluates those index functions at the true position
@@ -7,13 +7,10 @@ their key-value head instead of copying keys. Knows nothing of slots or of any o
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from foredraft.models.rows import SHORT_SPAN
 
@@ -111,12 +108,3 @@ def _eager(
         scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1).to(scores.dtype)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
     return torch.matmul(weights, value)
-
-
-def register() -> str:
-    """Make the functions known to transformers; return the name to put into a configuration."""
-    interface: Any = AttentionInterface
-    masks: Any = AttentionMaskInterface
-    interface.register(NAME, attention)
-    masks.register(NAME, additive_mask)
-    return NAME

@@ -19,6 +19,7 @@ from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import GRANULE, LayerShape, SlotCache
 from foredraft.models.graphs import GraphPool
 from foredraft.models.rows import SHORT_SPAN, Group, RowBatch, RowInvariance
+from foredraft.upstream.modules import is_patched
 from foredraft.weights.linear import LinearLayer, linear
 from foredraft.weights.stored import StoredLinear, fuse
 
@@ -50,7 +51,7 @@ def _as_published(model: PreTrainedModel) -> bool:
     return (
         all(type(m).__module__.startswith(OWN_CODE) for m in modules)
         and all(type(m) is nn.Linear for m in linears)
-        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+        and not any(is_patched(m) for m in modules)
         and {p.dtype for p in model.parameters()} <= {model.dtype}
         and model.dtype in DTYPES
     )
@@ -243,7 +244,7 @@ class Decoder:
         return length
 
     def _wanted(self, rows: RowBatch) -> torch.Tensor:
-        """Rows that go through the head: the wanted ones, and as many again as keep the head row invariant."""
+        """Rows that go through the head: the wanted ones, the last of them repeated until there are `min_rows`."""
         padding = min(self.row_invariance.min_rows, len(rows.tokens)) - len(rows.wanted)
         padded = [*rows.wanted, *rows.wanted[-1:] * padding]
         return torch.tensor(padded, dtype=torch.int64, device=self.device)

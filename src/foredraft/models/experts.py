@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from foredraft.upstream import attention as upstream
 from foredraft.weights.linear import PackedLinear, can_pack
 
 NAME = "foredraft"
@@ -23,15 +23,11 @@ ROUTER_ROWS = 4
 
 def pack_experts(model: PreTrainedModel) -> None:
     """Pack the experts' weights on a CPU, one expert at a time, and name our function in the configuration."""
-    if not model._can_set_experts_implementation():
-        return
-    experts = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "down_proj") and _packable(m)]
-    if not experts:
-        return
-    for module in experts:
+    found = [module for module in upstream.experts(model) if _packable(module)]
+    for module in found:
         _pack(module)
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    model.set_experts_implementation(NAME)
+    if found:
+        upstream.use_experts(model, NAME, experts_forward)
 
 
 def _packable(module: Any) -> bool:
@@ -40,16 +36,12 @@ def _packable(module: Any) -> bool:
 
 
 def _pack(module: Any) -> None:
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    for name in (up, "down_proj"):
-        weights, biases = getattr(module, name), getattr(module, f"{name}_bias", None)
-        layers = [
-            PackedLinear(weight.T if module.is_transposed else weight, None if biases is None else biases[i])
-            for i, weight in enumerate(weights)
-        ]
+    for name, weights, biases in list(upstream.expert_parts(module)):
+        layers = [PackedLinear(w, None if biases is None else biases[i]) for i, w in enumerate(weights)]
         delattr(module, name)
         setattr(module, name, nn.ModuleList(layers))
-    module.packed_up = getattr(module, up)
+        if name != "down_proj":
+            module.packed_up = getattr(module, name)
 
 
 def experts_forward(
@@ -62,19 +54,16 @@ def experts_forward(
         x = hidden_states[row]
         padding = max(0, MIN_ROWS - len(row))
         x = self.packed_up[expert](F.pad(x, (0, 0, 0, padding)))
-        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-        x = self.down_proj[expert](x)[: len(row)]
-        x = self.post_expert_norm(x) if self.has_post_expert_norm else x
+        x = self.down_proj[expert](upstream.between_products(self, x))[: len(row)]
+        x = upstream.after_products(self, x)
         out.index_add_(0, row, (x * top_k_weights[row, rank, None]).to(out.dtype))
     return out
 
 
 def pad_routers(model: PreTrainedModel) -> None:
     """Give routers that hold a bare weight [experts, hidden] a multiple of ROUTER_ROWS rows."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if "Router" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.dim() == 2:
-            _pad_rows(module)
+    for module in upstream.bare_routers(model):
+        _pad_rows(module)
 
 
 def _pad_rows(module: Any) -> None:

@@ -5,13 +5,14 @@ Measured, never assumed: libraries choose kernels by row count, processor and pr
 """
 
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
-from foredraft.errors import ModelError
+from foredraft.errors import ExactnessError, ExactnessWarning, ModelError
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import PREFILL_CHUNK, SHORT_SPAN, RowInvariance, Span, plan, round_up
 
@@ -21,6 +22,7 @@ WIDTHS = (1, *range(5, 18), 24, 32)  # every narrow one: kernels treat the remai
 WIDEST = 33
 CONTEXT = 240  # so that the widths above fall on both sides of a key multiple of 128
 NEAR, FAR = 180, 300  # how far ahead mates stand: key lengths of 512, and of a second block
+STRIDE = 4  # of the rows that are probed one by one beside longer mates
 KEY_STARTS = (64, 176)  # rows before and after a key length of 128
 FIXED = RowInvariance(min_rows=8, key_multiple=512, max_rows=8, exact=False)
 """Where nothing holds, every step runs at this one width: then equal passes agree, and no more is promised."""
@@ -48,7 +50,7 @@ class Text:
 def probe(model: CausalModel) -> RowInvariance:
     """The smallest shapes from which on rows agree bit for bit, or FIXED.
 
-    About 30 passes where the first candidate holds; most that fail do so within three.
+    About 40 passes where the first candidate holds; most that fail do so within three.
     """
     before = model.row_invariance
     text = _text(model)
@@ -82,6 +84,24 @@ def confirm(model: CausalModel) -> None:
             "the native library computes a row differently in a different pass; use runtime='torch', and report the "
             "processor and compiler"
         )
+
+
+def check_exact(model: CausalModel, *, required: bool = False) -> None:
+    """Say so where the probe found no shapes from which on this model's rows agree.
+
+    Raises:
+        ExactnessError: `required`, and it found none.
+    """
+    if model.row_invariance.exact:
+        return
+    where = f"{model.config.model_type} model in {model.dtype} on {model.device}"
+    what = (
+        f"no pass widths were found at which this {where} gives a token the same bits whatever else is in the pass, so "
+        "drafting and batch mates may change its text where two tokens are nearly tied"
+    )
+    if required:
+        raise ExactnessError(f"require_exact=True: {what}; try dtype='float32' or device='cpu'")
+    warnings.warn(f"{what} (docs/lossless.md); LLM(require_exact=True) refuses this", ExactnessWarning, stacklevel=3)
 
 
 def _holds(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:
@@ -124,11 +144,17 @@ def _forward(model: CausalModel, candidate: RowInvariance, spans: list[Span]) ->
 def _cases(candidate: RowInvariance, text: Text) -> Iterator[tuple[int, int, list[Span]]]:
     """Passes whose first logits are those of the probed sequence; from which row of the reference on, and how many."""
     some, multiple = min(5, text.widest), candidate.row_multiple
-    for offset in (text.widest - 1, text.widest - some, text.widest // 2):  # backwards, for padding overwrites
+    last = text.widest - some
+    for ahead in (NEAR, FAR):  # beyond 256 keys, which some kernels cut by how many there are
+        yield last, some, [text.span(some, last), text.mate(NEIGHBOUR, 1, ahead)]
+    for offset in (text.widest - 1, last, text.widest // 2):  # backwards, for padding overwrites
         count = min(some, text.widest - offset)
         yield offset, count, [text.span(count, offset)]
     for width in sorted({round_up(width, multiple) - multiple + 1 for width in WIDTHS if width < text.widest}):
         yield 0, width, [text.span(width)]
+    narrow = range(0, max(1, text.widest - 8), STRIDE)  # where no padding of the passes above has overwritten a key
+    for offset in reversed(narrow):  # the narrowest pass under longer keys: few rows may differ
+        yield offset, 1, [text.span(1, offset), text.mate(NEIGHBOUR, 1, FAR if offset % (2 * STRIDE) else NEAR)]
     yield 0, some, [text.span(some), text.mate(NEIGHBOUR, some, NEAR)]
     yield 0, 1, [text.span(1), text.mate(NEIGHBOUR, text.widest), text.mate(MATE, 2)]
     yield 0, some, [text.span(some), text.mate(NEIGHBOUR, 1), text.mate(MATE, some)]

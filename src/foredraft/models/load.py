@@ -3,10 +3,10 @@
 Owns the choice of dtype, device and runtime, and the errors of a checkpoint that is not what it should be.
 """
 
-import copy
-import itertools
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.errors import ForedraftError, ModelError, RequestError
+from foredraft.errors import ForedraftError, ModelError, RequestError, UnsupportedModelError
 from foredraft.models import decoder, native
 from foredraft.models.base import CausalModel
 from foredraft.models.hf import HFModel
 from foredraft.models.invariance import confirm, probe
-from foredraft.models.support import check_supported
+from foredraft.models.support import ADVICE, check_supported
 from foredraft.native import library
+from foredraft.upstream.kernels import computes_bf16
+from foredraft.upstream.modules import is_prompt_tuned, left_behind, sharing_weights, unwrapped
+from foredraft.versions import suspected
 from foredraft.weights import lowbit
-from foredraft.weights.checkpoint import check_source, explained, first_line
+from foredraft.weights.checkpoint import check_source, explained, first_line, has_tokenizer
 from foredraft.weights.stored import start
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,6 +100,24 @@ def is_on(actual: torch.device, asked: torch.device) -> bool:
     return asked.type == actual.type and asked.index in (None, actual.index)
 
 
+def model_or_name(source: object) -> str | Path | PreTrainedModel:
+    """What can be loaded: a name, a folder, or the transformers model inside what torch.compile or PEFT made of it.
+
+    Raises:
+        RequestError: it is nothing of the kind.
+        UnsupportedModelError: a PEFT model that is more than its modules.
+    """
+    source = unwrapped(source)
+    if is_prompt_tuned(source):
+        raise UnsupportedModelError(
+            "this PEFT model cannot serve: it puts virtual tokens before the text (prompt or prefix tuning); decode it "
+            "with transformers' generate()"
+        )
+    if not isinstance(source, str | Path | PreTrainedModel):
+        raise RequestError(f"{type(source).__name__} is no model; give a folder, a hub name or a transformers model")
+    return source
+
+
 def load_target(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:
     """A model fit to verify: loaded, packed, and probed for row invariance.
 
@@ -111,7 +132,8 @@ def probed(model: CausalModel) -> CausalModel:
     """The model, told from which shapes on its rows are exact; a native one is exact by construction, and says so."""
     if isinstance(model, native.NativeModel):
         confirm(model)
-    else:
+        return model
+    with _as_cause(model):
         model.row_invariance = probe(model)
     return model
 
@@ -123,6 +145,7 @@ def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> Ca
     return wrap(load_checkpoint(source, options), consume=True, runtime=options.runtime)
 
 
+@suspected()
 def wrap(model: PreTrainedModel, *, consume: bool = False, runtime: str = "auto") -> CausalModel:
     """A transformers model in our runtime. It stays as it is, unless it is ours to `consume`: then its own weights go
     as soon as ours are packed.
@@ -130,14 +153,15 @@ def wrap(model: PreTrainedModel, *, consume: bool = False, runtime: str = "auto"
     Raises:
         ModelError: `runtime` is "native", and that cannot serve this model here.
     """
-    check_supported(model)
-    if runtime != "torch" and _can_run_natively(model, needed=runtime == "native"):
-        return native.NativeModel(model, library.load(), consume=consume)
-    model = (model if consume else _sharing_weights(model)).eval()
-    if decoder.supports(model):
-        return decoder.Decoder(model, consume=consume)
-    start(model)
-    return HFModel(model)
+    with _as_cause(model):
+        check_supported(model)
+        if runtime != "torch" and _can_run_natively(model, needed=runtime == "native"):
+            return native.NativeModel(model, library.load(), consume=consume)
+        model = (model if consume else _copy(model)).eval()
+        if decoder.supports(model):
+            return decoder.Decoder(model, consume=consume)
+        start(model)
+        return HFModel(model)
 
 
 def _can_run_natively(model: PreTrainedModel, *, needed: bool) -> bool:
@@ -156,10 +180,31 @@ def _say_once(missing: str) -> None:
     logging.getLogger("foredraft").warning("models run on torch, several times slower: %s", missing)
 
 
-def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model in other module objects, over the same tensors."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Raises UnsupportedModelError where a copy would compute with the original's modules."""
+    other = sharing_weights(model)
+    name = left_behind(other)
+    if name is not None:
+        whose = f"{name}.forward" if name else "forward"
+        raise UnsupportedModelError(
+            f"this {model.config.model_type!r} cannot serve: its {whose} was replaced on the object by a function, "
+            f"which stays bound to that object; take it away (del model.{whose}), or give the model's folder"
+        )
+    return other
+
+
+@contextmanager
+def _as_cause(model: PreTrainedModel | CausalModel) -> Iterator[None]:
+    """An error within a model's own code becomes the reason why it cannot serve."""
+    try:
+        yield
+    except ForedraftError:
+        raise
+    except Exception as error:  # anything: it is their code, perhaps not even transformers'
+        raise UnsupportedModelError(
+            f"{model.config.model_type!r} cannot serve: its own code fails over our cache ({type(error).__name__}: "
+            f"{first_line(error)}); {ADVICE}"
+        ) from error
 
 
 def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel:
@@ -208,11 +253,16 @@ def pick_dtype(asked: torch.dtype | None, config: Any, device: torch.device) -> 
     """The dtype asked for, or the checkpoint's; on a CPU fp16 is 15 times slower, so auto avoids it, aloud."""
     stored = getattr(config, "dtype", None) or torch.float32
     if asked is None and stored == torch.float16 and device.type == "cpu":
-        asked = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        asked = torch.bfloat16 if computes_bf16() else torch.float32
         warnings.warn(f"float16 weights run as {asked} on this CPU; pass dtype='float16' to keep them", stacklevel=2)
     elif asked == torch.float16 and device.type == "cpu":
         warnings.warn("float16 is about 15 times slower than bfloat16 on a CPU; use dtype='bfloat16'", stacklevel=2)
     return asked or stored
+
+
+def find_tokenizer(source: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer; None for a folder without any of its files. Raises ModelError where it is damaged."""
+    return load_tokenizer(source, options) if has_tokenizer(source) else None
 
 
 def load_tokenizer(source: str | Path, options: LoadOptions) -> PreTrainedTokenizerBase:

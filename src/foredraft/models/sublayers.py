@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from foredraft.errors import ModelError
 from foredraft.models.base import Convert, SkipSet
+from foredraft.upstream import modules
 from foredraft.weights.quantize import is_linear
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
@@ -60,7 +61,7 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 def rebuilt(model: PreTrainedModel, convert: Convert, replaced: dict[int, nn.Module]) -> PreTrainedModel:
     """The model with its linear layers converted, and others replaced (by id). Raises ModelError where it cannot be."""
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if modules.is_spread(model):
         raise ModelError(
             f"this {model.config.model_type} is spread over devices (device_map), and its modules' hooks cannot serve "
             "a draft of it; load it on one device, or use draft='ngram' or a separate draft model"
@@ -75,22 +76,9 @@ def _rebuilt(module: nn.Module, convert: Convert, made: dict[int, nn.Module]) ->
         if is_linear(module):
             made[id(module)] = convert(module)
         else:
-            other = _shell(module)
-            made[id(module)] = other
-            other._modules = {
-                name: child if child is None else _rebuilt(child, convert, made)
-                for name, child in module._modules.items()
-            }
+            made[id(module)] = modules.shell(module)
+            modules.set_children(made[id(module)], module, lambda child: _rebuilt(child, convert, made))
     return made[id(module)]
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    """Another module object with the same parameters, buffers and attributes, and hooks of its own."""
-    other: nn.Module = type(module).__new__(type(module))
-    other.__dict__.update(module.__dict__)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
-        other.__dict__[name] = module.__dict__[name].copy()
-    return other
 
 
 def stand_ins(layers: list[Layer], skip: SkipSet, arity: dict[int, int]) -> dict[int, nn.Module]:
@@ -101,8 +89,8 @@ def stand_ins(layers: list[Layer], skip: SkipSet, arity: dict[int, int]) -> dict
 
 def _stand_in(module: nn.Module, arity: int) -> nn.Module:
     """Keeps the module's attributes, which a layer may ask for, but none of its parts."""
-    other: Any = _shell(module)
-    other._modules = {}
+    other: Any = modules.shell(module)
+    modules.drop_children(other)
     other.forward = _Nothing(list(inspect.signature(module.forward).parameters), arity)
     return other  # type: ignore[no-any-return]
 

@@ -5,18 +5,21 @@ Owns the refusals and their words. Knows nothing of passes or caches of ours.
 
 import inspect
 
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from foredraft.errors import UnsupportedModelError
-from foredraft.models.upstream import cache_argument
+from foredraft.upstream.caches import cache_argument, is_recurrent, unrewindable_layers
 
-REWINDABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 ADVICE = "decode it with transformers' generate(), or choose a target with plain attention (llama, qwen3, gpt2, ...)"
 REFUSED = {
     "gpt_neo": "its local attention takes the queries to stand at the end of the cache",
     "mpt": "its position biases depend on how long the longest sequence of the batch is",
     "diffllama": "its attention mixes heads in a way that depends on how keys are laid out",
+    "blt": "it reads bytes in patches, through several stacks of layers",
+    "cpmant": "it puts tokens of its own before the text in every pass",
+    "gpt_neox_japanese": "its attention takes keys only as one block of memory",
+    "prophetnet": "its attention predicts several tokens at once, over masks it builds for one token a pass",
+    "xlm": "it predicts a token that is masked, not the next one",
 }
 
 
@@ -31,7 +34,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, and foredraft decodes causal language models"
-    if getattr(model, "_is_stateful", False):
+    if is_recurrent(model):
         return "it keeps a recurrent state, which cannot be rewound after a rejected draft"
     if config.model_type in REFUSED:
         return REFUSED[config.model_type]
@@ -39,10 +42,9 @@ def _refusal(model: PreTrainedModel) -> str | None:
         return "it is no causal language model (it was built without a causal head)"
     if cache_argument(model) is None:
         return "its forward takes no cache, so there are no keys and values to keep and rewind"
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers} - set(REWINDABLE)
+    kinds = ", ".join(unrewindable_layers(config))
     if kinds:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        return f"some of its layers keep state that cannot be rewound after a rejected draft ({names})"
+        return f"some of its layers keep state that cannot be rewound after a rejected draft ({kinds})"
     return None
 
 

@@ -1,6 +1,7 @@
-"""How far to draft, per request and step. No tensors, no models: numbers in, a length or a yes or no out.
+"""How far to draft, for each request in each step. Works with numbers alone, no tensors and no models.
 
-A policy changes when tokens arrive, never which. Every policy sees the same two questions and the same two reports.
+A policy changes when tokens arrive, never which. `base` says what a policy is asked and told, `rules` has fixed rules,
+`gain` the default.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ __all__ = [
 
 
 class PerRequest:
-    """Gives a request that asked for a draft length exactly that, and leaves every other to a policy."""
+    """A request that asked for a draft length gets exactly that; a policy decides for all others."""
 
     def __init__(self, policy: DraftPolicy) -> None:
         self.policy = policy

@@ -1,4 +1,4 @@
-"""What every policy is asked and told: how far to draft, and what came of it. No tensors, no models."""
+"""The interface of a policy: the engine asks how far to draft, and reports what was accepted and how long it took."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,7 +6,7 @@ from foredraft.types import Draft, Request, Verdict
 
 
 class StepTimes(NamedTuple):
-    """What one decoding step took: seconds drafting `drafted` tokens, and verifying `rows` rows."""
+    """One decoding step of a batch: what was drafted, verified and emitted, and the seconds of each part."""
 
     batch: int
     drafted: int
@@ -18,16 +18,24 @@ class StepTimes(NamedTuple):
 
 
 class DraftPolicy(Protocol):
+    """Decides how far to draft, from numbers alone."""
+
     def start(self, request: Request) -> int:
         """The most tokens to draft in this step; 0 is plain decoding."""
         ...
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
-        """Draft another token, after tokens of which the drafter was this sure?"""
+        """Whether to draft another token; `confidences` are the drafter's, one for each token of this draft so far."""
         ...
 
-    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None: ...
+    def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        """What the target made of a draft."""
+        ...
 
-    def observe_times(self, times: StepTimes) -> None: ...
+    def observe_times(self, times: StepTimes) -> None:
+        """What a step took in which all requests were decoding."""
+        ...
 
-    def forget(self, request: Request) -> None: ...
+    def forget(self, request: Request) -> None:
+        """The request has ended; drop what was kept for it."""
+        ...

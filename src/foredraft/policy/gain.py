@@ -22,13 +22,13 @@ class Average:
         self.value += (value - self.value) / min(self.count, self.memory)
 
     def add_cost(self, value: float) -> None:
-        """A far outlier (something else ran) counts as twice the average."""
+        """Add a time; one that is far too long, because something else ran, counts as twice the average."""
         self.add(min(value, 2 * self.value) if self.count >= 4 and self.value else value)
 
 
 @dataclass(slots=True)
 class RowCost:
-    """Seconds of a pass as a line in its rows, by least squares with forgetting."""
+    """A line fitted to the seconds of a pass over its rows: least squares, where older passes weigh less."""
 
     decay: float = 0.99
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
@@ -48,8 +48,8 @@ class RowCost:
 
 
 @dataclass(slots=True)
-class Calibration:
-    """How often a token drafted with a given confidence is accepted, in ten bins with a prior of their own."""
+class ConfidenceBins:
+    """How often tokens of a given confidence were accepted, counted in ten bins. An empty bin trusts the drafter."""
 
     bins: int = 10
     memory: float = 0.995
@@ -74,8 +74,8 @@ class Calibration:
 
 
 @dataclass(slots=True)
-class StepCosts:
-    """What steps of one batch size cost, in seconds."""
+class BatchCosts:
+    """What steps of one batch size cost, in seconds, as averages over the steps seen so far."""
 
     batch: int
     plain: Average = field(default_factory=Average)  # a step without drafts
@@ -101,17 +101,20 @@ class StepCosts:
         return self.emitted.value / self.seconds.value if self.seconds.value else 0.0
 
     def price(self, index: int, sharing: int) -> float:
-        """Seconds that the draft token at this index adds to a step, for each of those that draft so far.
+        """Seconds that the draft token at this index adds to a step, divided by the requests that draft it.
 
-        One pass of a drafter serves them all, and all requests get the rows of the longest draft.
+        One pass of the drafter serves all of them. Every request is padded to the rows of the longest draft.
         """
         rows = self.batch if index + 2 > self.free_rows else 0
         return (self.draft.value + rows * self.rows.slope(0.002)) / max(1, sharing)
 
 
 @dataclass(slots=True)
-class Trial:
-    """When requests whose drafts do not pay try one token: all in the same step, which is cheaper in a batch."""
+class Exploration:
+    """When requests whose drafts do not pay try one token again.
+
+    All of them try in the same step, since in a batch that costs less than one after another.
+    """
 
     every: int = 16
     longest: int = 64
@@ -123,7 +126,7 @@ class Trial:
         self.right += right
 
     def end_step(self) -> None:
-        """Sooner again where most of this step's were right, later where they were not."""
+        """Try again sooner if most of this step's tokens were accepted, later otherwise."""
         if self.made:
             self.every = 4 if 2 * self.right >= self.made else min(2 * self.every, self.longest)
         self.right = self.made = 0
@@ -131,7 +134,7 @@ class Trial:
 
 @dataclass(slots=True)
 class Step:
-    """What the requests of the step at hand have decided so far."""
+    """What the requests have decided so far in this step."""
 
     willing: int = 0
     open: dict[int, int] = field(default_factory=dict)  # by draft length: how many draft beyond it
@@ -143,21 +146,21 @@ class Gain(Fixed):
     """Draft one more token while its expected gain exceeds its measured price; the default.
 
     The price of a drafted token is what it adds to a step in seconds, at the current rate of tokens; its gain is the
-    probability that it and all before it are accepted, from calibrated confidences. Where the best length gains nothing
-    over plain decoding nothing is drafted, but for one token now and then (sooner again where that one was right), so
-    that drafting comes back. A plain step now and then keeps the comparison honest.
+    probability that it and all before it are accepted, from calibrated confidences. If no length gains anything over
+    plain decoding, nothing is drafted except one token now and then (sooner again if that one was accepted), so that
+    drafting can come back. A plain step now and then keeps the price of plain decoding up to date.
     """
 
     def __init__(self, maximum: int = 16, plain_every: int = 96) -> None:
         super().__init__(maximum)
         self.plain_every, self.margin = plain_every, 0.02
-        self.calibration = Calibration()
-        self.costs: dict[int, StepCosts] = {}  # by batch size
+        self.bins = ConfidenceBins()
+        self.costs: dict[int, BatchCosts] = {}  # by batch size
         self.batch = 1
         self.steps = 0
         self.step = Step()
         self.willing = 1  # requests that would draft if all did, in the step before
-        self.trial = Trial()
+        self.exploration = Exploration()
         self.alpha = Average(0.6, count=8, memory=200)  # acceptance of the next token, over all; at first a guess
         self.alphas: defaultdict[Request, Average] = defaultdict(partial(Average, memory=30))
 
@@ -170,7 +173,7 @@ class Gain(Fixed):
         if not costs.draft.count or self._pays(alpha, costs, self.willing):
             return self._open(self.num_draft_tokens)
         cheap = 100 * costs.rate * costs.price(0, self.batch)  # so that trials cost a hundredth of the time at most
-        if self.steps % max(1, min(self.trial.every, round(cheap))):
+        if self.steps % max(1, min(self.exploration.every, round(cheap))):
             return 0
         self.step.trying.add(request)
         return self._open(1)
@@ -182,7 +185,7 @@ class Gain(Fixed):
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         survival = self._alpha(request)
         for confidence in confidences:
-            survival *= self.calibration.probability(confidence)
+            survival *= self.bins.probability(confidence)
         costs, depth, open = self._costs(), len(confidences), self.step.open
         go_on = survival > costs.rate * costs.price(depth, open.get(depth - 1, 1))
         open[depth] = open.get(depth, 0) + go_on
@@ -196,14 +199,14 @@ class Gain(Fixed):
             self.alpha.add(hit)
             own.add(hit)
             if draft.confidences:
-                self.calibration.add(draft.confidences[i], hit)
+                self.bins.add(draft.confidences[i], hit)
         self.step.longest = max(self.step.longest, len(draft))
         if draft.tokens and request in self.step.trying:
-            self.trial.count(bool(verdict.accepted))
+            self.exploration.count(bool(verdict.accepted))
 
     def observe_times(self, times: StepTimes) -> None:
         self.steps += 1
-        self.trial.end_step()
+        self.exploration.end_step()
         self.batch = times.batch
         self._costs().add(times, self.step.longest)
         self.willing = self.step.willing
@@ -212,21 +215,21 @@ class Gain(Fixed):
     def forget(self, request: Request) -> None:
         self.alphas.pop(request, None)
 
-    def _costs(self) -> StepCosts:
+    def _costs(self) -> BatchCosts:
         if self.batch not in self.costs:
-            self.costs[self.batch] = StepCosts(self.batch)
+            self.costs[self.batch] = BatchCosts(self.batch)
         return self.costs[self.batch]
 
     def _alpha(self, request: Request) -> float:
-        """Acceptance of the next token, of this request where it has shown some, of all otherwise."""
+        """How likely the next token is accepted: the average of all requests, later more and more this request's."""
         own = self.alphas.get(request)
         if own is None:
             return self.alpha.value
         weight = own.count / (own.count + 8)
         return weight * own.value + (1 - weight) * self.alpha.value
 
-    def _pays(self, alpha: float, costs: StepCosts, sharing: int) -> bool:
-        """Whether the best draft length brings more tokens than plain decoding makes of the same time."""
+    def _pays(self, alpha: float, costs: BatchCosts, sharing: int) -> bool:
+        """Whether some draft length gives more tokens than plain decoding would in the same time."""
         rate = self.batch / costs.plain.value
         total, survival = 0.0, 1.0
         for index in range(self.num_draft_tokens):

@@ -1,4 +1,4 @@
-"""Rules of a fixed form: a constant length, transformers' heuristic, Draft & Verify's confidence threshold."""
+"""Fixed rules: a constant length, transformers' heuristic, Draft & Verify's confidence threshold."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ DEFAULT_NUM_DRAFT_TOKENS = 5
 
 
 class Fixed:
-    """Always the same length (gamma), but where a subclass gives a request one of its own."""
+    """Always the same length (gamma), unless a subclass sets one for a request in `lengths`."""
 
     def __init__(self, num_draft_tokens: int = DEFAULT_NUM_DRAFT_TOKENS) -> None:
         self.num_draft_tokens = num_draft_tokens
@@ -59,8 +59,8 @@ class Threshold(Fixed):
         g~  = g + eps if AR < alpha; g if drafted == num_draft_tokens; g - eps otherwise
         g  <- b2 g + (1 - b2) g~
 
-    The token that fell short is kept and verified: dropping it because of its own probability would bias the text.
-    A new request starts from the threshold that earlier ones ended with.
+    The token whose confidence was too low is still verified: dropping it because of its own probability would bias the
+    text. A new request starts with the threshold that the last one ended with.
     """
 
     def __init__(

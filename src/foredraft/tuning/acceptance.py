@@ -1,7 +1,4 @@
-"""Which drafts would have been kept on a text, and the decoding steps that follow from it.
-
-Knows nothing of models or clocks: run lengths in, counts of steps out.
-"""
+"""Which drafts would have been accepted on a text, and how many decoding steps that makes. Arithmetic only."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What a drafter would have got right, had its draft begun after any given output token.
+    """How many tokens of a draft would have been accepted, for a draft that begins after each output token.
 
     `runs[k][j]` is how many tokens of a draft that begins after j + 1 output tokens of sample k equal the target's own;
-    `offered[k][j]` is how many it would propose there at most (None: as many as it is asked for). `alpha` is
-    E[sum min(p, q)] over positions, at temperature 0 the share of equal argmaxes. `depth` is the longest run that was
-    looked at.
+    `offered[k][j]` is the most that it would propose there (None: as many as it is asked for). `alpha` is
+    E[sum min(p, q)] over positions, at temperature 0 the share of equal argmaxes. `depth` is the longest run that
+    was looked at.
     """
 
     runs: tuple[tuple[int, ...], ...]
@@ -52,7 +49,7 @@ class Rounds:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Given that the draft got there."""
+        """Share of drafts that reached position i whose token there was accepted."""
         return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True) if d]
 
 
@@ -69,7 +66,7 @@ def _runs(agree: Sequence[bool]) -> list[int]:
 
 
 def walk(acceptance: Acceptance, gamma: int, max_new_tokens: int | None = None) -> Rounds:
-    """Decode every sample on paper with drafts of `gamma` tokens, as the engine does.
+    """The steps in which the engine would decode every sample with drafts of `gamma` tokens.
 
     A sample of n + 1 output tokens gets its first one from the prompt and has n runs. A draft is never so long that
     its last token could not be emitted; `max_new_tokens` is the limit that the engine goes by (None: the sample's own
@@ -92,5 +89,5 @@ def walk(acceptance: Acceptance, gamma: int, max_new_tokens: int | None = None) 
 
 
 def _reached(counts: Counter[int], gamma: int) -> tuple[int, ...]:
-    """How many counted lengths go beyond each i."""
+    """For each i below `gamma`: how many of the counted lengths are longer than i."""
     return tuple(sum(n for length, n in counts.items() if length > i) for i in range(gamma))

@@ -1,8 +1,8 @@
-"""The text that drafters are scored on: prompts, and what the target makes of them.
+"""The text that drafters are scored on: prompts, and how the target continues them.
 
-Acceptance is a matter of the target's own words, so a user's file gives prompts (its lines, or the openings of its
-passages) and the target goes on from each. Without a file the model gives the prompts as well. The prompts that
-confirm a result are held out from those that find it.
+Whether drafts are accepted depends on what the target would write, so a user's file only gives prompts (its lines, or
+the openings of its passages) and the target continues each. Without a file the model makes up the prompts as well. Some
+prompts are held out, to confirm the result on text that was not used to find it.
 """
 
 import gzip
@@ -61,7 +61,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class CalibrationText:
     """Samples, the longest output first, and the parameters they were made with."""
 
     samples: tuple[Sample, ...]
@@ -70,13 +70,13 @@ class Calibration:
     def params_of(self, sample: Sample) -> SamplingParams:
         return replace(self.params, seed=sample.seed)
 
-    def every(self, stride: int) -> "Calibration":
+    def every(self, stride: int) -> "CalibrationText":
         """Each `stride`-th sample."""
         return replace(self, samples=self.samples[::stride])
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal samples; a resumed search must score on the same text."""
+        """A hash of the samples, to see that a resumed search scores on the same text."""
         text = json.dumps([(it.token_ids, it.prompt_len, it.seed) for it in self.samples])
         return hashlib.sha256(f"{text}{self.params}".encode()).hexdigest()[:16]
 
@@ -92,7 +92,7 @@ class Prompts:
 def pick_prompts(llm: LLM, path: Path | None, count: int, held_out: int, *, seed: int = 0) -> Prompts:
     """`count` prompts to calibrate on and others held out, from a file or folder, or of the model's own making.
 
-    Where there are fewer prompts than asked for, the held-out ones come first, but never get more than half.
+    If there are fewer prompts than asked for, the held-out ones are picked first, but at most half of all.
 
     Raises:
         RequestError: nothing readable there, or not two different prompts.
@@ -119,11 +119,11 @@ def pick_prompts(llm: LLM, path: Path | None, count: int, held_out: int, *, seed
 
 def continue_prompts(
     llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, *, seed: int = 0
-) -> Calibration:
-    """What the target says after each prompt.
+) -> CalibrationText:
+    """Let the target continue each prompt.
 
     Raises:
-        RequestError: it ends every text at once, so that there is nothing to score.
+        RequestError: it ends every text at once, which leaves nothing to score.
     """
     each = [replace(params, seed=seed + i) for i in range(len(prompts))]
     batch: list[Prompt] = [list(prompt) for prompt in prompts]
@@ -135,12 +135,12 @@ def continue_prompts(
     samples = sorted((it for it in samples if it.num_output > 1), key=lambda it: -it.num_output)
     if not samples:
         raise RequestError("the model ends its text at once after every calibration prompt; give others")
-    return Calibration(tuple(samples), params)
+    return CalibrationText(tuple(samples), params)
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Text of a document, of which only the opening is a prompt; other prompts are whole."""
+    """A piece of a document, of which only the opening becomes a prompt."""
 
     text: str
 
@@ -165,7 +165,7 @@ def read_prompts(path: Path) -> Iterator[str | Passage]:
 def _read(file: Path) -> str:
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise RequestError(f"calibration text {file} cannot be read: {error}") from error
 
@@ -213,7 +213,7 @@ def _encode(llm: LLM, text: str | Passage | list[int]) -> list[int]:
 
 
 def _own_prompts(llm: LLM, count: int, seed: int) -> list[str | Passage | list[int]]:
-    """Openings that the model samples by itself; a chat model is asked something, and asked to go on from there."""
+    """Prompts that the model samples: from its first token, or the beginning of an answer for a chat model."""
     first = [[_first_token(llm)]] * count
     if llm._tokenizer is not None and llm._tokenizer.chat_template:
         first = [_encode(llm, OPENINGS[i % len(OPENINGS)]) for i in range(count)]
@@ -223,7 +223,7 @@ def _own_prompts(llm: LLM, count: int, seed: int) -> list[str | Passage | list[i
 
 
 def _first_token(llm: LLM) -> int:
-    """What a text begins with: the token for it, or the one that ends the text before."""
+    """The token that a text begins with: bos if the model has one, otherwise eos."""
     for name in ("bos_token_id", "eos_token_id"):
         for source in (llm._tokenizer, llm.model.generation_config, llm.model.config):
             found = getattr(source, name, None)

@@ -21,7 +21,7 @@ class Forecast:
 
 
 def forecast(acceptance: Acceptance, draft: DraftCost, steps: StepCosts, max_new_tokens: int | None = None) -> Forecast:
-    """Walk the calibration text at every draft length up to the depth that was scored, and price the steps."""
+    """Count the steps that each draft length would take on the calibration text, and price them."""
     lengths = range(1, min(MAX_GAMMA, acceptance.depth) + 1)
     rounds = [walk(acceptance, gamma, max_new_tokens) for gamma in lengths]
     samples = len(acceptance.runs)

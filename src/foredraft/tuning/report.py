@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from foredraft.errors import ForedraftError
-from foredraft.tuning.advice import Advice, Row
+from foredraft.tuning.carousel import REPEATS
+from foredraft.tuning.fitting import WIDE
+from foredraft.tuning.ranking import Advice, Row
 
-HEADERS = ("drafter", "alpha", "cost", "length", "per pass", "predicted", "measured", "range", "MiB", "tokens")
+HEADERS = ("drafter", "alpha", "cost", "+-", "length", "per pass", "predicted", "measured", "range", "MiB", "tokens")
 
 
 def render(advice: Advice) -> RenderableType:
@@ -38,6 +40,7 @@ def lines(advice: Advice) -> Iterator[str]:
         if row.skip is not None:
             skipped = f"attention {_list(row.skip.attention)}, MLP {_list(row.skip.mlp)}"
             yield f"{row.name} leaves out {len(row.skip)} sub-layers: {skipped}"
+    yield from _warnings(advice)
     best = advice.recommended
     if best is None:
         yield "recommended: plain decoding; no drafter makes this model faster here"
@@ -49,12 +52,26 @@ def lines(advice: Advice) -> Iterator[str]:
         )
 
 
+def _warnings(advice: Advice) -> Iterator[str]:
+    """Why these figures may be wrong."""
+    for when, load in (("costs were measured", advice.costs.load), ("speed-ups were confirmed", advice.load)):
+        if load.busy:
+            yield f"WARNING: the machine was busy while {when}: {load}; end what else runs, and tune again"
+    for row in advice.rows:
+        if row.disagrees:
+            yield f"WARNING: {row.name}: prediction and measurement are more than a quarter apart; trust neither"
+    wide = [f"{row.name} {row.cost_error:.0%}" for row in advice.rows if row.cost_error > WIDE]
+    if wide:
+        yield f"WARNING: costs still scatter after {REPEATS} more measurements: {', '.join(wide)}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     measured = row.measured
     return (
         row.name,
         f"{row.alpha:.3f}",
         f"{row.cost_ratio:.3f}",
+        f"{row.cost_error:.0%}",
         str(row.forecast.gamma),
         f"{row.forecast.tokens_per_pass:.2f}",
         f"{row.forecast.speedup:.2f}",

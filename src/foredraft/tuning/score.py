@@ -1,10 +1,10 @@
 """A drafter's acceptance on the calibration text, by teacher forcing: no candidate has to generate.
 
-The target's keys and values of every sample lie in its cache, one slot each. A self-drafter begins each draft with the
-*target's* keys and values of what is committed, and has its own only of what it drafts. So its pass goes in blocks of a
-draft's length, all samples at once, **from the last block to the first**: each block overwrites its own rows, and no
-later pass looks there. At the end the target's rows are put back. A draft model has a cache of its own, of its own
-keys alone, and is scored in one ascending pass; a drafter without a model is simply asked at every position.
+The cache holds the target's keys and values of every sample, one slot each. A self-drafter reads the *target's* keys
+and values for what is committed, and its own only for what it drafts. So it is scored in blocks as long as a draft, all
+samples at once, **from the last block to the first**: a block overwrites the target's rows at its own positions, and
+the passes that follow only read earlier ones. At the end the target's rows are put back. A draft model has its own
+cache and is scored in one pass from the beginning; a drafter without a model is asked for a draft at every position.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from foredraft.models.base import CausalModel
 from foredraft.models.rows import SHORT_SPAN, Span, plan
 from foredraft.policy import Fixed
 from foredraft.tuning.acceptance import Acceptance, run_lengths
-from foredraft.tuning.calibration import Calibration
+from foredraft.tuning.calibration import CalibrationText
 from foredraft.tuning.forecast import MAX_GAMMA
 from foredraft.types import Request
 
@@ -30,7 +30,7 @@ DEPTH = 8  # rows of a block: a draft's keys are its own that far back
 
 
 class Tally:
-    """What was found at each row: by sample, and by where the row's block began."""
+    """Which rows agreed with the text, by sample and by where the row's block began."""
 
     def __init__(self, samples: int) -> None:
         self.blocks: list[dict[int, list[bool]]] = [{} for _ in range(samples)]
@@ -50,12 +50,12 @@ class Tally:
         return self.overlap / max(1, self.rows)
 
     def joined(self) -> Acceptance:
-        """Every position looked at once: runs go on from block to block."""
+        """Acceptance if each position was looked at once; runs may go on from one block into the next."""
         agree = [[hit for offset in sorted(found) for hit in found[offset]] for found in self.blocks]
         return Acceptance(run_lengths(agree), self.alpha, MAX_GAMMA)
 
     def exact(self, depth: int) -> Acceptance:
-        """A block at every position: its own run is what a draft from there would have given."""
+        """Acceptance if a block began at every position: what a draft from there would really have given."""
         runs = tuple(tuple(_leading(found[offset]) for offset in sorted(found)) for found in self.blocks)
         return Acceptance(runs, self.alpha, depth)
 
@@ -63,12 +63,12 @@ class Tally:
 class Scorer:
     """Scores drafters for one target on one calibration text.
 
-    Takes the target's cache for itself until `close`, which gives its memory back; nothing may generate in between.
-    With a temperature, a draft token is the one that the coupled verifier would have drafted, by the sample's own
-    noise, and alpha is E[sum min(p, q)] after temperature and filters; at temperature 0 both are equal argmaxes.
+    Uses the target's cache until `close`, which frees it; nothing may generate in between. With a temperature, a draft
+    token is drawn with the sample's own noise, as for the coupled verifier, and alpha is E[sum min(p, q)] after
+    temperature and filters. At temperature 0 a draft token is the argmax, and alpha the share of equal argmaxes.
     """
 
-    def __init__(self, target: CausalModel, calibration: Calibration) -> None:
+    def __init__(self, target: CausalModel, calibration: CalibrationText) -> None:
         self.target = target
         self.samples = calibration.samples
         self.params = calibration.params
@@ -88,8 +88,8 @@ class Scorer:
     def score(self, model: CausalModel, *, depth: int = DEPTH, exact: bool = False) -> Acceptance:
         """Acceptance of a self-drafter: `model` computes with the target's cache.
 
-        `exact` begins a block at every position, `depth` times the work: run lengths are then those of real drafts.
-        Otherwise each position is looked at once, and runs are put together across blocks.
+        With `exact` a block begins at every position: `depth` times the work, and run lengths are those of real drafts.
+        Otherwise each position is looked at once, and runs are joined across blocks.
         """
         assert model.cache is self.target.cache, "a self-drafter shares the target's cache"
         found = Tally(len(self.samples))
@@ -102,7 +102,7 @@ class Scorer:
         return found.exact(depth) if exact else found.joined()
 
     def score_model(self, model: CausalModel) -> Acceptance:
-        """Acceptance of a draft model with a cache of its own; where its context ends, nothing is accepted."""
+        """Acceptance of a draft model with its own cache; beyond the end of its context nothing is accepted."""
         found = Tally(len(self.samples))
         prefill(model, [s.token_ids[: s.prompt_len][: model.max_positions] for s in self.samples])
         with torch.inference_mode():
@@ -116,7 +116,7 @@ class Scorer:
         return found.joined()
 
     def score_drafter(self, drafter: Drafter, depth: int = MAX_GAMMA) -> Acceptance:
-        """Acceptance of any drafter by asking it after every output token, with the true text before."""
+        """Acceptance of any drafter: it is asked for a draft after every token of the text."""
         runs: list[tuple[int, ...]] = []
         offers: list[tuple[int, ...]] = []
         for slot, sample in enumerate(self.samples):
@@ -131,7 +131,7 @@ class Scorer:
         return Acceptance(tuple(runs), sum(first) / len(first) if first else 0.0, depth, tuple(offers))
 
     def _ask(self, drafter: Drafter, request: Request, text: Sequence[int], depth: int) -> tuple[int, int]:
-        """The length of the accepted run and of the draft, after one more token of the text."""
+        """Append one more token of the text and ask for a draft: how many of its tokens are right, and its length."""
         request.token_ids.append(text[len(request.token_ids)])
         request.draft_limit = depth
         tokens = drafter.propose([request], Fixed(depth))[0].tokens
@@ -140,15 +140,15 @@ class Scorer:
         return next(differ, len(tokens)), len(tokens)
 
     def _offsets(self, stride: int) -> range:
-        """Where blocks begin, counted from the first output token; the last one first."""
+        """Where blocks begin, counted from the first output token, in descending order."""
         return range((max(self.counts) - 1) // stride * stride, -1, -stride)
 
     def _blocks(self, offset: int, depth: int) -> dict[int, tuple[int, int]]:
-        """(offset, length) of the block of each sample that reaches there."""
+        """(offset, length) of the block of each sample that is long enough."""
         return {k: (offset, min(depth, n - offset)) for k, n in enumerate(self.counts) if n > offset}
 
     def _forward(self, model: CausalModel, blocks: Mapping[int, tuple[int, int]], found: Tally) -> None:
-        """One pass over blocks (offset, length) by sample; what it says at each row goes to the tally."""
+        """One pass over blocks (offset, length) by sample; adds to the tally which rows agree with the text."""
         if blocks:
             scores = self._scores(model, blocks)
             agrees = self._agrees(scores, blocks)
@@ -188,7 +188,7 @@ class Scorer:
         return float(torch.minimum(probs, q.gather(1, ids)).sum())
 
     def _distributions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's largest probabilities at every position, and whose they are. # 2 x [positions, KEPT]"""
+        """The ids and probabilities of the target's likeliest tokens at every position. # 2 x [positions, KEPT]"""
         kept = []
         with torch.inference_mode():
             for k, count in enumerate(self.counts):

@@ -1,9 +1,9 @@
-"""Which sub-layers a draft can do without: Bayesian search over one binary variable each, and local steps.
+"""Which sub-layers a draft can leave out: Bayesian search with one binary variable for each, and local steps.
 
-First each sub-layer is left out by itself, then ever more of those that cost the least; after that a tree-structured
-Parzen estimator over all variables jointly (optuna, extra `tune`) takes turns with small changes to the best sets.
-Every trial is kept as it ends, so that an interrupted search has lost nothing and a study on disk goes on from there.
-Knows nothing of models: it asks an objective.
+First each sub-layer is left out alone, then more and more of those that are missed least. After that a tree-structured
+Parzen estimator over all variables (optuna, extra `tune`) takes turns with small changes to the best sets. Every trial
+is stored as soon as it ends, so an interrupted search loses nothing, and a study on disk can be continued. Knows
+nothing of models: it calls an objective.
 """
 
 import random
@@ -22,7 +22,7 @@ Bits = tuple[bool, ...]  # of the attentions, then of the MLPs: skipped?
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A set that was tried, and what it should give."""
+    """A set that was tried, and the speed-up that it should give."""
 
     skip: SkipSet
     speedup: float
@@ -117,7 +117,7 @@ class Study:
         return trial
 
     def begin(self, seed: int) -> None:
-        """A sampler that has seen every trial so far."""
+        """Make a sampler that knows every trial so far."""
         sampler = self.library.samplers.TPESampler(
             seed=seed + len(self.trials), multivariate=True, n_startup_trials=0, constant_liar=False
         )
@@ -126,7 +126,7 @@ class Study:
             self.memory.add_trial(self._frozen(bits, trial))
 
     def suggest(self) -> tuple[Bits, Any]:
-        """A set that the sampler thinks well of, and its trial, to be told or failed."""
+        """A set that the sampler proposes, and its optuna trial, which must be told a result or dropped."""
         trial = self.memory.ask(self.distributions)
         return tuple(trial.params[n] for n in self.names), trial
 
@@ -162,7 +162,7 @@ def as_bits(skip: SkipSet, layers: int) -> Bits:
 
 @dataclass(slots=True)
 class Search:
-    """A search that can be interrupted (KeyboardInterrupt ends it) and gone on with."""
+    """A search that Ctrl-C (KeyboardInterrupt) ends and a later run continues."""
 
     study: Study
     objective: Objective
@@ -172,7 +172,7 @@ class Search:
     interrupted: bool = False
 
     def run(self) -> list[Trial]:
-        """Every trial there is, the best first; those of earlier runs count towards the limit."""
+        """Search, and return all trials, the best first; those of earlier runs count towards the limit."""
         source = random.Random(self.limits.seed * 1_000_003 + len(self.study.trials))
         self.study.begin(self.limits.seed)
         ends = perf_counter() + self.limits.max_seconds
@@ -192,7 +192,7 @@ class Search:
             self.observer(trial, self.study.best)
 
     def _candidates(self, source: random.Random) -> Iterator[Bits]:
-        """Sets not tried before, without end unless all there are have been tried."""
+        """Sets that were not tried before, until all possible ones have been."""
         size = 2 * self.study.num_layers
         yield from self._fresh(as_bits(skip, self.study.num_layers) for skip in self.starts)
         yield from self._fresh(tuple(i == j for j in range(size)) for i in self._singles(size))
@@ -211,18 +211,18 @@ class Search:
         return (bits for bits in sets if self._is_new(bits))
 
     def _singles(self, size: int) -> Sequence[int]:
-        """Which sub-layers are tried alone: all of them while they take no more than half of the trials."""
+        """Which sub-layers are tried alone: all of them, or as many as fit half of the trials."""
         return range(0, size, -(-2 * size // max(1, self.limits.trials)))
 
     def _path(self, size: int) -> Iterator[Bits]:
-        """Ever larger sets of the sub-layers that are missed least."""
+        """Larger and larger sets of the sub-layers that are missed least."""
         alone = {bits.index(True): trial.alpha for bits, trial in self.study.trials.items() if sum(bits) == 1}
         order = sorted(alone, key=lambda i: -alone[i])
         for count in range(2, len(order)):
             yield tuple(i in order[:count] for i in range(size))
 
     def _mutated(self, source: random.Random) -> Bits:
-        """One of the best sets with a sub-layer flipped, or two swapped; with more changes when those are all known."""
+        """One of the best sets with one or two small changes, or with more if all such sets have been tried."""
         best = [as_bits(trial.skip, self.study.num_layers) for trial in self.study.ranked()[:4]]
         for attempt in range(400):
             bits = list(best[min(int(source.expovariate(1.0)), len(best) - 1)])

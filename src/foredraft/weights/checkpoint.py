@@ -1,29 +1,51 @@
 """What a user names as a model: a folder or a hub name, checked before anything is loaded, and errors in our words."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 
 from foredraft.errors import ModelError, RequestError, UnsupportedModelError
 
+TOKENIZERS = ("*token*", "vocab*", "merges*", "*.model", "*.bpe", "*.tiktoken", "tekken.json")  # names of their files
+ADAPTER = "adapter_config.json"
+MERGE = "merge it (peft's merge_and_unload), and give the folder where the merged model is saved"
+LONGEST = 255  # characters that a hub name, or a name in a path, may have
+
 
 def looks_like_path(source: str | Path) -> bool:
     text = str(source)
-    return isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).exists()
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        return True
+    return len(text) <= LONGEST and "\0" not in text and Path(text).exists()
+
+
+def has_tokenizer(source: str | Path) -> bool:
+    """Whether a tokenizer is to be expected: of a hub name always, of a folder where it has files of one."""
+    folder = Path(source).expanduser()
+    return not looks_like_path(source) or any(any(folder.glob(pattern)) for pattern in TOKENIZERS)
 
 
 def check_source(source: str | Path) -> None:
     """Raises ModelError for a path that is not a checkpoint folder."""
     if not str(source).strip():
         raise RequestError(f"the model {source!r} is empty; give a folder or a hub name")
+    text = str(source)
+    if max(map(len, text.split("/"))) > LONGEST or "\0" in text:
+        raise ModelError(f"{text[:40]!r}... ({len(text)} characters) is no model; give a folder or a hub name")
     if not looks_like_path(source):
-        _check_hub(str(source))
+        _check_hub(text)
         return
     path = Path(source).expanduser()
     if path.is_file():
         raise ModelError(f"{path} is a file; give the folder that holds it, with config.json and the weights")
     if not path.exists():
         raise ModelError(f"no model at {path}: the path does not exist; give a folder with config.json, or a hub name")
+    adapter = (path / ADAPTER).exists()
+    if adapter and not (path / "config.json").exists():
+        raise ModelError(f"{path} holds an adapter without its model; {MERGE}")
+    if adapter and find_spec("peft") is None:
+        raise ModelError(f"{path} holds an adapter beside its model, which takes peft to load: install it, or {MERGE}")
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(f"{path} has no config.json, so it is no model folder; give the folder of a checkpoint")
 

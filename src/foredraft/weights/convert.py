@@ -17,10 +17,11 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError, RequestError
-from foredraft.weights.lowbit import FORMATS, LayerRecord, Manifest, empty_model
+from foredraft.upstream.modules import is_product, is_turned
+from foredraft.upstream.weights import empty_model, tied_weights
+from foredraft.weights.lowbit import FORMATS, LayerRecord, Manifest
 from foredraft.weights.quantize import GROUPS
 from foredraft.weights.shards import FileRecord, ShardWriter, parse_size
 from foredraft.weights.source import Origin, Tensors, find
@@ -101,12 +102,13 @@ def chosen_layers(model: PreTrainedModel, bits: int) -> dict[str, Layer]:
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     head = model.get_output_embeddings()
+    tied = tied_weights(model)
     found: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        tied = f"{name}.weight" in model.all_tied_weights_keys
-        if not _is_linear(module) or tied or not (module is head or name.startswith(tuple(stacks))):
+        alone = is_product(module) and f"{name}.weight" not in tied
+        if not alone or not (module is head or name.startswith(tuple(stacks))):
             continue
-        turned = isinstance(module, Conv1D)
+        turned = is_turned(module)
         rows, columns = reversed(module.weight.shape) if turned else module.weight.shape
         if rows >= FEWEST_OUTPUTS:
             found[name] = Layer(HEAD_BITS if module is head else bits, (rows, columns), turned)
@@ -166,11 +168,6 @@ class _Job:
         source = {"name": origin.name, "files": [asdict(FileRecord.of(path)) for path in origin.weight_files]}
         Manifest(self.weight_format, dtype, source, files, self.records, writer.index).write(folder)
         (folder / "config.json").write_bytes(config)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Only those that compute just the product: subclasses (routers, layers quantised already) may do more."""
-    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 def _check_format(weight_format: str, group_size: int | None) -> None:

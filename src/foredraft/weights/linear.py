@@ -4,12 +4,14 @@ Where packing is missing (other processors, other devices, fp16) a plain linear 
 this file, decides what is exact there.
 """
 
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from foredraft.upstream import kernels
+from foredraft.upstream.modules import is_product, is_turned
 
 
 class LinearLayer(Protocol):
@@ -30,31 +32,35 @@ class LinearLayer(Protocol):
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN packs this weight: a CPU, and fp32, or bf16 where the processor computes in it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not kernels.can_prepack():
         return False
-    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bf16 or weight.dtype == torch.float32
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and kernels.computes_bf16())
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b for x [..., in] and W [out, in] packed once; it owns no unpacked copy."""
+    """y = x W^T + b for x [..., in] and W [out, in] packed once; it owns no unpacked copy unless somebody reads it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.nbytes = weight.numel() * weight.element_size()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.packed = kernels.prepack(weight)
         self.bias = None if bias is None else bias.detach()
+        self.read: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For code that reads a layer's weight: adapters, some routers. Kept from then on."""
+        if self.read is None:
+            self.read = self.dense()
+        return self.read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return out
+        return kernels.packed_linear(x, self.packed, self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + y, the sum fused into the product."""
-        op = torch.ops.mkldnn._linear_pointwise.binary
-        out: torch.Tensor = op(x, residual, self.packed, self.bias, "add")
-        return out
+        return kernels.packed_linear_added(residual, x, self.packed, self.bias)
 
     def dense(self) -> torch.Tensor:
         weight: torch.Tensor = self.packed.to_dense()
@@ -86,16 +92,9 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLine
     return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)
 
 
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Plain linear layers; of other subclasses (quantised ones, routers) only those that compute the same."""
-    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear"
-
-
 def pack_linears(model: nn.Module) -> None:
     """Replace the linear layers of a transformers model in place, one at a time, so that memory peaks by one layer."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if _is_linear(child) and can_pack(child.weight):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-            elif type(child) is Conv1D and can_pack(child.weight):
-                setattr(module, name, PackedLinear(child.weight.T, child.bias))
+            if is_product(child) and can_pack(child.weight):
+                setattr(module, name, PackedLinear(child.weight.T if is_turned(child) else child.weight, child.bias))

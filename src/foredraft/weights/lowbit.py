@@ -4,8 +4,7 @@ Owns the manifest and its checks. Knows nothing of how a checkpoint is converted
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from foredraft.errors import ModelError, RequestError
+from foredraft.upstream.weights import empty_model, tied_weights
 from foredraft.weights.shards import FileRecord
 from foredraft.weights.stored import TENSORS, StoredLinear
 
@@ -133,31 +133,6 @@ def load(
     return model
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The architecture with parameters that take no memory; its buffers, which no checkpoint has, are computed."""
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter forgets its memory as soon as its module has it."""
-    register = nn.Module.register_parameter
-
-    def forget(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = forget  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 class _Reader(ExitStack):
     """Tensors by name, from whichever shard has them."""
 
@@ -189,7 +164,7 @@ def _fill(model: PreTrainedModel, manifest: Manifest, reader: _Reader) -> None:
             how = f"{record.bits} bits of the shape {list(record.shape)} in groups of {record.group_size}"
             raise ModelError(f"{reader.path}: the layer {name} is not stored as {how}; {CONVERT_AGAIN}")
         setattr(modules[parent], child, stored)
-    tied = model.all_tied_weights_keys
+    tied = tied_weights(model)
     for name, parameter in list(model.named_parameters()):
         if name not in tied or name in manifest.tensors:
             module, _, child = name.rpartition(".")

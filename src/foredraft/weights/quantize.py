@@ -3,13 +3,11 @@
 Owns the number formats and the choice of a group size. A model is quantised one layer at a time from what it computes
 with (packed weights give themselves back exactly), whenever somebody asks. Knows nothing of models, caches or drafts.
 
-Kernels: int4 and int8 weight-only are ATen's, in bf16 activations; a row's bits do not depend on the other rows, so
-they may verify. int8 dynamic also rounds its input, by a scale taken over all rows: faster on large layers, and good
-for drafts alone.
+Kernels: int4 and int8 weight-only are ATen's, in bf16 activations, and may verify. int8 dynamic also rounds its input:
+faster on large layers, and good for drafts alone. In all of them a row's bits do not depend on the other rows.
 """
 
 import abc
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -17,9 +15,10 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from foredraft.errors import ModelError
+from foredraft.upstream import kernels
+from foredraft.upstream.modules import is_product, is_turned
 from foredraft.weights.linear import LinearLayer, PackedLinear, PlainLinear
 
 WeightFormat = Literal["int4", "int8", "int8-dynamic"]
@@ -30,7 +29,7 @@ OUT_MULTIPLE = 16  # rows of an int4 weight, padded with zeros
 IN_MULTIPLE = (
     32  # inputs of an int8 weight, padded with zeros: ATen's kernel leaves out what is beyond a multiple of it
 )
-LARGE = 2**20  # weights beyond which int8 dynamic is faster than int8 weight-only, for one row
+LARGE = 2**18  # weights beyond which int8 dynamic is faster than int8 weight-only: alike for one row, ahead for more
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
 
 
@@ -44,6 +43,14 @@ class QuantLinear(nn.Module, abc.ABC):
         super().__init__()
         self.out_features, self.in_features = shape
         self.bias = None if bias is None else bias.detach()
+        self.read: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For code that reads a layer's weight. Kept from then on."""
+        if self.read is None:
+            self.read = self.dense()
+        return self.read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # calls cost more than small products
@@ -96,23 +103,20 @@ class Int4Linear(QuantLinear):
         self.padding = codes.shape[1] - self.in_features
         self.group = codes.shape[1] // grid.shape[1]
         self.grid = F.pad(grid, (0, 0, 0, 0, 0, rows)).transpose(0, 1).contiguous()  # as the kernels want it
-        self.packed = _pack_int4(F.pad(codes, (0, 0, 0, rows)))
+        self.packed = kernels.pack_int4(F.pad(codes, (0, 0, 0, rows)))
         self.nbytes = self.packed.numel() * self.packed.element_size() + self.grid.numel() * 2
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
-        out = self._mm(F.pad(x, (0, self.padding)) if self.padding else x, self.grid)
+        x = F.pad(x, (0, self.padding)) if self.padding else x
+        out = kernels.int4_product(x, self.packed, self.group, self.grid)
         return out if out.shape[1] == self.out_features else out[:, : self.out_features]
-
-    def _mm(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        product = torch._weight_int4pack_mm_for_cpu if x.is_cpu else torch._weight_int4pack_mm
-        return product(x.contiguous(), self.packed, self.group, grid)
 
     def dense(self) -> torch.Tensor:
         """Read off the kernel itself, as products with unit vectors; on a GPU these are rounded to bf16."""
         grid = self.grid.float() if self.grid.device.type == "cpu" else self.grid
         unit = torch.eye(self.in_features + self.padding, dtype=grid.dtype, device=grid.device)
-        rows = torch.cat([self._mm(part, grid) for part in unit.split(256)])
+        rows = torch.cat([kernels.int4_product(part, self.packed, self.group, grid) for part in unit.split(256)])
         return rows.float().T[: self.out_features, : self.in_features].contiguous()
 
 
@@ -143,7 +147,7 @@ class Int8Linear(QuantLinear):
         x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
         x = F.pad(x, (0, self.padding)) if self.padding else x
         if x.is_cpu:
-            return torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scale)
+            return kernels.int8_product(x, self.codes, self.scale)
         return F.linear(x, self.codes.to(x.dtype)) * self.scale
 
     def dense(self) -> torch.Tensor:
@@ -151,65 +155,31 @@ class Int8Linear(QuantLinear):
 
 
 class DynamicInt8Linear(QuantLinear):
-    """Eight bits for weight and input: the fastest on a CPU, for drafts only."""
+    """Eight bits for weight and input: the fastest on a CPU, for drafts only.
+
+    Each row of the input is rounded by its own largest value, so that its bits do not depend on the other rows.
+    """
 
     bits = 8
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__(weight.shape, bias)
         codes, scale = round_int8(weight.detach(), torch.float32)
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():  # deprecated, and without a successor that quantises the input as it goes
-            warnings.simplefilter("ignore")
-            tensor = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+        self.packed = kernels.pack_int8_dynamic(codes, scale)
         self.nbytes = codes.numel() + 4 * scale.numel()
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float()
-        if len(x) == 1:
-            return self._rounded(x)
-        size = x.abs().amax(1, keepdim=True).clamp_(min=1e-30)  # or a large row would take the others' precision
-        return self._rounded(x / size).mul_(size)
-
-    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.quantized.linear_dynamic(x, self.packed)
-        return out
+        return kernels.int8_rows_product(x.float(), self.packed)
 
     def dense(self) -> torch.Tensor:
-        weight: torch.Tensor = torch.ops.quantized.linear_unpack(self.packed)[0]
-        return weight.dequantize()
-
-
-class OneRowLinear(nn.Module):
-    """A small layer of a draft model: one row takes eight bits, weight-only, and more rows take `whole`."""
-
-    def __init__(self, whole: PackedLinear) -> None:
-        super().__init__()
-        self.whole = whole
-        self.single = Int8Linear(whole.dense(), whole.bias)
-        self.bias = whole.bias
-        self.nbytes = whole.nbytes + self.single.nbytes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.single if x.numel() == self.whole.in_features else self.whole
-        return layer.forward(x)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        layer = self.single if x.numel() == self.whole.in_features else self.whole
-        return layer.add_to(residual, x)
-
-    def dense(self) -> torch.Tensor:
-        return self.whole.dense()
+        return kernels.unpack_int8_dynamic(self.packed)
 
 
 def for_drafting(layer: Any) -> Any:
     """A packed layer of a draft model in the eight bits that are fastest for its size; others stay as they are."""
-    if not isinstance(layer, PackedLinear):
+    if not isinstance(layer, PackedLinear) or layer.read is not None:
         return layer
-    if layer.in_features * layer.out_features <= LARGE:
-        return OneRowLinear(layer)
-    return DynamicInt8Linear(layer.dense(), layer.bias)
+    return quant_linear(layer.dense(), layer.bias, "int8-dynamic")
 
 
 FORMATS: dict[WeightFormat, Callable[[torch.Tensor, torch.Tensor | None], QuantLinear]] = {
@@ -236,7 +206,7 @@ def quant_linear(
 
 @dataclass(slots=True)
 class Quantizer:
-    """Turns layers of any format into quantised ones, each once; layers that are no wider already stay as they are.
+    """Turns layers of any format into quantised ones, each once; layers that are as narrow already stay as they are.
 
     `nbytes` counts what it has made, that is, what a copy adds to the model it was made from.
     """
@@ -254,6 +224,8 @@ class Quantizer:
     def _quantised(self, layer: Any) -> LinearLayer:
         if isinstance(layer, QuantLinear) and layer.bits <= (4 if self.weight_format == "int4" else 8):
             return layer
+        if isinstance(layer, PackedLinear) and layer.read is not None:  # its owner's code computes with the weight too
+            return layer
         found = quant_linear(dense(layer), layer.bias, self.weight_format, self.group)
         self.nbytes += found.nbytes
         return found
@@ -261,14 +233,13 @@ class Quantizer:
 
 def is_linear(module: object) -> bool:
     """Whether `dense` can read it: ours, or transformers' own."""
-    return isinstance(module, QuantLinear | PackedLinear | PlainLinear | Conv1D) or type(module) is nn.Linear
+    return isinstance(module, QuantLinear | PackedLinear | PlainLinear) or is_product(module)
 
 
 def dense(layer: Any) -> torch.Tensor:
     """The weight [out, in] that a layer of any format computes with."""
-    if isinstance(layer, nn.Linear | Conv1D):
-        weight = layer.weight.detach()
-        return weight.T if isinstance(layer, Conv1D) else weight
+    if is_product(layer):
+        return layer.weight.detach().T if is_turned(layer) else layer.weight.detach()
     weight = layer.dense()
     assert isinstance(weight, torch.Tensor)
     return weight
@@ -345,14 +316,3 @@ def round_int8(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Te
     step = max(1, CHUNK // weight.shape[1])
     parts = zip(weight.split(step), scale.split(step), strict=True)
     return torch.cat([(p.float() / s[:, None]).round_().clamp_(-127, 127).to(torch.int8) for p, s in parts]), scale
-
-
-def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [out, in] in the layout of the device's kernel."""
-    if codes.device.type == "cpu":
-        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return packed
-    tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
-    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-    return packed

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from foredraft.errors import ModelError
-from foredraft.weights.checkpoint import check_source, explained, looks_like_path
+from foredraft.upstream.weights import tied_weights
+from foredraft.weights.checkpoint import ADAPTER, MERGE, check_source, explained, looks_like_path
 from foredraft.weights.lowbit import MANIFEST, is_low_bit
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -104,6 +105,8 @@ def find(source: str | Path, trust_remote_code: bool) -> Origin:
         raise explained(source, error) from error
     if is_low_bit(folder) or (getattr(config, "quantization_config", None) and not gguf):
         raise ModelError(f"{source} is quantised already; convert the original checkpoint")
+    if (folder / ADAPTER).exists():
+        raise ModelError(f"{source} holds an adapter beside its model; {MERGE}")
     return Origin(path.name if local else str(source), folder, config, gguf, trust_remote_code)
 
 
@@ -147,7 +150,7 @@ class _Shards:
 
     def check_tied(self, model: PreTrainedModel) -> None:
         """Raises ModelError where two weights that the configuration calls one are two."""
-        for name, other in model.all_tied_weights_keys.items():
+        for name, other in tied_weights(model).items():
             if {name, other} <= self.shards.keys():
                 one, two = (self.shards[key].get_tensor(key) for key in (name, other))
                 if not torch.equal(one, two):
@@ -170,7 +173,8 @@ class _Loaded:
 
 def _names(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[str, str] | None:
     """The stored name of each of the model's tensors; None unless all parameters are there in their shapes."""
-    twins = {other: name for name, other in model.all_tied_weights_keys.items()}
+    tied = tied_weights(model)
+    twins = {other: name for name, other in tied.items()}
     names: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         prefix = f"{model.base_model_prefix}."
@@ -180,9 +184,7 @@ def _names(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> dict[s
             return None
         names[name] = stored
     buffers = model.state_dict().keys() - names.keys()
-    return names | {
-        name: name for name in sorted(buffers) if name in shapes and name not in model.all_tied_weights_keys
-    }
+    return names | {name: name for name in sorted(buffers) if name in shapes and name not in tied}
 
 
 def _bytes(shard: Any, name: str) -> int:

@@ -1,51 +1,23 @@
-"""What was asked of a tuning run, and what came of it: options, rows, the recommendation.
+"""What came of a tuning run: a row for each drafter, the recommendation, and what speaks against trusting them.
 
 Plain data; knows nothing of how it is found or shown.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from foredraft.errors import RequestError
 from foredraft.models.base import SkipSet
 from foredraft.profile import Profile
-from foredraft.tuning.confirm import ROUNDS, Measured
+from foredraft.tuning.confirm import Confirmation
 from foredraft.tuning.costs import Costs
 from foredraft.tuning.forecast import Forecast
+from foredraft.tuning.machine import UNWATCHED, Load
+from foredraft.tuning.options import TuneOptions
 from foredraft.tuning.search import Trial
 
-NAMES = ("ngram", "int4", "int8", "skip", "int4+skip")
 WORTH = 1.02  # speed-ups are told apart from here on
-
-
-@dataclass(frozen=True, slots=True)
-class TuneOptions:
-    """What to try, and how hard. Raises RequestError for values out of range."""
-
-    drafts: tuple[str, ...] = ()  # draft models: folders or hub names
-    without: tuple[str, ...] = ()
-    calibration: Path | None = None
-    prompts: int = 16
-    tokens: int = 128
-    temperature: float = 0.0
-    trials: int = 400
-    max_seconds: float = 240.0  # of searching, all in all
-    seed: int = 0
-    study: Path | None = None
-    confirmed: int = 2  # sets of a search that are confirmed
-    rounds: int = ROUNDS
-
-    def __post_init__(self) -> None:
-        for name, least in (("prompts", 1), ("tokens", 4), ("trials", 0), ("seed", 0), ("confirmed", 1), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise RequestError(f"{name}={getattr(self, name)} is not usable; it must be {least} or more")
-        if self.max_seconds < 0:
-            raise RequestError(f"max_seconds={self.max_seconds} is not usable; it must be 0 or more")
-        unknown = [name for name in self.without if name not in NAMES]
-        if unknown:
-            raise RequestError(f"without={unknown[0]!r} is not known; use one of {', '.join(NAMES)}")
+APART = 1.25  # prediction over measurement, or the other way round: beyond this one of them is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +30,21 @@ class Row:
     forecast: Forecast
     memory: int  # bytes beside the target
     skip: SkipSet | None = None
-    measured: Measured | None = None
+    measured: Confirmation | None = None
+    cost_error: float = 0.0  # relative, of the timings that the price comes from
 
     @property
     def speedup(self) -> float:
-        """Measured, where it was."""
+        """Confirmation, where it was."""
         return self.measured.speedup if self.measured else self.forecast.speedup
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether prediction and measurement are more than a quarter apart."""
+        if self.measured is None:
+            return False
+        ratio = self.measured.speedup / self.forecast.speedup
+        return not 1 / APART <= ratio <= APART
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +59,7 @@ class Advice:
     profile: Profile | None
     options: TuneOptions
     prompts: tuple[int, int]  # used for calibration, held out
+    load: Load = UNWATCHED  # of the machine while speed-ups were confirmed
 
     @property
     def recommended(self) -> Row | None:
@@ -86,6 +68,24 @@ class Advice:
             return None
         near = [row for row in self.rows if row.speedup * WORTH >= best.speedup]
         return min(near, key=lambda row: (row.memory, -row.speedup))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else used the machine while it was measured."""
+        return self.costs.load.busy or self.load.busy
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the profile is not to be kept without a second thought; None where nothing speaks against it."""
+        row = next((row for row in self.rows if row.skip is not None), None)
+        if row is None:
+            return None
+        if row.measured is None:
+            return f"{row.name} is predicted only, from costs of a busy machine" if self.busy else None
+        if row.disagrees:
+            predicted, measured = row.forecast.speedup, row.measured.speedup
+            return f"{row.name} was predicted {predicted:.2f} and measured {measured:.2f}, more than a quarter apart"
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -97,6 +97,9 @@ class Advice:
             "rows": [_row_dict(row) for row in self.rows],
             "refused": dict(self.refused),
             "costs": self.costs.as_dict(),
+            "busy": self.busy,
+            "load": {"costs": self.costs.load.as_dict(), "confirmation": self.load.as_dict()},
+            "doubt": self.doubt,
             "trials": {name: len(trials) for name, trials in self.trials.items()},
             "calibration_prompts": self.prompts[0],
             "held_out_prompts": self.prompts[1],
@@ -105,12 +108,13 @@ class Advice:
 
 def _row_dict(row: Row) -> dict[str, Any]:
     measured = row.measured and {
-        name: getattr(row.measured, name) for name in ("speedup", "low", "high", "seconds", "equal")
+        name: getattr(row.measured, name) for name in ("speedup", "low", "high", "seconds", "equal", "rounds", "error")
     } | {"stats": row.measured.stats.as_dict()}
     return {
         "name": row.name,
         "alpha": row.alpha,
         "cost_ratio": row.cost_ratio,
+        "cost_error": row.cost_error,
         "num_draft_tokens": row.forecast.gamma,
         "predicted": row.forecast.speedup,
         "by_length": list(row.forecast.by_length),
@@ -118,12 +122,5 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "memory": row.memory,
         "skip": row.skip and asdict(row.skip),
         "measured": measured,
+        "disagrees": row.disagrees,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Watcher:
-    """Who is told how far things are."""
-
-    stage: Callable[[str, int], None] = lambda name, total: None
-    tick: Callable[[str], None] = lambda text: None

@@ -1,0 +1,66 @@
+"""`foredraft doctor`: what a bug report needs, and whether all is well here."""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from foredraft.cli.console import FAILURE, busy, interruptible, only_result, stdout_console
+from foredraft.cli.options import MODEL, OUTPUT, flag, takes
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    model: Annotated[
+        str | None,
+        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
+    ] = None
+    draft: Annotated[
+        str,
+        flag("--draft", "--draft-model", help="Who drafts, as for generate.", panel=MODEL),
+    ] = "auto"
+    dtype: Annotated[
+        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
+    ] = "auto"
+    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    trust_remote_code: Annotated[
+        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
+    ] = False
+    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+
+
+@takes(DoctorOptions)
+def doctor(options: DoctorOptions) -> None:
+    """Say what is installed, what serves a model on this machine, and which promises hold; for bug reports, too."""
+    with only_result() as stdout:
+        from foredraft.diagnosis.diagnose import diagnose
+
+        interruptible()
+        with busy(f"examining {options.model or 'the bundled pair'}"):
+            _quieten()
+            diagnosis = diagnose(
+                options.model,
+                options.draft,
+                dtype=options.dtype,
+                device=options.device,
+                trust_remote_code=options.trust_remote_code,
+            )
+    if options.json:
+        stdout.write(json.dumps(diagnosis.as_dict()) + "\n")
+    else:
+        from foredraft.diagnosis.report import show
+
+        show(diagnosis, stdout_console(highlight=False))
+    stdout.flush()
+    if not diagnosis.well:
+        raise typer.Exit(FAILURE)
+
+
+def _quieten() -> None:
+    """No progress bars of libraries; where they do not import, the diagnosis says so."""
+    try:
+        from transformers.utils.logging import disable_progress_bar
+    except Exception:
+        return
+    disable_progress_bar()

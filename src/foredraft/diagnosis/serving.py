@@ -1,0 +1,160 @@
+"""What serves a model on this machine: torch's threads, kernels and devices; runtime, layers and memory of one LLM."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foredraft.llm import LLM
+from foredraft.models.base import CausalModel
+from foredraft.models.decoder import Attention, Decoder
+from foredraft.models.rows import RowInvariance
+from foredraft.weights.linear import PackedLinear, PlainLinear, can_pack
+from foredraft.weights.quantize import DynamicInt8Linear, Int4Linear, Int8Linear
+
+BUNDLED = "the bundled pair"
+KERNELS: dict[type, str] = {
+    PackedLinear: "packed for oneDNN",
+    PlainLinear: "plain",
+    nn.Linear: "plain",
+    Int4Linear: "int4",
+    Int8Linear: "int8",
+    DynamicInt8Linear: "int8, dynamic",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """What torch makes of this machine."""
+
+    threads: int
+    omp_num_threads: str | None  # as the environment asks
+    instructions: str  # that its own kernels use
+    packing: dict[str, bool]  # by dtype: whether oneDNN packs weights of it
+    devices: tuple[str, ...]  # besides the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model, and what computes it."""
+
+    name: str
+    type: str
+    runtime: str
+    modules: str
+    instructions: str
+    kernels: dict[str, int]  # linear layers by what computes them
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """One LLM: who verifies, who drafts, what the probe found, what it holds."""
+
+    target: Served
+    drafter: str
+    draft: Served | None  # where the drafter is a model
+    row_invariance: RowInvariance
+    probe: str  # what that means
+    context: int
+    cache_bytes_per_token: int
+    memory: dict[str, int]
+    seconds_to_load: float
+
+
+def look() -> Torch:
+    """torch, on this machine."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return Torch(
+        torch.get_num_threads(),
+        os.environ.get("OMP_NUM_THREADS"),
+        torch.backends.cpu.get_cpu_capability(),
+        {name: can_pack(torch.empty(1, 1, dtype=dtype)) for name, dtype in dtypes.items()},
+        tuple(_cuda(i) for i in range(torch.cuda.device_count())),
+    )
+
+
+def _cuda(index: int) -> str:
+    about = torch.cuda.get_device_properties(index)
+    return f"cuda:{index} {about.name}, {about.total_memory / 2**30:.0f} GiB, {about.major}.{about.minor}"
+
+
+def load(model: str | None, draft: str, **options: Any) -> tuple[LLM, Serving]:
+    """An LLM and its description. Raises as LLM does."""
+    begin = time.perf_counter()
+    llm = LLM(model, draft, **options)
+    return llm, describe(llm, model, draft, time.perf_counter() - begin)
+
+
+def describe(llm: LLM, model: str | None, draft: str, seconds: float) -> Serving:
+    drafting: CausalModel | None = getattr(llm.drafter, "model", None)
+    whose = BUNDLED if model is None and draft == "auto" else label(draft)
+    return Serving(
+        served(llm.model, BUNDLED if model is None else label(model)),
+        llm.drafter.name,
+        None if drafting is None else served(drafting, whose),
+        llm.model.row_invariance,
+        shapes(llm.model.row_invariance),
+        llm.max_model_len,
+        llm.model.cache.bytes_per_token,
+        llm.memory,
+        seconds,
+    )
+
+
+def served(model: CausalModel, name: str) -> Served:
+    """A model says itself what runs it, where it is not torch."""
+    kernels: dict[str, int] = getattr(model, "kernels", None) or dict(Counter(map(_kernel, linears(model))))
+    return Served(
+        name,
+        model.config.model_type,
+        getattr(model, "runtime", "torch"),
+        "lean decoder" if isinstance(model, Decoder) else "transformers' own",
+        getattr(model, "instructions", torch.backends.cpu.get_cpu_capability() if model.device.type == "cpu" else ""),
+        kernels,
+        str(model.dtype).removeprefix("torch."),
+        str(model.device),
+    )
+
+
+def linears(model: CausalModel) -> Iterator[object]:
+    """Its linear layers, of whichever runtime."""
+    if isinstance(model, Decoder):
+        for s in model.sublayers:
+            yield from (s.qkv, s.out) if isinstance(s, Attention) else (s.gate_up, s.down)
+        yield model.head
+    elif isinstance(modules := getattr(model, "model", None), nn.Module):
+        yield from _linear_modules(modules)
+
+
+def _linear_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost ones: a layer may hold another as one of its ways to compute."""
+    for child in module.children():
+        if type(child) in KERNELS:
+            yield child
+        else:
+            yield from _linear_modules(child)
+
+
+def _kernel(layer: object) -> str:
+    return KERNELS.get(type(layer), type(layer).__name__)
+
+
+def shapes(found: RowInvariance) -> str:
+    """What the probe found, in words."""
+    if not found.exact:
+        return f"no exact shapes; every step runs {found.min_rows} rows wide"
+    multiple = f" (multiples of {found.row_multiple})" if found.row_multiple > 1 else ""
+    return f"exact from {found.min_rows} rows{multiple} and {found.key_multiple} keys on"
+
+
+def label(source: str) -> str:
+    """A model's name without the folders above it, which tell whose machine this is."""
+    return Path(source).name if Path(source).expanduser().exists() else source

@@ -1,0 +1,86 @@
+"""How a name, a path or a model becomes a drafter."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.registry import DRAFTERS, with_profile
+from foredraft.drafters.vocabulary import check_same_vocabulary
+from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
+from foredraft.models.base import CausalModel
+from foredraft.models.load import LoadOptions, load_model, load_tokenizer
+from foredraft.upstream.modules import unwrapped
+from foredraft.weights.checkpoint import looks_like_path
+from foredraft.weights.quantize import for_drafting
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter may be built from."""
+
+    target: CausalModel
+    tokenizer: PreTrainedTokenizerBase | None
+    options: LoadOptions  # of the drafter
+    profile: str | Path | None = None  # which sub-layers a self-drafter skips; None: as kept for this model
+    force_profile: bool = False  # take a profile that was found for another model
+    remember: bool = True  # may it draft from outputs of earlier requests?
+
+
+def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context: DraftContext) -> Drafter:
+    """A drafter by name, or from a draft model's folder, hub name or object, or as it is.
+
+    Raises:
+        ModelError: no model is there.
+        RequestError: nothing of that name; the nearest known name is suggested.
+        VocabularyMismatchError: the draft model has other tokens.
+    """
+    if (context.profile is not None or context.force_profile) and spec not in with_profile():
+        raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(with_profile())}")
+    spec = unwrapped(spec)
+    if spec is None:
+        return NoDrafter()
+    if isinstance(spec, str) and spec in DRAFTERS:
+        return DRAFTERS[spec].make(context)
+    if isinstance(spec, (str, Path)):
+        return _from_checkpoint(spec, context)
+    if isinstance(spec, PreTrainedModel):
+        return _from_object(spec, context)
+    if not isinstance(spec, Drafter):
+        names = ", ".join(DRAFTERS)
+        raise ModelError(
+            f"draft={spec!r} cannot draft; give a name ({names}), a model's folder or hub name, or a Drafter"
+        )
+    return spec
+
+
+def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
+    if isinstance(source, str) and not looks_like_path(source) and "/" not in source:
+        near = difflib.get_close_matches(source, DRAFTERS, n=1)
+        if near:
+            raise RequestError(f"draft={source!r} is not known; did you mean {near[0]!r}?")
+    try:
+        model = load_model(source, context.options)
+    except ModelError as error:
+        names = ", ".join(DRAFTERS)
+        raise type(error)(f"draft={str(source)!r}: {error} (drafters by name: {names})") from error
+    if context.tokenizer is not None:
+        check_same_vocabulary(context.tokenizer, load_tokenizer(source, context.options))
+    return _drafting_with(model, context)
+
+
+def _from_object(model: PreTrainedModel, context: DraftContext) -> Drafter:
+    size, wanted = model.config.get_text_config(decoder=True).vocab_size, context.target.vocab_size
+    if size != wanted:
+        raise VocabularyMismatchError(
+            f"the draft model has {size} tokens and the target {wanted}, and an object comes without a tokenizer to "
+            "compare; give the draft by its folder or hub name"
+        )
+    return _drafting_with(load_model(model, context.options), context)
+
+
+def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:
+    return ModelDrafter(model.variant(for_drafting), context.target.vocab_size)
