@@ -57,6 +57,9 @@ class Cache(Protocol):
     def nbytes(self) -> int: ...
 
     @property
+    def bytes_per_token(self) -> int: ...
+
+    @property
     def storage(self) -> list[torch.Tensor]:
         """All that is held, the same tensors until it grows."""
         ...

@@ -140,7 +140,7 @@ class NativeModel:
         self.rope = Rope(base.rotary_emb)
         s = self.sizes
         self.cache = PageCache(PageShape(self.num_layers, s.kv_heads, s.dim, self.dtype))
-        self._call = Call(self)
+        self.call = Call(self)
 
     def _block(self, index: int, layer: Any, consume: bool) -> Block:
         s, a, m = self.sizes, layer.self_attn, layer.mlp
@@ -176,7 +176,7 @@ class NativeModel:
             other.head = quantized(self.library, self.head, convert)
         elif convert not in (unchanged, for_drafting):  # a draft model's own weights are as fast as any
             raise ModelError(f"the native runtime cannot convert its layers by {convert!r}; use runtime='torch'")
-        other._call = Call(other)
+        other.call = Call(other)
         return other
 
     def weight_sample(self) -> list[torch.Tensor]:
@@ -193,15 +193,15 @@ class NativeModel:
                 end = start + width
                 self.cache.extend(slot, end)
                 spans += (slot, start, width)
-                if end > self._call.length:
+                if end > self.call.length:
                     self._lengthen(end)
         logits = torch.empty(len(rows.wanted), self.vocab_size)
-        self._call(array("i", rows.tokens + spans + rows.wanted), rows, len(spans) // 3, self.cache, logits)
+        self.call(array("i", rows.tokens + spans + rows.wanted), rows, len(spans) // 3, self.cache, logits)
         return logits
 
     def _lengthen(self, length: int) -> None:
         self.rope.reserve(length)
-        self._call.point_to(self.rope)
+        self.call.point_to(self.rope)
 
 
 class Call:
