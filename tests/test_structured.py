@@ -164,13 +164,13 @@ def test_chat_ends_with_the_end_of_its_turn(llm):
 def test_what_has_no_choice_is_drafted_and_then_the_drafter_goes_on():
     llm = LLM(max_batch_size=1)
     seen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    checked = llm.engine._checked
+    accepted = llm.engine._accepted
 
     def watch(draft, request):
         seen.append((draft.source, request.lead, draft.tokens))
-        return checked(draft, request)
+        return accepted(draft, request)
 
-    llm.engine._checked = watch
+    llm.engine._accepted = watch
     result = llm.generate(PROMPT, params(SCHEMAS["long literals"]), num_draft_tokens=16)
     led = [(source, lead, tokens) for source, lead, tokens in seen if lead]
     assert {source for source, _, _ in led} == {"forced", "forced+model"}
