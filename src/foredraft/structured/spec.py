@@ -44,7 +44,7 @@ class Structured:
 
     @property
     def name(self) -> str:
-        """How messages call this form: its kind, and a name where it has one."""
+        """What messages call this form."""
         return {"json_schema": "JSON schema", "regex": "regular expression"}.get(self.kind, self.kind)
 
     @classmethod
