@@ -65,7 +65,7 @@ class FakeLLM:
         seed = 7 if params.seed is None else params.seed
         result = SimpleNamespace(
             text=text, token_ids=ids, from_draft=flags, finish_reason="stop", prompt_token_ids=[1, 2, 3], seed=seed,
-            stats=stats, exact=True, error=None,
+            stats=stats, exact=True, error=None, tool_calls=(),
         )  # fmt: skip
         yield chunk("", (), (), (), "stop", result)
 

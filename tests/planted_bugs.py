@@ -38,22 +38,22 @@ def late_rejection(draft: Draft, p: torch.Tensor, seed: int, positions: range) -
     return Verdict(tuple(range(kept)), verdict.next_token, verdict.kind)
 
 
-def scaled_in_place(logits, prefix, paths, prompt_len, params):
+def scaled_in_place(logits, prefix, paths, prompt_len, params, steering=None):
     """2: the caller's logits are divided by the temperature."""
     return logits.div_(params.temperature)
 
 
-def one_prefix_for_all(logits, prefix, paths, prompt_len, params):
+def one_prefix_for_all(logits, prefix, paths, prompt_len, params, steering=None):
     """9: penalties do not see the draft tokens before a row."""
     return sampling.adjust(logits, prefix, [()] * len(logits), prompt_len, params)
 
 
-def shifted_prefix(logits, prefix, paths, prompt_len, params):
+def shifted_prefix(logits, prefix, paths, prompt_len, params, steering=None):
     """9: each row is penalised with the token it is about to judge."""
     return sampling.adjust(logits, prefix, [*paths[1:], paths[-1]], prompt_len, params)
 
 
-def processors_dropped(logits, prefix, paths, prompt_len, params):
+def processors_dropped(logits, prefix, paths, prompt_len, params, steering=None):
     """15: custom processors are accepted and not called."""
     return logits.float()
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import foredraft
-from foredraft.errors import ModelError, PromptTooLongError, RequestError, UnsupportedModelError
+from foredraft.errors import ExactnessError, ModelError, PromptTooLongError, RequestError, UnsupportedModelError
 from foredraft.integrations.draft_and_verify import base_generate, infer
 from foredraft.integrations.drafting import Assisted, Drafting, IpexPolicy
 from foredraft.integrations.transformers import AutoModelForCausalLM, SpeculativeModel
@@ -724,6 +724,18 @@ def test_a_watermark_that_counts_its_calls_is_refused(llama_fast: SpeculativeMod
     mark = transformers.SynthIDTextWatermarkingConfig(keys=[1, 2, 3, 9], ngram_len=3)
     with pytest.raises(RequestError, match=r"watermarking_config=SynthID.* cannot be honoured"):
         llama_fast.generate(prompts(), max_new_tokens=4, watermarking_config=mark)
+
+
+def test_a_processor_that_counts_its_calls_is_an_error_and_not_another_text(llama_fast: SpeculativeModel) -> None:
+    class Counts(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return scores.roll(self.calls, -1)
+
+    with pytest.raises(ExactnessError, match="Counts answers differently"):
+        llama_fast.generate(prompts(), max_new_tokens=NEW, logits_processor=[Counts()])
 
 
 def test_threads_take_turns(llama: PreTrainedModel, llama_fast: SpeculativeModel) -> None:

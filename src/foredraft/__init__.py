@@ -7,6 +7,8 @@ if _typing.TYPE_CHECKING:
     from foredraft.llm import LLM
     from foredraft.results import Chunk, GenerationResult
     from foredraft.stats import SpecStats
+    from foredraft.steering import Stateful
+    from foredraft.structured import Structured
     from foredraft.types import Draft, Request, SamplingParams, Verdict
     from foredraft.weights.convert import convert
 
@@ -19,6 +21,8 @@ __all__ = [
     "Request",
     "SamplingParams",
     "SpecStats",
+    "Stateful",
+    "Structured",
     "Verdict",
     "__version__",
     "accelerate",
@@ -32,6 +36,8 @@ _HOMES = {
     "Chunk": "results",
     "GenerationResult": "results",
     "SpecStats": "stats",
+    "Stateful": "steering",
+    "Structured": "structured",
     "Draft": "types",
     "SamplingParams": "types",
     "Request": "types",

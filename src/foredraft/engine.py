@@ -13,7 +13,8 @@ from time import perf_counter
 import torch
 
 from foredraft import sampling
-from foredraft.drafters.base import Drafter, check_draft
+from foredraft.drafters import forced
+from foredraft.drafters.base import Drafter, NoDrafter, check_draft
 from foredraft.errors import ForedraftError, NumericsError, RequestError
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import Span, plan
@@ -78,7 +79,21 @@ class Engine:
 
     def add(self, request: Request) -> None:
         request.arrived = request.arrived or perf_counter()
+        self._mind_processors(request)
         self.scheduler.add(request)
+
+    def _mind_processors(self, request: Request) -> None:
+        """Where drafts may come: watch for processors with a hidden state, say so where one cannot follow drafts."""
+        steering = request.steering
+        drafts = request.num_draft_tokens != 0 and not isinstance(self.drafter, NoDrafter)
+        steering.watched = drafts and steering.follows_drafts
+        if drafts and not steering.follows_drafts:
+            warnings.warn(
+                "a Stateful processor without copy() cannot follow drafts: this text is decoded without them; give the "
+                "processor a method copy() that returns it in the same state, or pass num_draft_tokens=0",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def abort(self, request: Request) -> None:
         """Take a request out wherever it is, unless it has ended; what it has produced stays with it."""
@@ -131,7 +146,7 @@ class Engine:
         drafts = dict.fromkeys(requests, Draft())
         wanting = [request for request in requests if request.draft_limit > 0]
         if wanting:
-            drafts.update(zip(wanting, self.drafter.propose(wanting, self.policy), strict=True))
+            drafts.update(zip(wanting, forced.propose(self.drafter, wanting, self.policy), strict=True))
         return [self._accepted(draft, request) for request, draft in drafts.items()]
 
     def _accepted(self, draft: Draft, request: Request) -> Draft:
@@ -145,10 +160,13 @@ class Engine:
 
     def _draft_limit(self, request: Request) -> int:
         """How many tokens may be drafted: none in a prompt, none that could not be emitted."""
-        if not (request.decoding and request.may_draft):
+        request.lead = ()
+        if not (request.decoding and request.may_draft and request.steering.follows_drafts):
             return 0
         room = min(request.remaining, self.max_model_len - len(request.token_ids)) - 1
-        return max(0, min(self.policy.start(request), room, self.target.row_invariance.max_draft_tokens))
+        room = max(0, min(room, self.target.row_invariance.max_draft_tokens))
+        request.lead = forced.lead(self.drafter, request, room)
+        return max(len(request.lead), min(self.policy.start(request), room))
 
     def _span(self, request: Request, draft: Draft) -> Span:
         end = chunk_end(request) if not request.decoding else len(request.token_ids)
@@ -218,6 +236,7 @@ class Engine:
             if reason:
                 break
         added = tuple(request.token_ids[start:])
+        request.steering.commit(added, ended=reason is not None)
         flags = tuple(i < len(kept) for i in range(len(added)))
         request.from_draft += flags
         request.cached = len(request.token_ids) - 1
@@ -232,6 +251,8 @@ class Engine:
         try:
             return verify(draft, logits, request)
         except Exception:  # a processor may mask all of a place the text never goes to, or raise there
+            if not draft.tokens:
+                raise
             return verify_reached(draft, logits, request)
 
     def _ends(self, request: Request, token: int) -> FinishReason | None:
@@ -244,7 +265,7 @@ class Engine:
 
     def _observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         self.drafter.observe(request, verdict)
-        self.policy.observe(request, draft, verdict)
+        self.policy.observe(request, *forced.beyond(request, draft, verdict))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Free all that a request holds, and add its counters to the totals."""
@@ -276,7 +297,8 @@ class Engine:
         for output in outputs:
             if output.token_ids and not output.request.stats.seconds_to_first_token:
                 output.request.stats.seconds_to_first_token = ended - output.request.arrived
-        if len(outputs) == len(requests):
+        led = any(output.request.lead for output in outputs)  # forced tokens cost no drafting: not a typical step
+        if len(outputs) == len(requests) and not led:
             emitted = sum(len(output.token_ids) for output in outputs)
             self.policy.observe_times(
                 StepTimes(len(requests), drafted, rows, emitted, drafting, verifying, ended - clock.began)

@@ -5,7 +5,8 @@ ForedraftError
 │   ├── UnsupportedModelError  the architecture's state cannot be rewound, or it is no causal language model
 │   └── VocabularyMismatchError  draft and target do not share their tokens
 ├── RequestError               a prompt or a sampling parameter is not usable (also a ValueError)
-│   └── PromptTooLongError     the prompt leaves no room in the context
+│   ├── PromptTooLongError     the prompt leaves no room in the context
+│   └── GrammarError           the form asked of the output cannot be compiled or followed
 ├── ExactnessError             an option was asked for that cannot be kept exact
 ├── NumericsError              the target produced NaN or infinite logits
 ├── CacheMemoryError           keys and values do not fit the device (also a MemoryError)
@@ -43,6 +44,10 @@ class RequestError(ForedraftError, ValueError):
 
 class PromptTooLongError(RequestError):
     """The prompt leaves no room for output in the model's context."""
+
+
+class GrammarError(RequestError):
+    """A schema, pattern or grammar cannot be compiled, or the output cannot follow it."""
 
 
 class ExactnessError(ForedraftError):

@@ -7,6 +7,7 @@ import operator
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -26,6 +27,9 @@ from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
 from foredraft.results import Chunk, GenerationResult, Job
 from foredraft.runner import Runner
+from foredraft.structured import Constraint, Structured
+from foredraft.structured.compile import Grammars
+from foredraft.structured.tools import Calling, ToolChoice
 from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
 from foredraft.types import Request, SamplingParams, StepOutput
 from foredraft.upstream.modules import unwrapped
@@ -100,6 +104,7 @@ class LLM:
             tokenizer = find_tokenizer(target, options)
         self._tokenizer = tokenizer
         self.max_model_len = _context(max_model_len, self.model.max_positions)
+        self.grammars = None if tokenizer is None else Grammars(tokenizer, self.model.vocab_size)
         context = DraftContext(self.model, tokenizer, draft_options, draft_profile, force_profile)
         drafter = make_drafter(draft, context)
         self.model.cache.max_slots = max_batch_size
@@ -203,6 +208,7 @@ class LLM:
         *,
         num_draft_tokens: int | None = None,
         tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
     ) -> GenerationResult:
         """The model's next turn in a conversation, by its own chat template.
@@ -212,13 +218,19 @@ class LLM:
             params: None decodes greedily.
             num_draft_tokens: as for `generate`.
             tools: what the model may call: JSON schemas, or functions that transformers can make one of.
+            tool_choice: "auto", "none", "required" or a tool's name; calls are in the result's `tool_calls`.
             template_arguments: further variables of the template, as `documents` or `enable_thinking`.
 
         Raises:
             RequestError: as `generate`, and where the template cannot honour what it is given.
         """
         *_, last = self.stream_chat(
-            messages, params, num_draft_tokens=num_draft_tokens, tools=tools, template_arguments=template_arguments
+            messages,
+            params,
+            num_draft_tokens=num_draft_tokens,
+            tools=tools,
+            tool_choice=tool_choice,
+            template_arguments=template_arguments,
         )
         assert last.result is not None
         return last.result
@@ -230,12 +242,16 @@ class LLM:
         *,
         num_draft_tokens: int | None = None,
         tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
         """`chat`, a chunk for each step."""
-        prompt = render_chat(self.tokenizer, messages, tools, template_arguments)
+        calling = Calling(self.tokenizer, self.grammars, tools, tool_choice)
+        prompt = render_chat(self.tokenizer, messages, calling.shown, template_arguments)
+        params = params or SamplingParams()
+        params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
         job = self.job(prompt, params, num_draft_tokens, stop_token_ids=end_of_turn_ids(self.tokenizer))
-        return self._stream(job)
+        return self._stream(replace(job, read_calls=calling.read))
 
     def job(
         self,
@@ -262,8 +278,17 @@ class LLM:
             stop_rule=stream.push if stream else _never,
             num_draft_tokens=num_draft_tokens,
             stop_token_ids=eos.union(params.stop_token_ids),
+            constraint=self._constraint(params, (*stop_token_ids, *sorted(eos.difference(stop_token_ids)))),
         )
         return Job(request, stream, self.model.row_invariance.exact)
+
+    def _constraint(self, params: SamplingParams, ends: tuple[int, ...]) -> Constraint | None:
+        """What holds the output to the form that was asked for; compiled here, in the caller's time."""
+        if params.structured is None:
+            return None
+        if self.grammars is None:
+            raise RequestError("structured output needs a tokenizer; pass one to LLM")
+        return self.grammars.constraint(Structured.of(params.structured), ends or params.stop_token_ids)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from foredraft.runner import Sink
 from foredraft.stats import SpecStats
+from foredraft.structured.tools import ToolCall
 from foredraft.text import TextStream
 from foredraft.types import FinishReason, Request, StepOutput, TokenLogprobs
 
@@ -29,6 +30,7 @@ class GenerationResult:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     exact: bool = True  # whether plain decoding is known to give the same tokens: see docs/lossless.md
     error: Exception | None = None
+    tool_calls: tuple[ToolCall, ...] = ()  # of a chat with tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Job:
     request: Request
     stream: TextStream | None
     rows_agree: bool = True  # whether the target's rows were found to be exact
+    read_calls: Callable[[list[int]], tuple[ToolCall, ...]] | None = None
 
     def sink(self, take: Callable[[Chunk], object]) -> Sink:
         """Calls `take` with a chunk after each step, on the thread that drives; the last one has the result."""
@@ -89,6 +92,7 @@ class Job:
             r.logprobs,
             self.rows_agree and (r.params.greedy or r.params.verifier == "coupled"),
             r.error,
+            self.read_calls(r.output_ids) if self.read_calls else (),
         )
 
     def _text(self) -> str:

@@ -17,6 +17,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from foredraft import noise
 from foredraft.errors import NumericsError, RequestError
 from foredraft.noise import Stream
+from foredraft.steering import Steering
 from foredraft.types import Request, SamplingParams, TokenLogprobs
 
 Ids = abc.Sequence[int]
@@ -34,13 +35,18 @@ def process(
 
 
 def adjust(
-    logits: torch.Tensor, prefix: Ids, paths: abc.Sequence[Ids], prompt_len: int, params: SamplingParams
+    logits: torch.Tensor,
+    prefix: Ids,
+    paths: abc.Sequence[Ids],
+    prompt_len: int,
+    params: SamplingParams,
+    steering: Steering | None = None,
 ) -> torch.Tensor:
     """Scores after bias, penalties, custom processors and temperature. # [n, V] of any dtype -> [n, V] float32
 
     Row i decides the token after `prefix + paths[i]`, whose first `prompt_len` tokens are the prompt; prefix and paths
-    are not looked at unless the request has penalties or processors. `logits` are never written to, and may be what
-    is returned.
+    are not looked at unless the request has penalties or processors. `steering` is the request's; None takes the
+    processors as they are in `params`. `logits` are never written to, and may be what is returned.
 
     Raises:
         RequestError: `logit_bias` names a token outside the vocabulary, or a custom processor changed the shape.
@@ -48,20 +54,17 @@ def adjust(
     scores = logits.float()
     if params.logit_bias:
         scores = _bias(scores, params.logit_bias)
-    if follows_prefix(params):
+    if _penalises(params):
         scores = _penalise(scores, prefix, paths, prompt_len, params)
-        scores = _customise(scores, prefix, paths, params)
+    steering = Steering(params.processors) if steering is None else steering
+    if steering.active:
+        scores = steering.apply(scores, prefix, paths)
     return scores if params.temperature in (0, 1) else scores / params.temperature
 
 
-def follows_prefix(params: SamplingParams) -> bool:
-    """Do the scores of a position depend on the tokens before it (beyond the logits)?"""
-    return (
-        params.repetition_penalty != 1
-        or params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or bool(params.processors)
-    )
+def _penalises(params: SamplingParams) -> bool:
+    """Whether the scores of a position depend on the tokens before it."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 def _bias(scores: torch.Tensor, logit_bias: abc.Mapping[int, float]) -> torch.Tensor:
@@ -100,23 +103,6 @@ def _output_counts(scores: torch.Tensor, output: Ids, paths: abc.Sequence[Ids]) 
     where = torch.tensor([rows, tokens], dtype=torch.int64, device=scores.device)
     counts = shared.to(scores.dtype).repeat(len(paths), 1)
     return counts.index_put_((where[0], where[1]), scores.new_ones(()), accumulate=True)
-
-
-def _customise(scores: torch.Tensor, prefix: Ids, paths: abc.Sequence[Ids], params: SamplingParams) -> torch.Tensor:
-    """The request's own processors, row by row with the row's prefix, on a copy: they may write in place."""
-    if not params.processors:
-        return scores
-    rows = []
-    for row, path in zip(scores, paths, strict=True):
-        ids = torch.tensor([[*prefix, *path]], device=scores.device)
-        changed: torch.Tensor = row.clone().unsqueeze(0)
-        for processor in params.processors:
-            changed = processor(ids, changed)
-            if changed.shape != (1, len(row)):
-                name = type(processor).__name__
-                raise RequestError(f"{name} returned shape {tuple(changed.shape)}; return [1, {len(row)}], as it came")
-        rows.append(changed.float())
-    return torch.cat(rows)
 
 
 def restrict(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -287,7 +273,7 @@ def _alike(requests: abc.Sequence[Request]) -> list[list[int]]:
     groups: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
         params = request.params
-        alone = bool(params.logit_bias) or follows_prefix(params)
+        alone = bool(params.logit_bias) or _penalises(params) or request.steering.active
         settings = (params.temperature, params.top_k, params.top_p, params.min_p, params.verifier)
         groups.setdefault(row if alone else settings, []).append(row)
     return list(groups.values())
@@ -299,9 +285,9 @@ def _draw_alike(
     """`draw` for requests that one call can process, with one transfer to the host. # [b, V] -> b"""
     first, params = requests[0], requests[0].params
     try:
-        scores = adjust(logits, first.token_ids, drafted, first.prompt_len, params)
+        scores = adjust(logits, first.token_ids, drafted, first.prompt_len, params, first.steering)
     except Exception:
-        if not params.processors:
+        if not first.steering.active:
             raise
         return [None]
     if params.greedy:  # any of several equals will do: it is a guess

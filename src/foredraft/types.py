@@ -7,15 +7,16 @@ import enum
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import LogitsProcessor
 
 from foredraft.errors import RequestError
 from foredraft.stats import SpecStats
+from foredraft.steering import Processor, Stateful, Steering, check_processors
+from foredraft.structured import Constraint, Structured
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VerifierName = Literal["coupled", "rejection"]
@@ -62,6 +63,13 @@ class SamplingParams:
     Penalties follow vLLM: `repetition_penalty` looks at prompt and output, `presence_penalty` and `frequency_penalty`
     at the output alone. `top_k=0`, `top_p=1`, `min_p=0` switch a filter off.
 
+    `processors` are called as transformers calls them, with ids [1, n] and scores [1, V], for every prefix that a draft
+    makes possible. Each must be a function of these two; one that keeps a state (counts calls, follows an automaton) is
+    given as `Stateful(make)`. A processor that shows a state all the same ends its request with an ExactnessError.
+
+    `structured` is the form the output must have: a JSON schema (a dict or a pydantic model), or what
+    `Structured.json_schema`, `.regex`, `.choice` or `.grammar` make. Needs the extra `structured`.
+
     Raises:
         RequestError: a value is out of range, or two values contradict each other.
     """
@@ -80,8 +88,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: of the chosen token; n: also of the n most likely
-    processors: tuple[LogitsProcessor, ...] = ()
+    processors: tuple[Processor | Stateful, ...] = ()
     verifier: VerifierName = "coupled"
+    structured: Structured | Mapping[str, Any] | type | None = None  # a Structured once built
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "processors"):
@@ -103,12 +112,17 @@ class SamplingParams:
             ("stop_token_ids", all(_whole(token, 0) for token in self.stop_token_ids), "token ids"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
             ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 100), "None or whole, in [0, 100]"),
-            ("processors", all(map(callable, self.processors)), "LogitsProcessors"),
+            ("processors", all(map(_processes, self.processors)), "LogitsProcessors or Stateful(make)"),
             ("verifier", self.verifier in ("coupled", "rejection"), "'coupled' or 'rejection'"),
         )
         for name, valid, wanted in checks:
             if not valid:
                 raise RequestError(f"{name}={getattr(self, name)!r} is not usable; it must be {wanted}")
+        check_processors(self.processors)
+        if self.structured is not None:
+            object.__setattr__(self, "structured", Structured.of(self.structured))
+            if self.ignore_eos:
+                raise RequestError("ignore_eos contradicts structured: the output ends where its form is complete")
         filters = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
         if self.greedy and filters:
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in filters)
@@ -126,6 +140,10 @@ def _whole(value: object, least: int, most: float = math.inf) -> bool:
 
 def _number(value: object, least: float, most: float = sys.float_info.max) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
+
+
+def _processes(value: object) -> bool:
+    return callable(value.make) if isinstance(value, Stateful) else callable(value)
 
 
 def _biases(value: object) -> bool:
@@ -172,8 +190,14 @@ class Request:
     from_draft: list[bool] = field(default_factory=list)  # one for each output token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SpecStats = field(default_factory=SpecStats)
+    constraint: InitVar[Constraint | None] = None
+    steering: Steering = field(init=False)
+    lead: tuple[int, ...] = ()  # forced tokens, with which every draft of this step begins
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, constraint: Constraint | None) -> None:
+        if self.params.structured is not None and constraint is None:
+            raise RequestError("structured output needs a constraint made for this vocabulary, as LLM makes it")
+        self.steering = Steering(self.params.processors, constraint)
         self.prompt_len = len(self.token_ids) if self.prompt_len < 0 else self.prompt_len
         self.stats.prompt_tokens = self.prompt_len
 

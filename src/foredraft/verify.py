@@ -40,7 +40,7 @@ def verify_reached(draft: Draft, logits: torch.Tensor, request: Request) -> Verd
     positions = [len(request.token_ids) + len(path) for path in rows]
     for i, path in enumerate(rows):
         try:
-            row = adjust(logits[i : i + 1], request.token_ids, [path], request.prompt_len, request.params)
+            row = _adjusted(logits[i : i + 1], request, [path])
             check_finite(row.amax(-1).tolist(), positions[i : i + 1])
         except Exception as error:  # a custom processor may raise anything
             failures[i] = error
@@ -57,8 +57,12 @@ def _scores(draft: Draft, logits: torch.Tensor, request: Request) -> tuple[torch
     """Scores [n + 1, V] after everything but the filters, and the position that each row decides."""
     rows = paths(draft)
     start = len(request.token_ids)
-    scores = adjust(logits, request.token_ids, rows, request.prompt_len, request.params)
+    scores = _adjusted(logits, request, rows)
     return scores, [start + len(path) for path in rows]
+
+
+def _adjusted(logits: torch.Tensor, request: Request, rows: abc.Sequence[tuple[int, ...]]) -> torch.Tensor:
+    return adjust(logits, request.token_ids, rows, request.prompt_len, request.params, request.steering)
 
 
 def _decide(draft: Draft, scores: torch.Tensor, positions: list[int], request: Request) -> Verdict:

@@ -87,6 +87,14 @@ class RunOptions:
         bool, flag("--ignore-eos", help="Go on after the model's end-of-text token.", panel=SAMPLING)
     ] = False
 
+    json_schema: Annotated[
+        Path | None, flag("--json-schema", help="The answer is JSON of the schema in this file.", panel=SAMPLING)
+    ] = None
+    regex: Annotated[str | None, flag("--regex", help="The answer matches this pattern.", panel=SAMPLING)] = None
+    grammar: Annotated[
+        Path | None, flag("--grammar", help="The answer is of the Lark grammar in this file.", panel=SAMPLING)
+    ] = None
+
     def check(self) -> None:
         """Raises RequestError where flags contradict each other in a way that the library cannot see."""
         if self.policy not in (None, "fixed") and self.num_draft_tokens is not None:

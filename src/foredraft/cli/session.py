@@ -4,14 +4,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foredraft.cli.console import Printer, busy, interruptible, note
 from foredraft.cli.options import RunOptions
-from foredraft.errors import ForedraftError
+from foredraft.errors import ForedraftError, RequestError
 
 if TYPE_CHECKING:
-    from foredraft import LLM, Chunk, GenerationResult, SamplingParams
+    from foredraft import LLM, Chunk, GenerationResult, SamplingParams, Structured
 
     Messages = list[dict[str, str]]
 
@@ -30,7 +31,30 @@ def sampling_params(options: RunOptions) -> "SamplingParams":
         stop=tuple(options.stop or ()),
         ignore_eos=options.ignore_eos,
         verifier=options.verifier,  # type: ignore[arg-type]  # checked there
+        structured=structured(options),
     )
+
+
+def structured(options: RunOptions) -> "Structured | None":
+    """The form of the answer. Raises RequestError where two are given, or a file cannot be read."""
+    from foredraft import Structured
+
+    given = {"--json-schema": options.json_schema, "--regex": options.regex, "--grammar": options.grammar}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise RequestError(f"{' and '.join(names)} contradict each other; give one of them")
+    if options.json_schema is not None:
+        return Structured.json_schema(read_text(options.json_schema))
+    if options.grammar is not None:
+        return Structured.grammar(read_text(options.grammar))
+    return None if options.regex is None else Structured.regex(options.regex)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read as text: {error}") from error
 
 
 def open_llm(options: RunOptions) -> "LLM":

@@ -21,16 +21,17 @@ from foredraft.types import Draft, Request, Verdict
 
 
 class Chain:
-    """The draft of one request while it is made."""
+    """The draft of one request while it is made, from the tokens that a grammar forces on."""
 
-    __slots__ = ("confidences", "open", "probs", "request", "tokens")
+    __slots__ = ("confidences", "lead", "open", "probs", "request", "tokens")
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.tokens: list[int] = []
-        self.confidences: tuple[float, ...] = ()
+        self.lead = request.lead
+        self.tokens: list[int] = list(request.lead)
+        self.confidences: tuple[float, ...] = ()  # of the model's own tokens
         self.probs: list[torch.Tensor] = []
-        self.open = True
+        self.open = len(self.tokens) < request.draft_limit
 
     def append(self, drawn: Drawn, policy: DraftPolicy) -> None:
         self.tokens.append(drawn.token)
@@ -40,8 +41,16 @@ class Chain:
         self.open = len(self.tokens) < self.request.draft_limit and policy.go_on(self.request, self.confidences)
 
     def draft(self, source: str) -> Draft:
-        probs = torch.stack(self.probs) if self.probs else None
-        return Draft(tuple(self.tokens), source, probs=probs, confidences=self.confidences)
+        if len(self.tokens) == len(self.lead):
+            return Draft(self.lead, "forced" if self.lead else source, confidences=(1.0,) * len(self.lead))
+        probs = torch.stack((*self._one_hot(), *self.probs)) if self.probs else None
+        confidences = (1.0,) * len(self.lead) + self.confidences
+        return Draft(tuple(self.tokens), f"forced+{source}" if self.lead else source, probs, confidences=confidences)
+
+    def _one_hot(self) -> list[torch.Tensor]:
+        """The distributions that the forced tokens are drawn from. # each [V]"""
+        like = torch.zeros_like(self.probs[0])
+        return [like.index_fill(0, torch.tensor(token, device=like.device), 1.0) for token in self.lead]
 
 
 @dataclass(slots=True)
@@ -85,8 +94,8 @@ class ModelDrafter:
 
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
         chains = {s: Chain(s) for s in requests if s.draft_limit and self._can_draft(s)}
-        spans = [self._catch_up(s) for s in chains]
-        active = list(chains.values())
+        active = [chain for chain in chains.values() if chain.open]
+        spans = [self._catch_up(chain.request) for chain in active]
         while active:
             guesses = sampling.draw(self._logits(spans), [c.request for c in active], [c.tokens for c in active])
             for chain, drawn in zip(active, guesses, strict=True):
@@ -129,7 +138,8 @@ class ModelDrafter:
             chunk = tokens[start : start + PREFILL_CHUNK]
             self.model.forward(plan([Span(request.slot, start, chunk, 0)], 1, self.key_multiple))
             start += PREFILL_CHUNK
-        return Span(request.slot, start, tokens[start:])
+        self.held[request].drafted += request.lead
+        return Span(request.slot, start, [*tokens[start:], *request.lead])
 
     def _next(self, chain: Chain) -> Span:
         self._hold(chain.request, chain.tokens[-1])

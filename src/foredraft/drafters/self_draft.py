@@ -39,7 +39,7 @@ class SelfDrafter(ModelDrafter):
         return 0
 
     def _catch_up(self, request: Request) -> Span:
-        return Span(request.slot, request.cached, request.token_ids[request.cached :])
+        return Span(request.slot, request.cached, [*request.token_ids[request.cached :], *request.lead])
 
     def _hold(self, request: Request, token: int) -> None:
         pass

@@ -199,6 +199,7 @@ class RowProcessor(LogitsProcessor):
 
     def __init__(self, processors: LogitsProcessorList, padded: torch.Tensor, prompt_len: int) -> None:
         self.processors = processors
+        self.label = ", ".join(type(processor).__name__ for processor in processors)
         self.padded = padded  # [1, L]
         self.prompt_len = prompt_len
 

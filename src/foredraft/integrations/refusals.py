@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import SynthIDTextWatermarkLogitsProcessor
+from transformers import SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from foredraft.errors import RequestError
 
@@ -89,6 +89,10 @@ def check_processors(processors: Iterable[Any]) -> None:
             raise RequestError(
                 "watermarking_config=SynthIDTextWatermarkingConfig(...) cannot be honoured: its processor has a state "
                 f"that a refused draft would spoil; use WatermarkingConfig, or {LOOP}"
+            )
+        if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            raise RequestError(
+                f"{type(processor).__name__} cannot be honoured: a refused draft spoils its state; {LOOP}"
             )
 
 

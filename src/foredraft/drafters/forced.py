@@ -1,0 +1,51 @@
+"""Forced tokens: what a grammar leaves no choice about is guessed for nothing, before any other drafter goes on.
+
+They are a draft like any other, verified like any other: the text could be spelled in other tokens, and whether the
+target spells it so is for the target to say.
+"""
+
+from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.policy import DraftPolicy
+from foredraft.types import Draft, Request, Verdict
+
+NAME = "forced"
+
+
+def lead(drafter: Drafter, request: Request, room: int) -> tuple[int, ...]:
+    """The tokens with which every draft of this step begins; none for a request that is to be decoded plainly."""
+    constraint = request.steering.constraint
+    if constraint is None or isinstance(drafter, NoDrafter):
+        return ()
+    asked = request.num_draft_tokens
+    return constraint.forced(room if asked is None else min(room, asked))
+
+
+def propose(drafter: Drafter, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+    """The drafter's proposals, each cut where its request's grammar would refuse it, or else the forced tokens."""
+    drafts = drafter.propose(requests, policy)
+    return [_under_grammar(request, draft) for request, draft in zip(requests, drafts, strict=True)]
+
+
+def _under_grammar(request: Request, draft: Draft) -> Draft:
+    constraint, forced = request.steering.constraint, request.lead
+    if constraint is None:
+        return draft
+    if forced and draft.tokens[: len(forced)] != forced:
+        return Draft(forced, NAME, confidences=(1.0,) * len(forced))
+    if draft.probs is not None or not draft.is_chain:  # drawn from a masked distribution, and not to be chosen among
+        return draft
+    kept = constraint.allowed(draft.tokens)
+    if kept == len(draft):
+        return draft
+    return Draft(draft.tokens[:kept], draft.source, confidences=draft.confidences[:kept])
+
+
+def beyond(request: Request, draft: Draft, verdict: Verdict) -> tuple[Draft, Verdict]:
+    """What came after the forced tokens, and what became of it: what a policy may learn from."""
+    given = len(request.lead)
+    if not given:
+        return draft, verdict
+    if len(verdict.accepted) < given:
+        return Draft(source=draft.source), Verdict((), verdict.next_token, "bonus")
+    rest = Draft(draft.tokens[given:], draft.source, confidences=draft.confidences[given:])
+    return rest, Verdict(tuple(i - given for i in verdict.accepted[given:]), verdict.next_token, verdict.kind)

@@ -1,0 +1,117 @@
+"""A constraint that follows a compiled grammar.
+
+One matcher serves all prefixes of a pass: it walks ahead along a draft and is rolled back to what two prefixes share.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from foredraft.errors import GrammarError
+from foredraft.structured.constraint import Ids
+
+
+class GrammarConstraint:
+    """The state of one output under a grammar.
+
+    `matcher` (an llguidance `LLMatcher`) has taken in the committed tokens and then those of `ahead`. `ends` are the
+    tokens that end a text, the likeliest first: they may come where the grammar is satisfied, and are never fed to it.
+    """
+
+    def __init__(self, matcher: Any, ends: tuple[int, ...], own_end: int, vocab_size: int) -> None:
+        self.matcher = matcher
+        self.ends = ends
+        self.own_end = own_end  # the one that the matcher itself allows where the grammar is satisfied
+        self.vocab_size = vocab_size
+        self.ahead: list[int] = []
+        self.known: dict[tuple[int, ...], np.ndarray[Any, Any]] = {}  # masks after paths from the committed output
+        self.ended = False
+
+    def masks(self, paths: Sequence[Ids]) -> torch.Tensor:
+        """True where a token may not come. # [n, V] bool
+
+        Raises:
+            GrammarError: no token can come, or the grammar became too complex to follow.
+        """
+        rows = [self._mask(tuple(path)) for path in paths]
+        return torch.from_numpy(rows[0][None] if len(rows) == 1 else np.stack(rows))
+
+    def forced(self, limit: int) -> tuple[int, ...]:
+        if self.ended:
+            return ()
+        self._walk(())
+        tokens = [int(token) for token in self.matcher.compute_ff_tokens()[:limit]]
+        room = len(tokens) < limit
+        if room and self._walk(tokens) and self.matcher.is_stopped():
+            tokens.append(self.ends[0])
+        return tuple(tokens)
+
+    def allowed(self, tokens: Ids) -> int:
+        for i, token in enumerate(tokens):
+            if token in self.ends:
+                return i + (not self._mask(tuple(tokens[:i]))[token])
+            if not self._walk(tokens[: i + 1]):
+                return i
+        return len(tokens)
+
+    def commit(self, tokens: Ids) -> None:
+        text = tokens[:-1] if tokens and tokens[-1] in self.ends else tokens
+        if self.ended or not self._walk(text):
+            raise GrammarError(f"tokens {list(tokens)} were kept although the grammar does not allow them")
+        self.ended = len(text) < len(tokens)
+        self.ahead = []
+        self.known = {}
+
+    def _mask(self, path: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        found = self.known.get(path)
+        if found is None:
+            found = self._compute() if not self.ended and self._walk(path) else np.zeros(self.vocab_size, bool)
+            self.known[path] = found
+        return found
+
+    def _walk(self, path: Ids) -> bool:
+        """Bring the matcher to the committed output and `path`; False where the grammar does not allow that."""
+        shared = 0
+        while shared < min(len(path), len(self.ahead)) and path[shared] == self.ahead[shared]:
+            shared += 1
+        self._roll_back(len(self.ahead) - shared)
+        rest = list(path[shared:])
+        taken = self.matcher.try_consume_tokens(rest) if rest else 0
+        self.ahead += rest[:taken]
+        return bool(taken == len(rest))
+
+    def _roll_back(self, count: int) -> None:
+        if count:
+            self.matcher.rollback(count)
+            del self.ahead[-count:]
+
+    def _compute(self) -> np.ndarray[Any, Any]:
+        """What may not come where the matcher is. # [V] bool"""
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        if self.matcher.is_error():
+            raise _lost(self.matcher)
+        banned = np.ones(self.vocab_size, bool)
+        unpacked = np.unpackbits(~bits, count=min(self.vocab_size, 8 * len(bits)), bitorder="little")
+        banned[: len(unpacked)] = unpacked.view(bool)
+        satisfied = not banned[self.own_end]
+        banned[self.own_end] = True
+        banned[list(self.ends)] = not satisfied
+        if banned.all():
+            raise _lost(self.matcher)
+        return banned
+
+
+def _lost(matcher: Any) -> GrammarError:
+    """Why no token can come."""
+    if not matcher.is_error() or matcher.get_error().startswith("NoExtension"):
+        return GrammarError(
+            "no token of this vocabulary can go on with the text as the grammar wants it; use one that can be "
+            "satisfied, with characters that this model has tokens for"
+        )
+    return GrammarError(f"the grammar cannot be followed: {first_line(matcher.get_error())}; make it simpler")
+
+
+def first_line(message: str) -> str:
+    return message.strip().split("\n<state>")[0].strip()

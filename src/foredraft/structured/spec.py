@@ -1,0 +1,146 @@
+"""Structured: what form an output must have, checked as far as that goes without a compiler."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from foredraft.errors import GrammarError
+
+Kind = Literal["json_schema", "regex", "choice", "grammar"]
+MAX_SOURCE = 1_000_000  # bytes
+MAX_OPTIONS = 10_000
+MAX_DEPTH = 200  # nested brackets; compilers recurse
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """The form of an output: a JSON schema, a regular expression, one of several strings, or a grammar.
+
+    Made by the functions of these names. `source` is the schema as JSON, the pattern, the strings as JSON, or the
+    grammar in llguidance's dialect of Lark.
+
+    Raises:
+        GrammarError: it is empty, malformed, larger than 1 MB or nested too deep.
+    """
+
+    kind: Kind
+    source: str
+
+    def __post_init__(self) -> None:
+        try:
+            size = len(self.source.encode())
+        except UnicodeEncodeError as error:
+            raise GrammarError(f"the {self.name} is no Unicode text: {error.reason} at {error.start}") from None
+        if size > MAX_SOURCE:
+            raise GrammarError(
+                f"the {self.name} has {size:,} bytes; at most {MAX_SOURCE:,} are compiled, make it smaller"
+            )
+        if not self.source.strip():
+            raise GrammarError(f"the {self.name} is empty; say what the output must look like")
+        depth = _depth(self.source)
+        if depth > MAX_DEPTH:
+            raise GrammarError(f"the {self.name} is nested {depth} deep; at most {MAX_DEPTH} are compiled")
+
+    @property
+    def name(self) -> str:
+        """What messages call this form."""
+        return {"json_schema": "JSON schema", "regex": "regular expression"}.get(self.kind, self.kind)
+
+    @classmethod
+    def json_schema(cls, schema: str | Mapping[str, Any] | type) -> "Structured":
+        """From a dict, JSON text, or a pydantic model's class; the output's members come in the schema's order.
+
+        Of a pydantic model only its fields are generated, unless its configuration says extra="allow".
+        """
+        if isinstance(schema, str):
+            parsed = _parse(schema)
+        elif hasattr(schema, "model_json_schema"):
+            parsed = _closed(schema.model_json_schema())
+        else:
+            parsed = schema
+        if not isinstance(parsed, Mapping):
+            raise GrammarError(
+                f"the JSON schema {parsed!r:.200} is no object; give a dict, its JSON, or a pydantic model"
+            )
+        try:
+            return cls("json_schema", json.dumps(parsed, ensure_ascii=False, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise GrammarError(f"the schema cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Structured":
+        """The whole output matches; Rust's syntax, without look-around and back references."""
+        return cls("regex", _text(pattern, "regular expression"))
+
+    @classmethod
+    def choice(cls, options: Sequence[str]) -> "Structured":
+        """The output is one of these strings."""
+        if isinstance(options, str) or not isinstance(options, Sequence) or not options:
+            raise GrammarError(f"choice={options!r:.200} is not usable; give a list of at least one string")
+        if len(options) > MAX_OPTIONS:
+            raise GrammarError(f"choice has {len(options):,} strings; at most {MAX_OPTIONS:,} are compiled")
+        if not all(isinstance(option, str) and option for option in options):
+            raise GrammarError(f"choice={options!r:.200} is not usable; give strings with something in them")
+        return cls("choice", json.dumps(list(options)))
+
+    @classmethod
+    def grammar(cls, lark: str) -> "Structured":
+        """The output is derived from the rule `start`."""
+        return cls("grammar", _text(lark, "grammar"))
+
+    @classmethod
+    def of(cls, value: object) -> "Structured":
+        """As it is, or a JSON schema given directly."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping) or hasattr(value, "model_json_schema"):
+            return cls.json_schema(value)  # type: ignore[arg-type]  # a mapping or a pydantic class
+        raise GrammarError(
+            f"structured={value!r:.200} is not usable; give a JSON schema (dict or pydantic model), Structured.regex, "
+            "Structured.choice, Structured.grammar or Structured.json_schema of something"
+        )
+
+
+def _closed(schema: Any) -> Any:
+    """A schema of pydantic's, closed to other properties wherever some are listed and nothing is said about others."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed: dict[str, Any] = {"additionalProperties": False} if "properties" in schema else {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs"):
+            closed[key] = {name: _closed(part) for name, part in value.items()}
+        else:
+            closed[key] = value if key in ("const", "enum", "default", "examples") else _closed(value)
+    return closed
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise GrammarError(f"the {name} {value!r:.200} is no text")
+    return value
+
+
+def _parse(text: str) -> Any:
+    if len(text) > MAX_SOURCE:
+        raise GrammarError(f"the JSON schema has {len(text):,} characters; at most {MAX_SOURCE:,} are compiled")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GrammarError(f"the schema is no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise GrammarError(f"the JSON schema is nested too deep; at most {MAX_DEPTH} are compiled") from None
+
+
+def _depth(source: str) -> int:
+    """The deepest nesting of brackets; those in strings count too, which errs on the safe side."""
+    deepest = depth = 0
+    for char in source:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}":
+            depth = max(0, depth - 1)
+    return deepest

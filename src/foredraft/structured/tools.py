@@ -1,0 +1,200 @@
+"""Tool calls: the grammar in which a model's chat template writes them, and reading them back.
+
+Three ways are known, told apart by what the template says: Hermes and Qwen (`<tool_call>` around JSON), Llama 3 (JSON
+alone) and Mistral (`[TOOL_CALLS]` before a JSON list).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import get_json_schema
+
+from foredraft.errors import RequestError
+from foredraft.structured.compile import JSON_FORM, Grammars
+from foredraft.structured.spec import Structured
+
+Tool = Mapping[str, Any] | Callable[..., Any]
+ToolChoice = str | Mapping[str, Any]
+MODES = ("auto", "none", "required")
+Term = Callable[[str], str]  # how a grammar writes a mark, which may be a token of its own
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asks for."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CallStyle:
+    """How calls are written: marks around all of them, around each, and the key of the arguments."""
+
+    opening: str
+    arguments: str = "arguments"
+    before: str = ""  # between the opening mark and the JSON
+    after: str = ""  # between the JSON and the closing mark
+    closing: str = ""
+    between: str = ""  # two calls; empty where there can be but one
+    listed: bool = False  # one opening for a JSON list of calls
+
+
+HERMES = CallStyle("<tool_call>", before="\n", after="\n", closing="</tool_call>", between="\n")
+LLAMA = CallStyle("", arguments="parameters")
+MISTRAL = CallStyle("[TOOL_CALLS]", between=", ", listed=True)
+
+
+def call_style(template: str) -> CallStyle | None:
+    """How a chat template writes calls; None where it does not, or in a way that is not known."""
+    if "<tool_call>" in template and '"arguments": ' in template.replace("\\", ""):
+        return HERMES
+    if "[TOOL_CALLS]" in template and "[ARGS]" not in template and "[CALL_ID]" not in template:
+        return MISTRAL
+    if '"parameters": ' in template and "tool_calls" in template and "<function" not in template:
+        return LLAMA
+    return None
+
+
+def call_form(tools: Sequence[Tool], choice: ToolChoice, style: CallStyle | None, term: Term) -> Structured | None:
+    """The form of an answer that may, must or must not call; None: free text.
+
+    Raises:
+        RequestError: the choice is not one, names no tool, or the model's template does not say how calls are written.
+    """
+    wanted = _choice(choice)
+    functions = {function["name"]: function for function in map(_function, tools)}
+    if wanted not in MODES and wanted not in functions:
+        known = ", ".join((*MODES, *functions))
+        raise RequestError(f"tool_choice={choice!r} is not usable; give one of {known}")
+    if wanted == "none" or not functions:
+        if wanted == "required":
+            raise RequestError("tool_choice='required' needs tools; pass some")
+        return None
+    if style is None:
+        if wanted == "auto":
+            return None
+        raise RequestError(
+            f"tool_choice={choice!r}: this model's chat template does not say how calls are written, or not "
+            "in a way that is known (Hermes, Llama 3, Mistral); use tool_choice='auto'"
+        )
+    chosen = functions if wanted in MODES else {wanted: functions[wanted]}
+    return Structured.grammar(_grammar(list(chosen.values()), wanted, style, term))
+
+
+def _choice(choice: object) -> str:
+    """The choice, or the name in OpenAI's {"type": "function", "function": {"name": ...}}."""
+    if isinstance(choice, Mapping):
+        choice = (choice.get("function") or choice).get("name")
+    if not isinstance(choice, str):
+        raise RequestError(f"tool_choice={choice!r} is not usable; give 'auto', 'none', 'required' or a tool's name")
+    return choice
+
+
+def _function(tool: Tool) -> Mapping[str, Any]:
+    """Name and parameters, from OpenAI's form, from the function part of it, or from a documented Python function."""
+    schema: Any = get_json_schema(tool) if callable(tool) else tool
+    function = schema.get("function", schema) if isinstance(schema, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RequestError(
+            f"the tool {tool!r:.200} has no name; give {{'type': 'function', 'function': {{'name': ...}}}}"
+        )
+    if not isinstance(function.get("parameters", {}), Mapping):
+        raise RequestError(f"the parameters of tool {function['name']!r} are no JSON schema")
+    return function
+
+
+def _grammar(functions: Sequence[Mapping[str, Any]], wanted: str, style: CallStyle, term: Term) -> str:
+    """The grammar of an answer, in llguidance's Lark."""
+    bodies = {f"call_{i}": _body(function, style) for i, function in enumerate(functions)}
+    rules = [f"{name}: {body}" for name, body in bodies.items()]
+    rules.append("body: " + " | ".join(bodies))
+    several = bool(style.between) and wanted in MODES
+    between = json.dumps(style.between)
+    if style.listed:
+        rest = f"({between} body)*" if several else ""
+        rules.append(f'calls: "[" body {rest} "]"')
+        opened = "calls"
+    else:
+        closing = f"{json.dumps(style.after)} {term(style.closing)}" if style.closing else ""
+        rules.append(f"inner: {json.dumps(style.before) if style.before else ''} body {closing}")
+        rest = f"({between} {term(style.opening)} inner)*" if several else ""
+        opened = f"inner {rest}"
+    return "\n".join((_start(opened, wanted, style, term), *rules))
+
+
+def _start(opened: str, wanted: str, style: CallStyle, term: Term) -> str:
+    """The first rule: calls, or where the model may choose, free text up to the opening mark."""
+    if wanted != "auto":
+        return f"start: {term(style.opening) if style.opening else ''} {opened}"
+    if not style.opening:
+        return f"start: {opened} | TEXT\nTEXT: /([^{{](.|\\n)*)?/"
+    mark = term(style.opening)
+    if mark.startswith("<"):  # a token of its own: no text can be mistaken for it
+        return f"start: TEXT | TEXT {mark} {opened}\nTEXT: /(.|\\n)*/"
+    return f"start: text | head {opened}\ntext: TEXT\nhead[lazy]: TEXT {mark}\nTEXT: /(.|\\n)*/"
+
+
+def _body(function: Mapping[str, Any], style: CallStyle) -> str:
+    """One call's JSON object."""
+    name = json.dumps(function["name"], ensure_ascii=False)
+    head = f'{{"name": {name}, "{style.arguments}": '
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    closed = {"additionalProperties": False} if "additionalProperties" not in parameters else {}
+    schema = json.dumps({"x-guidance": JSON_FORM, **closed, **parameters}, ensure_ascii=False)
+    return f'{json.dumps(head, ensure_ascii=False)} %json {schema} "}}"'
+
+
+class Calling:
+    """Which tools one chat may call, and how its model writes that."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        grammars: Grammars | None,
+        tools: Sequence[Tool],
+        choice: ToolChoice,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.shown = [] if _choice(choice) == "none" else list(tools)  # what the template renders
+        self.style = call_style(str(tokenizer.get_chat_template())) if self.shown and tokenizer.chat_template else None
+        self.form = None if grammars is None else call_form(tools, choice, self.style, grammars.mark)
+
+    def beside(self, structured: object) -> object:
+        """The form to ask for. Raises RequestError where the user asked for one already."""
+        if self.form is not None and structured is not None:
+            raise RequestError("structured contradicts tools: a call has its own form; use tool_choice='none'")
+        return structured if self.form is None else self.form
+
+    def read(self, token_ids: list[int]) -> tuple[ToolCall, ...]:
+        """The calls in an answer."""
+        if self.style is None:
+            return ()
+        marked = bool(self.style.opening)  # marks may be special tokens
+        return read_calls(str(self.tokenizer.decode(token_ids, skip_special_tokens=not marked)), self.style)
+
+
+def read_calls(text: str, style: CallStyle | None) -> tuple[ToolCall, ...]:
+    """The calls in an answer, special tokens included in its text. What is cut off or malformed is no call."""
+    if style is None:
+        return ()
+    if not style.opening:
+        return _calls_at(text.strip(), style)
+    return tuple(call for part in text.split(style.opening)[1:] for call in _calls_at(part.strip(), style))
+
+
+def _calls_at(text: str, style: CallStyle) -> tuple[ToolCall, ...]:
+    """The calls whose JSON the text begins with."""
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return ()
+    calls = value if isinstance(value, list) else [value]
+    return tuple(
+        ToolCall(call["name"], call[style.arguments])
+        for call in calls
+        if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get(style.arguments), dict)
+    )
