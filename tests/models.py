@@ -3,9 +3,12 @@
 import random
 from typing import Any
 
+import pytest
 import torch
 import transformers as t
 from transformers import PreTrainedModel
+
+from foredraft.native import library
 
 VOCAB = 160
 LENGTH = 1024
@@ -98,3 +101,9 @@ def draws(length: int, seed: int = 0) -> list[int]:
 def mamba() -> PreTrainedModel:
     """A recurrent model, to be refused."""
     return t.MambaForCausalLM(t.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2))
+
+
+def runtimes() -> list[object]:
+    """The runtimes of a CPU, as parameters of a test; the native one is skipped where it was not built."""
+    missing = library.why_not()
+    return ["torch", pytest.param("native", marks=pytest.mark.skipif(bool(missing), reason=missing))]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import mamba, tiny
+from models import mamba, runtimes, tiny
 from transformers import BertConfig, BertModel, LogitsProcessor
 
 from foredraft import LLM, SamplingParams
@@ -326,20 +326,25 @@ def test_streams_may_be_read_in_any_order(llm):
     assert not llm.engine.has_work
 
 
-def test_cache_out_of_memory_says_how_much_and_what_to_lower(monkeypatch):
-    llm = LLM(tiny("llama"), "none")
+OUT_OF_MEMORY = {
+    "torch": r"the cache needs [\d.]+ GiB on cpu for 1 sequences of 512 tokens.*lower",
+    "native": r"the cache holds [\d.]+ GiB, and a page of [\d.]+ MiB more.*lower",
+}
+
+
+@pytest.mark.parametrize("runtime", runtimes())
+def test_cache_out_of_memory_says_how_much_and_what_to_lower(monkeypatch, runtime):
+    llm = LLM(tiny("llama"), "none", runtime=runtime)
     zeros = torch.zeros
 
     def fails(*args, **kwargs):
-        if len(args) == 3:
+        if len(args) == 3 or kwargs.get("dtype") == torch.uint8:
             raise RuntimeError("not enough memory")
         return zeros(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", fails)
-        with pytest.raises(
-            CacheMemoryError, match=r"the cache needs [\d.]+ GiB on cpu for 1 sequences of 512 tokens.*lower"
-        ):
+        with pytest.raises(CacheMemoryError, match=OUT_OF_MEMORY[runtime]):
             llm.generate([1, 2])
     assert not llm.engine.has_work
     assert len(llm.generate([1, 2], SamplingParams(max_new_tokens=3)).token_ids) == 3

@@ -35,7 +35,7 @@ def test_greedy_text_equals_transformers_generate(name):
     wanted = reference(name)
     assert all(len(text) == NEW_TOKENS for text in wanted)
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
-    plain, drafted = LLM(tiny(name), None), LLM(tiny(name), "ngram")
+    plain, drafted = (LLM(tiny(name), draft, runtime="torch") for draft in (None, "ngram"))
     assert isinstance(plain.model, Decoder if name in FAMILY else HFModel)
     assert [plain.generate(list(prompt), params).token_ids for prompt in PROMPTS] == wanted
     results = drafted.generate([list(prompt) for prompt in PROMPTS], params, num_draft_tokens=4)
@@ -55,7 +55,7 @@ def test_a_users_model_object_is_left_as_it_was(name):
     ids = torch.tensor([PROMPTS[1]])
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
-    LLM(model, "ngram").generate(list(PROMPTS[1]), SamplingParams(max_new_tokens=8))
+    LLM(model, "ngram", runtime="torch").generate(list(PROMPTS[1]), SamplingParams(max_new_tokens=8))
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
