@@ -21,6 +21,7 @@ from foredraft.diagnosis import machine, promises, report, serving
 from foredraft.diagnosis.diagnose import Diagnosis, diagnose
 from foredraft.diagnosis.promises import Promise
 from foredraft.errors import RequestError
+from foredraft.native import library
 
 INTEL = (
     "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\nflags\t\t: fpu sse4_2 avx2 fma avx512f amx_tile\n"
@@ -100,9 +101,11 @@ def test_the_kernels_are_counted_layer_by_layer(found: Diagnosis) -> None:
     """12 layers of four fused products each, and the head."""
     assert found.serving and found.torch
     assert sum(found.serving.target.kernels.values()) == 49
-    packed = found.torch.packing["bfloat16"]
-    assert set(found.serving.target.kernels) == {"packed for oneDNN" if packed else "plain"}
-    assert found.serving.draft and set(found.serving.draft.kernels) != set(found.serving.target.kernels)
+    packed = "packed for oneDNN" if found.torch.packing["bfloat16"] else "plain"
+    kernel = {"native": "bf16", "torch": packed}[found.serving.target.runtime]
+    assert set(found.serving.target.kernels) == {kernel}
+    assert found.serving.target.runtime == ("torch" if library.why_not() else "native")
+    assert found.serving.draft and found.serving.draft.kernels
 
 
 def test_other_models_layers_are_found_in_their_own_modules() -> None:

@@ -45,7 +45,7 @@ def test_the_least_recently_used_graph_is_dropped() -> None:
 
 def test_a_decoder_computes_the_same_through_graphs() -> None:
     """Every input of a captured pass arrives through its buffers: texts grow, slots change, the cache moves."""
-    plain, graphed = (LLM(tiny("llama"), draft="none", max_batch_size=3) for _ in range(2))
+    plain, graphed = (LLM(tiny("llama"), draft="none", max_batch_size=3, runtime="torch") for _ in range(2))
     assert isinstance(graphed.model, Decoder)
     graphed.model.graphs = GraphPool(capture=Rerun)
     prompts = [[5, 9, 2], list(range(90)), [7] * 40]

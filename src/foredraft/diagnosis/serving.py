@@ -14,6 +14,7 @@ from torch import nn
 from foredraft.llm import LLM
 from foredraft.models.base import CausalModel
 from foredraft.models.decoder import Attention, Decoder
+from foredraft.models.native import NativeModel
 from foredraft.models.rows import RowInvariance
 from foredraft.weights.linear import PackedLinear, PlainLinear, can_pack
 from foredraft.weights.quantize import DynamicInt8Linear, Int4Linear, Int8Linear
@@ -109,6 +110,12 @@ def describe(llm: LLM, model: str | None, draft: str, seconds: float) -> Serving
     )
 
 
+def _modules(model: CausalModel) -> str:
+    if isinstance(model, NativeModel):
+        return "one call of the C library"
+    return "lean decoder" if isinstance(model, Decoder) else "transformers' own"
+
+
 def served(model: CausalModel, name: str) -> Served:
     """A model says itself what runs it, where it is not torch."""
     kernels: dict[str, int] = getattr(model, "kernels", None) or dict(Counter(map(_kernel, linears(model))))
@@ -116,7 +123,7 @@ def served(model: CausalModel, name: str) -> Served:
         name,
         model.config.model_type,
         getattr(model, "runtime", "torch"),
-        "lean decoder" if isinstance(model, Decoder) else "transformers' own",
+        _modules(model),
         getattr(model, "instructions", torch.backends.cpu.get_cpu_capability() if model.device.type == "cpu" else ""),
         kernels,
         str(model.dtype).removeprefix("torch."),

@@ -7,6 +7,7 @@ cache. Knows nothing of requests, drafts or sampling.
 import copy
 import ctypes
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -115,6 +116,8 @@ class Sizes:
 class NativeModel:
     """A Llama-family model in the native library, over one PageCache."""
 
+    runtime = "native"
+
     def __init__(
         self, model: PreTrainedModel, library: Library, *, isa: str | None = None, consume: bool = False
     ) -> None:
@@ -160,9 +163,22 @@ class NativeModel:
         return made
 
     @property
+    def instructions(self) -> str:
+        """The instruction set that its kernels use."""
+        return native.ISAS[self.isa]
+
+    @property
+    def products(self) -> list[Packed]:
+        return [self.head, *(product for block in self.blocks for product in block.products)]
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many products there are of each format."""
+        return dict(Counter(product.form.name.lower() for product in self.products))
+
+    @property
     def weight_bytes(self) -> int:
-        packed = [self.head, *(product for block in self.blocks for product in block.products)]
-        return int(self.embedding.nbytes) + sum(layer.nbytes for layer in packed)
+        return int(self.embedding.nbytes) + sum(product.nbytes for product in self.products)
 
     def variant(self, convert: Convert = unchanged, skip: SkipSet = NO_SKIP) -> "NativeModel":
         """This model with other layers over the same cache; see `CausalModel.variant`."""
