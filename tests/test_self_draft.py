@@ -47,7 +47,7 @@ PARAMS = {
 def llm(request) -> LLM:
     """A tiny target and its plain texts; drafters come and go."""
     name, dtype = request.param
-    llm = LLM(tiny(name, DTYPES[dtype]), draft="none", max_batch_size=3)
+    llm = LLM(tiny(name, DTYPES[dtype]), draft="none", max_batch_size=3, runtime="torch")
     assert llm.model.row_invariance.exact
     assert isinstance(llm.model, Decoder) == (name in LEAN)
     return llm
@@ -206,7 +206,7 @@ def test_the_target_is_left_as_it_was(llm):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_quantised_target_verifies_drafts_of_itself(weight_format, dtype):
     """Weight-only kernels are row invariant; an int4 draft of an int4 target shares its very layers."""
-    llm = LLM(tiny("llama", DTYPES[dtype]), draft="none")
+    llm = LLM(tiny("llama", DTYPES[dtype]), draft="none", runtime="torch")
     target = llm.model.variant(Quantizer(weight_format))
     target.row_invariance = llm.model.row_invariance
     target.row_invariance = probe(target)

@@ -102,7 +102,7 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
     slots: list[int] = []
     groups: list[Group] = []
     ends: dict[int, int] = {}  # by slot: the row after its last token
-    for run in _runs(ordered) if key_multiple > 1 else [[span] for span in ordered]:
+    for run in _runs(ordered, alone=key_multiple == 1):
         longest = max([len(span.tokens) for span in run])
         width = round_up(max(min_rows, longest), row_multiple)
         starts = tuple([span.start for span in run])
@@ -118,14 +118,16 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
     return RowBatch(tokens, positions, slots, wanted, tuple(groups))
 
 
-def _runs(spans: list[Span]) -> list[list[Span]]:
-    """Sort spans by slot and cut them into runs of consecutive slots; a long span (prefill) stays alone."""
+def _runs(spans: list[Span], *, alone: bool) -> list[list[Span]]:
+    """Sort spans by slot and cut them into runs of consecutive slots; a long span (prefill) stays alone, or all do."""
     if len(spans) == 1:
         return [spans]
     runs: list[list[Span]] = []
     for span in sorted(spans, key=attrgetter("slot")):
         last = runs[-1][-1] if runs else None
-        joins = last and span.slot == last.slot + 1 and max(len(span.tokens), len(last.tokens)) <= SHORT_SPAN
+        joins = (
+            not alone and last and span.slot == last.slot + 1 and max(len(span.tokens), len(last.tokens)) <= SHORT_SPAN
+        )
         if joins:
             runs[-1].append(span)
         else:
