@@ -1,0 +1,303 @@
+"""The native runtime: what its kernels compute, and that a row's bits are those of its weights and text alone."""
+
+import ctypes
+import os
+import threading
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as t
+from models import ROPE, VOCAB, draws, tiny
+
+from foredraft import LLM, SamplingParams
+from foredraft.errors import ModelError, RequestError
+from foredraft.models.base import SkipSet
+from foredraft.models.invariance import confirm
+from foredraft.models.load import LoadOptions, load_model
+from foredraft.models.native import NativeModel
+from foredraft.models.pages import PAGE
+from foredraft.models.rows import RowBatch, Span, plan
+from foredraft.native import library
+from foredraft.weights.packed import Packed, Part, pack, quantized, stacked
+from foredraft.weights.quantize import Quantizer
+
+pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = (torch.float32, torch.bfloat16)
+FORMS = ("float32", "bfloat16", "int8", "int4-32", "int4-64")
+SIZES = ((64, 64), (96, 384), (72, 100), (1, 33))  # outputs, inputs: whole blocks, and tails of all kinds
+ODD = t.LlamaConfig(
+    **{**ROPE, "vocab_size": 157, "hidden_size": 44, "intermediate_size": 90, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "num_hidden_layers": 3, "head_dim": 22}
+)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def packed(form: str, weight: torch.Tensor, bias: torch.Tensor) -> Packed:
+    rows = stacked([Part(weight.bfloat16() if form == "bfloat16" else weight, bias)])
+    made = pack(library.load(), rows, weight.shape[1])
+    if form in ("float32", "bfloat16"):
+        return made
+    kind, _, group = form.partition("-")
+    quantizer = Quantizer("int4", int(group)) if kind == "int4" else Quantizer("int8-dynamic")
+    return quantized(library.load(), made, quantizer)
+
+
+def product(layer: Packed, x: torch.Tensor, isa: str, threads: int = 2) -> torch.Tensor:
+    """y [rows, outputs], padding included."""
+    rows, count = x.shape
+    wide = F.pad(x.float(), (0, -count % 16)).contiguous()
+    y = torch.empty(rows, layer.outputs)
+    struct, lib = layer.struct(), library.load()
+    address = ctypes.addressof(struct)
+    arguments = (address, lib.isa(isa), wide.data_ptr(), rows, count, y.data_ptr(), layer.outputs, threads)
+    assert lib.functions.foredraft_linear(*arguments) == 0
+    return y
+
+
+def isas() -> tuple[str, ...]:
+    return ("portable",) if library.why_not() else library.load().isas
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_near_those_in_float64_and_rows_never_meet(form, size, isa):
+    """The bounds are on the error's norm over the result's: inputs are rounded, weights too, and both to few bits."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(size, generator=generator), torch.randn(size[0], generator=generator)
+    x = torch.randn(17, size[1], generator=generator)
+    layer = packed(form, weight, bias)
+    y = product(layer, x, isa)[:, : size[0]]
+    wanted = x.double() @ weight.double().T + bias.double()
+    bound = {"float32": 1e-6, "bfloat16": 6e-3, "int8": 2e-2}.get(form, 0.2)
+    assert (y - wanted).norm() <= bound * wanted.norm()
+    assert torch.equal(y, torch.cat([product(layer, row, isa)[:, : size[0]] for row in x.split(1)]))
+    for count in (2, 3, 5, 8, 13):
+        assert torch.equal(product(layer, x[:count], isa, threads=3)[:, : size[0]], y[:count])
+
+
+def test_planted_a_product_with_another_weight_is_noticed():
+    """The control of the bounds above."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    layer = packed("int4-32", weight.roll(1, 0), torch.zeros(64))
+    wanted = x.double() @ weight.double().T
+    assert (product(layer, x, "portable") - wanted).norm() > 0.2 * wanted.norm()
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+def native(model: t.PreTrainedModel) -> NativeModel:
+    made = load_model(model, LoadOptions(runtime="native"))
+    assert isinstance(made, NativeModel)
+    return made
+
+
+def odd(dtype: torch.dtype) -> t.PreTrainedModel:
+    torch.manual_seed(3)
+    return t.AutoModelForCausalLM.from_config(ODD, dtype=dtype).eval()
+
+
+def forward(model: NativeModel, *spans: Span) -> torch.Tensor:
+    return model.forward(plan(spans, 1, 1))
+
+
+MAKERS = {name: (lambda dtype, name=name: tiny(name, dtype)) for name in FAMILY} | {"odd": odd}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_rows_bits_do_not_depend_on_its_pass(name, dtype):
+    """One by one, in one pass, in uneven chunks, beside mates in every slot, and with one, two or three threads."""
+    model = native(MAKERS[name](dtype))
+    tokens = [token % model.vocab_size for token in draws(150)]
+    torch.set_num_threads(2)
+    whole = forward(model, Span(0, 0, tokens, len(tokens)))
+    assert whole.isfinite().all()
+    source = Random(1)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        model.cache.release()
+        start, found = 0, []
+        while start < len(tokens):
+            width = min(source.choice((1, 1, 2, 5, 17)), len(tokens) - start)
+            mates = [Span(slot, source.randrange(90), tokens[: source.randint(1, 9)], 1) for slot in (0, 2)]
+            beside = source.sample(mates, source.randint(0, 2))
+            made = forward(model, Span(1, start, tokens[start : start + width], width), *beside)
+            found.append(made[:width])
+            start += width
+        assert torch.equal(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_in_fp32_it_computes_what_transformers_does(name):
+    source = MAKERS[name](torch.float32)
+    model = native(source)
+    tokens = [token % model.vocab_size for token in draws(130)]
+    with torch.inference_mode():
+        wanted = source(input_ids=torch.tensor([tokens])).logits[0]
+    found = forward(model, Span(0, 0, tokens, len(tokens)))
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+    ids = torch.tensor([tokens[:40]])
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    text = source.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 40:].tolist()
+    llm = LLM(source, "ngram", runtime="native")
+    assert llm.generate(tokens[:40], SamplingParams(max_new_tokens=40)).token_ids == text
+
+
+def test_a_long_text_beside_short_ones():
+    """To 4,096 tokens, over more than one chunk of keys."""
+    config = t.LlamaConfig(**ROPE | {"max_position_embeddings": 4200, "num_hidden_layers": 1})
+    torch.manual_seed(0)
+    model = native(t.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+    tokens = draws(4096)
+    for start in range(0, 4080, 255):
+        forward(model, Span(0, start, tokens[start : start + 255], 0))
+        forward(model, Span(3, start, tokens[start : start + 255], 0))
+    together = forward(model, Span(0, 4080, tokens[4080:], 16), Span(1, 0, tokens[:3], 1))[:16]
+    alone = [forward(model, Span(3, 4080 + i, [token], 1)) for i, token in enumerate(tokens[4080:])]
+    assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("convert", [Quantizer("int4"), Quantizer("int8-dynamic"), None], ids=["int4", "int8", "skip"])
+def test_a_self_draft_leaves_the_targets_bits_alone(convert):
+    model = native(tiny("llama", torch.bfloat16))
+    tokens = draws(90)
+    plain = forward(model, Span(0, 0, tokens, len(tokens)))
+    draft = model.variant(*([convert] if convert else []), skip=SkipSet((1,), ()) if convert is None else SkipSet())
+    model.cache.release()
+    forward(model, Span(0, 0, tokens[:60], 0))
+    for i in range(60, 66):
+        assert forward(draft, Span(0, i, [tokens[i]], 1)).isfinite().all()
+    assert torch.equal(forward(model, Span(0, 60, tokens[60:], 30)), plain[60:])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_rewinding_and_reusing_slots_equals_computing_anew():
+    model, fresh = native(tiny("qwen3", torch.bfloat16)), native(tiny("qwen3", torch.bfloat16))
+    source, texts = Random(5), {slot: [] for slot in range(3)}
+    for _ in range(60):
+        slot = source.randrange(3)
+        if source.random() < 0.2:
+            model.cache.free(slot)
+            texts[slot] = []
+        keep = source.randint(0, len(texts[slot]))
+        added = [source.randrange(VOCAB) for _ in range(source.choice((1, 3, 70)))]
+        texts[slot] = texts[slot][:keep] + added
+        found = forward(model, Span(slot, keep, added, len(added)))
+        fresh.cache.release()
+        wanted = forward(fresh, Span(0, 0, texts[slot], len(added)))
+        assert torch.equal(found, wanted)
+
+
+def test_memory_follows_use():
+    """After a long text has ended, short ones hold what they need, page for page; and nothing grows."""
+    config = t.LlamaConfig(**ROPE | {"max_position_embeddings": 4200})
+    llm = LLM(t.AutoModelForCausalLM.from_config(config).eval(), "none", runtime="native", max_batch_size=16)
+    llm.generate(draws(4090), SamplingParams(max_new_tokens=4))
+    needed = 16 * -(-104 // PAGE) * PAGE * llm.model.cache.bytes_per_token
+    held: list[int] = []
+    streams = [llm.stream(draws(100, seed), SamplingParams(max_new_tokens=4)) for seed in range(16)]
+    for stream in streams:
+        next(stream)
+        held.append(llm.memory["target_cache"])
+    for stream in streams:
+        list(stream)
+    assert max(held) <= 2 * needed
+    before = llm.memory["target_cache"]
+    for round_of in range(4):
+        prompts = [draws(Random(seed).randint(1, 300), seed) for seed in range(round_of, round_of + 12)]
+        llm.generate(prompts, SamplingParams(max_new_tokens=5))
+    assert llm.memory["target_cache"] <= max(before, 16 * PAGE * llm.model.cache.bytes_per_token)
+
+
+# --- processes and threads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # forking with threads is what is tested
+def test_a_forked_process_computes_the_same():
+    model = native(tiny("llama"))
+    tokens = draws(40)
+    wanted = forward(model, Span(0, 0, tokens, 40)).numpy()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, forward(model, Span(1, 0, tokens, 40)).numpy().tobytes())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as file:
+        found = np.frombuffer(file.read(), np.float32)
+    os.waitpid(child, 0)
+    assert np.array_equal(found, wanted.ravel())
+
+
+def test_threads_with_models_of_their_own_share_the_pool():
+    models = [native(tiny(name, torch.bfloat16)) for name in ("llama", "qwen2", "mistral")]
+    tokens = draws(60)
+    wanted = [forward(model, Span(0, 0, tokens, 60)) for model in models]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(forward(models[index], Span(1, 0, tokens, 60)), wanted[index]):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_planted_a_library_whose_rows_depend_on_their_pass_is_refused():
+    class Wide(NativeModel):
+        def forward(self, rows: RowBatch) -> torch.Tensor:
+            return super().forward(rows) + (len(rows.tokens) > 1) * 1e-3
+
+    confirm(native(tiny("llama")))
+    with pytest.raises(ModelError, match="computes a row differently"):
+        confirm(Wide(tiny("llama"), library.load()))
+
+
+def test_what_it_cannot_serve_runs_on_torch_or_is_refused_by_name():
+    with pytest.raises(ModelError, match=r"runtime='native' cannot serve this model: .*gpt2"):
+        LLM(tiny("gpt2"), "none", runtime="native")
+    assert not isinstance(LLM(tiny("gpt2"), "none").model, NativeModel)
+    with pytest.raises(RequestError, match="runtime='fast' is not known"):
+        LLM(tiny("llama"), "none", runtime="fast")
+
+
+def test_a_token_outside_the_vocabulary_is_an_error_and_no_crash():
+    model = native(tiny("llama"))
+    with pytest.raises(ModelError, match=f"token id {VOCAB} is outside"):
+        forward(model, Span(0, 0, [1, VOCAB], 1))
+
+
+def test_a_library_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(library.LibraryError, match="was not built"):
+        library.load(tmp_path / "none.so")
+    (tmp_path / "bad.so").write_bytes(b"not a library")
+    with pytest.raises(library.LibraryError, match="does not load"):
+        library.load(tmp_path / "bad.so")
