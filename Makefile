@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 native: $(VENV)/.installed
 	$(BIN)/python src/foredraft/native/build.py
 
-sanitize: | $(BIN)/pip
+sanitize: $(VENV)/.installed
 	$(BIN)/python scripts/sanitize_native.py
 
 test: $(VENV)/.installed-dev
