@@ -21,7 +21,7 @@ install = $(1)/bin/python scripts/install.py $(2) --torch $(TORCH)
 help:
 	@echo "make demo    decode the bundled pair with and without drafting; equal tokens and the speed-up"
 	@echo "make native  build the native library anew"
-	@echo "make sanitize  run its driver under the address, undefined and thread sanitizers"
+	@echo "make sanitize  run its passes under the address and undefined-behaviour sanitizers"
 	@echo "make test    run the tests (ARGS='-k cache' is passed to pytest)"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make format  let ruff rewrite what it can"
