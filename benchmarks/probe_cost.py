@@ -1,4 +1,4 @@
-"""What the probe of row invariance adds to loading: the bundled pair's target, and Llama shapes of 110M and 350M.
+"""What the probe of row invariance adds to loading on the torch runtime: the bundled target, Llamas of 110M and 350M.
 
     python benchmarks/probe_cost.py --rounds 5
     python benchmarks/probe_cost.py --shapes bundled 110M --dtypes bfloat16
@@ -8,33 +8,20 @@ Each figure is seconds of one probe; arms take turns, the report is JSON.
 
 import torch
 from _timing import interleave, parser, report, seconds, summary
-from transformers import LlamaConfig, LlamaForCausalLM
+from draft_cost import SHAPES, target
 
 from foredraft.llm import BUNDLED
 from foredraft.models.base import CausalModel
-from foredraft.models.decoder import Decoder
 from foredraft.models.invariance import probe
 from foredraft.models.load import LoadOptions, load_model
 
-SHAPES = {"110M": (768, 2048, 12), "350M": (1024, 2816, 24)}  # hidden size, MLP size, layers; heads of 64
 DTYPES = ("bfloat16", "float32")
 
 
 def made(shape: str, dtype: str) -> CausalModel:
     if shape == "bundled":
-        return load_model(BUNDLED / "target", LoadOptions(dtype, "cpu"))
-    hidden, mlp, layers = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    return Decoder(LlamaForCausalLM(config).to(getattr(torch, dtype)).eval(), consume=True)
+        return load_model(BUNDLED / "target", LoadOptions(dtype, "cpu", runtime="torch"))
+    return target(shape, getattr(torch, dtype))
 
 
 def main() -> None:

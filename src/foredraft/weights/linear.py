@@ -4,6 +4,7 @@ Where packing is missing (other processors, other devices, fp16) a plain linear 
 this file, decides what is exact there.
 """
 
+import abc
 from typing import Protocol
 
 import torch
@@ -37,7 +38,23 @@ def can_pack(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and kernels.computes_bf16())
 
 
-class PackedLinear(nn.Module):
+class Readable(nn.Module, abc.ABC):
+    """A layer that gives its weight to code that reads it (adapters, some routers), and keeps it from then on."""
+
+    read: torch.Tensor | None = None
+
+    @abc.abstractmethod
+    def dense(self) -> torch.Tensor:
+        """The weight it computes with."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if self.read is None:
+            self.read = self.dense()
+        return self.read
+
+
+class PackedLinear(Readable):
     """y = x W^T + b for x [..., in] and W [out, in] packed once; it owns no unpacked copy unless somebody reads it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -46,14 +63,6 @@ class PackedLinear(nn.Module):
         self.nbytes = weight.numel() * weight.element_size()
         self.packed = kernels.prepack(weight)
         self.bias = None if bias is None else bias.detach()
-        self.read: torch.Tensor | None = None
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """For code that reads a layer's weight: adapters, some routers. Kept from then on."""
-        if self.read is None:
-            self.read = self.dense()
-        return self.read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return kernels.packed_linear(x, self.packed, self.bias)

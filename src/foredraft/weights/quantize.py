@@ -14,12 +14,11 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from foredraft.errors import ModelError
 from foredraft.upstream import kernels
 from foredraft.upstream.modules import is_product, is_turned
-from foredraft.weights.linear import LinearLayer, PackedLinear, PlainLinear
+from foredraft.weights.linear import LinearLayer, PackedLinear, PlainLinear, Readable
 
 WeightFormat = Literal["int4", "int8", "int8-dynamic"]
 GROUPS = (256, 128, 64, 32)
@@ -33,7 +32,7 @@ LARGE = 2**18  # weights beyond which int8 dynamic is faster than int8 weight-on
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
 
 
-class QuantLinear(nn.Module, abc.ABC):
+class QuantLinear(Readable):
     """y = x W^T + b with a quantised W [out, in]; takes and returns the dtype of x, whatever the kernel computes in."""
 
     bits: int
@@ -43,14 +42,6 @@ class QuantLinear(nn.Module, abc.ABC):
         super().__init__()
         self.out_features, self.in_features = shape
         self.bias = None if bias is None else bias.detach()
-        self.read: torch.Tensor | None = None
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """For code that reads a layer's weight. Kept from then on."""
-        if self.read is None:
-            self.read = self.dense()
-        return self.read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # calls cost more than small products
@@ -68,10 +59,6 @@ class QuantLinear(nn.Module, abc.ABC):
         out = residual + (out if out.shape == residual.shape else out.view(residual.shape))
         out = out if self.bias is None else out + self.bias
         return out if out.dtype == residual.dtype else out.to(residual.dtype)
-
-    @abc.abstractmethod
-    def dense(self) -> torch.Tensor:
-        """The weight it computes with, [out, in] float32."""
 
     @abc.abstractmethod
     def _product(self, x: torch.Tensor) -> torch.Tensor:
