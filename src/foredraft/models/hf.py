@@ -159,12 +159,12 @@ class HFModel:
         positions = torch.tensor(rows.positions[span], device=self.device)
         index = positions + torch.tensor(rows.slots[span], device=self.device) * self.cache.length
         starts = group.starts[0] if self._alone else torch.tensor(group.starts, device=self.device)
-        selected = torch.zeros(group.num_rows, dtype=torch.bool)
-        selected[[row - group.first_row for row in keep]] = True
+        places = [divmod(row - group.first_row, group.width) for row in keep]  # of each: its text, its column
+        columns = sorted({column for _, column in places}) if "logits_to_keep" in self._takes else range(group.width)
         arguments: dict[str, Any] = {
             self._cache_argument: SlotView(self.cache, group, starts, index),
             "position_ids": positions.clamp(max=self.max_positions - 1).view(shape),
-            "logits_to_keep": selected.view(shape).to(self.device),
+            "logits_to_keep": torch.tensor(columns, device=self.device),
         }
         logits: torch.Tensor = self.model(
             input_ids=torch.tensor(rows.tokens[span], device=self.device).view(shape),
@@ -172,7 +172,7 @@ class HFModel:
             use_cache=True,
             **{name: value for name, value in arguments.items() if name == self._cache_argument or name in self._takes},
         ).logits.to(self.device)
-        return logits if logits.dim() == 2 else logits[arguments["logits_to_keep"]]
+        return logits[[text for text, _ in places], [columns.index(column) for _, column in places]]
 
     def _mask(self, group: Group, starts: int | torch.Tensor) -> torch.Tensor | None:
         """None where our mask function is called by the model; else a 4-D mask, or a 2-D one for alibi."""
