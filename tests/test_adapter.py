@@ -74,8 +74,9 @@ def test_greedy_text_is_what_transformers_generates(name: str) -> None:
     assert decode(HFModel(tiny(name, device=DEVICE)), PROMPTS, hints) == hints
 
 
-# They multiply weights and values themselves. On Intel's processors that sum, in fp32, hangs on the number of keys.
-OWN_PRODUCTS = {"bloom", "falcon", "falcon_alibi", "gemma2", "gpt_oss"}
+# In fp32 the probe finds no exact shapes for these on one Intel Xeon, rows beyond 256 keys beside longer texts. All but
+# falcon multiply weights and values without a fused kernel; why falcon, which has one, is not known.
+INEXACT_SOMEWHERE = {"bloom", "falcon", "gemma2", "gpt_oss"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,7 +86,7 @@ def test_rows_have_the_same_bits_however_they_are_passed(name: str, dtype: torch
     model = HFModel(tiny(name, dtype, DEVICE))
     model.row_invariance = probe(model)
     if not model.row_invariance.exact:
-        assert DEVICE != "cpu" or (name in OWN_PRODUCTS and dtype == torch.float32)
+        assert DEVICE != "cpu" or (name in INEXACT_SOMEWHERE and dtype == torch.float32)
         pytest.skip("no shape makes this model row invariant here")
     text, source = draws(300, seed=4), random.Random(5)
     for start, end in ((110, 145), (240, 275)):  # across the ends of key blocks
