@@ -27,6 +27,7 @@ class FakeLLM:
     def __init__(self, template: str = "") -> None:
         self.tokenizer = SimpleNamespace(chat_template=template, decode=lambda ids: f"<{ids[0]}>")
         self.drafter = SimpleNamespace(name="fake")
+        self.exact = True
         self.asked: list[tuple[Any, Any, int | None]] = []
 
     def words(self, prompt: str, plain: bool) -> Iterator[str]:
@@ -65,7 +66,7 @@ class FakeLLM:
         seed = 7 if params.seed is None else params.seed
         result = SimpleNamespace(
             text=text, token_ids=ids, from_draft=flags, finish_reason="stop", prompt_token_ids=[1, 2, 3], seed=seed,
-            stats=stats, exact=True, error=None, tool_calls=(),
+            stats=stats, exact=self.exact, error=None, tool_calls=(),
         )  # fmt: skip
         yield chunk("", (), (), (), "stop", result)
 

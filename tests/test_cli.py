@@ -282,6 +282,15 @@ def test_json_survives_characters_and_errors(run: Fake) -> None:
     assert (failed.exit_code, failed.stdout) == (1, "")
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_not_promised_is_said(run: Fake, exact: bool) -> None:
+    run.llm.exact = exact
+    for flags in (["--json"], ["--json", "--compare"]):
+        assert json.loads(run("generate", *flags, "Hello").stdout)["exact"] is exact
+    shown = run("generate", "--compare", "Hello").stdout
+    assert ("equal tokens are not promised" in shown) is not exact
+
+
 # --- compare ---
 
 

@@ -14,7 +14,7 @@ from foredraft.drafters.base import NoDrafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.engine import Engine
-from foredraft.errors import CacheMemoryError, ExactnessError, NumericsError, VocabularyMismatchError
+from foredraft.errors import CacheMemoryError, ExactnessError, NumericsError, RequestError, VocabularyMismatchError
 from foredraft.models.load import LoadOptions, load_target
 from foredraft.policy import Fixed
 from foredraft.scheduler import PREFILL_CHUNK
@@ -161,6 +161,42 @@ def test_counters_add_up(name, verifier):
         assert s.seconds_total >= s.seconds_to_first_token > 0
     assert made.stats.output_tokens == 5 * 31
     assert made.stats.prompt_tokens == 15
+
+
+def seconds(stats) -> tuple[float, ...]:
+    return stats.seconds_drafting, stats.seconds_verifying, stats.seconds_other
+
+
+def test_totals_hold_the_last_step_too():
+    made = engine(RandomDrafter(VOCAB))
+    requests = play(made, [Ask([1, 2, i], SamplingParams(max_new_tokens=1 + 4 * i), seed=i) for i in range(3)])
+    totals = [sum(values) for values in zip(*(seconds(request.stats) for request in requests), strict=True)]
+    assert seconds(made.stats) == pytest.approx(totals)
+    assert all(value > 0 for request in requests for value in seconds(request.stats))
+
+
+def test_every_chunk_of_a_prompt_counts_as_its_verifying():
+    made = engine()
+    request = new_request(Ask([1] * (2 * PREFILL_CHUNK + 9), SamplingParams(max_new_tokens=1)))
+    made.add(request)
+    counted = []
+    while made.has_work:
+        made.step()
+        counted.append(request.stats.seconds_verifying)
+    assert len(counted) == 3 and 0 < counted[0] < counted[1] < counted[2]
+
+
+def test_drafter_and_policy_change_between_requests_only():
+    ask = Ask([1, 2], GREEDY)
+    made = engine(RandomDrafter(VOCAB))
+    before = made.drafter, made.policy
+    with made.using(oracle(ask), Fixed(3)):
+        (request,) = play(made, [ask])
+    assert (made.drafter, made.policy) == before
+    assert (request.stats.draft_acceptance_rate, len(request.stats.drafted_at)) == (1.0, 3)
+    made.add(new_request(ask))
+    with pytest.raises(RequestError, match="requests run"):
+        made.use(NoDrafter())
 
 
 def test_every_token_says_whether_it_was_drafted():
@@ -363,6 +399,7 @@ def test_a_guess_that_the_target_cannot_compute_hurts_nobody(llama, gamma):
     with no_number(llama, 7):
         with pytest.warns(RuntimeWarning, match="made the target's logits no numbers"):
             first, second = play(engine(Sevens(), gamma=gamma, model=llama), asks)
+    assert [request.num_draft_tokens for request in (first, second)] == [None, None]  # the user's; not a flag of ours
     assert (first.error, second.error) == (None, None)
     assert first.token_ids == wanted[0]
     assert second.token_ids == wanted[1]

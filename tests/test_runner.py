@@ -16,7 +16,7 @@ from fakes import Ask, RandomDrafter, TableModel, new_request
 from models import tiny
 from transformers import LogitsProcessor
 
-from foredraft import LLM, SamplingParams
+from foredraft import LLM, SamplingParams, accelerate
 from foredraft.engine import Engine
 from foredraft.errors import ExactnessError, ExactnessWarning, GenerationError, RequestError, StoppedError
 from foredraft.models.invariance import FIXED
@@ -235,6 +235,18 @@ def test_a_promise_that_does_not_hold_is_told(inexact):
     assert llm.generate([1, 2, 3], GREEDY).exact is False
     with pytest.raises(ExactnessError, match="require_exact=True"):
         LLM(tiny("llama"), "ngram", runtime="torch", require_exact=True)
+
+
+def test_the_drop_in_tells_too(monkeypatch):
+    def load(source, options, **runtime):
+        model = load_target(source, options, **runtime)
+        model.row_invariance = FIXED
+        return model
+
+    assert accelerate(tiny("llama"), "ngram").exact
+    monkeypatch.setattr("foredraft.integrations.recipe.load_target", load)
+    with pytest.warns(ExactnessWarning, match="may change its text"):
+        assert not accelerate(tiny("llama"), "ngram").exact
 
 
 def test_a_result_says_whether_it_is_plain_decodings():

@@ -53,7 +53,7 @@ class Runner:
         self._lock = threading.Lock()  # of `_turns`; held to look at it, never during a step
         self._turns: deque[Turn] = deque()  # the first one drives
         self._inside: int | None = None  # the thread that drives, while it does
-        self._gate = threading.Lock()  # of `_open`: nothing slips in while the runner stops
+        self._gate = threading.RLock()  # of `_open`: nothing slips in while the runner stops
         self._open = True
         self._control = threading.Lock()  # of `_thread`: `start` and `stop` come one after the other
         self._thread: threading.Thread | None = None
