@@ -20,7 +20,7 @@ class UntestedVersionWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class VersionRange:
-    """The first and the last minor release of a package that we declare; docs/install.md says which of them were run."""
+    """The first and last minor release of a package that we declare; docs/install.md says which of them were run."""
 
     package: str
     first: str
