@@ -193,12 +193,16 @@ static void lay_out(pass *p, int32_t **first_row, int spans, int wanted) {
 static bool reserve(pass *p, int32_t **first_row, int spans, int wanted) {
   lay_out(p, first_row, spans, wanted);
   if (arena.used <= arena.bytes) return true;
-  free(arena.start);
-  arena.bytes = (arena.used + 4095) / 4096 * 4096;
-  if (posix_memalign((void **)&arena.start, 4096, arena.bytes)) arena.start = NULL;
-  if (!arena.start) arena.bytes = 0;
+  void *old = arena.start, *fresh;
+  size_t bytes = (arena.used + 4095) / 4096 * 4096;
+  arena.bytes = 0; /* first, and last: a process forked amid this finds an arena that is empty or whole */
+  arena.start = NULL;
+  free(old);
+  if (posix_memalign(&fresh, 4096, bytes)) return false;
+  arena.start = fresh;
+  arena.bytes = bytes;
   lay_out(p, first_row, spans, wanted);
-  return arena.start != NULL;
+  return true;
 }
 
 /* Units of at most TOKENS_A_UNIT tokens. A span of few tokens is one unit for each head, which writes its keys itself. */
