@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foredraft import LLM, SamplingParams, Structured
+from foredraft.steering import Steering
 
 SCHEMAS = json.loads((Path(__file__).parents[1] / "tests" / "data" / "schemas.json").read_text())
 PROMPT = "User: I need a table for two in Oakland tonight.\nAssistant: "
@@ -74,11 +75,12 @@ def timed(llm: LLM, count: int) -> float:
     """Median milliseconds of one mask computed and applied, inside a string."""
     assert llm.grammars is not None
     constraint = llm.grammars.constraint(Structured.of({"type": "string"}), tuple(llm.eos_token_ids) or (0,))
+    steering = Steering(constraint=constraint)
     scores, times = torch.randn(1, llm.model.vocab_size), []
     choose = random.Random(0)
     for _ in range(count):
         began = perf_counter()
-        masked = scores.masked_fill(constraint.masks([()]), -torch.inf)
+        masked = steering.apply(scores, (), [()])
         times.append(perf_counter() - began)
         allowed = [token for token in masked[0].isfinite().nonzero().flatten().tolist() if token not in constraint.ends]
         constraint.commit([choose.choice(allowed)])

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from fakes import Ask, Oracle, RandomDrafter, TableModel, Wrong, new_request, play
@@ -14,7 +15,7 @@ from foredraft.drafters.model import ModelDrafter
 from foredraft.engine import Engine
 from foredraft.errors import ExactnessError, RequestError
 from foredraft.policy import Fixed
-from foredraft.steering import Stateful
+from foredraft.steering import Stateful, Steering
 from foredraft.types import SamplingParams
 
 VOCAB = 8
@@ -199,3 +200,29 @@ def test_known_kinds_are_refused_by_name():
         SamplingParams(processors=(mark,))
     with pytest.raises(RequestError, match="processors"):
         SamplingParams(processors=(Stateful(3),))
+
+
+class OnlySome:
+    """A constraint that allows the same tokens everywhere."""
+
+    def __init__(self, tokens: set[int], vocab_size: int) -> None:
+        self.row = np.packbits([token in tokens for token in range(vocab_size)], bitorder="little")
+
+    def allowed_after(self, paths):
+        return np.stack([self.row for _ in paths])
+
+    def commit(self, tokens):
+        pass
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 9, 4097])
+def test_a_constraint_leaves_what_it_allows_as_it_is(vocab_size):
+    scores = torch.randn(3, vocab_size)
+    scores[0, 0], scores[1, -1], scores[2, 0] = -0.0, torch.inf, -torch.inf
+    before = scores.clone()
+    allowed = {token for token in range(vocab_size) if token % 3 == 0}
+    found = Steering(constraint=OnlySome(allowed, vocab_size)).apply(scores, (), [(), (), ()])
+    for token in range(vocab_size):
+        wanted = before[:, token] if token in allowed else torch.full((3,), -torch.inf)
+        assert found[:, token].view(torch.int32).equal(wanted.view(torch.int32))
+    assert scores.equal(before)

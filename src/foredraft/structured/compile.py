@@ -136,7 +136,7 @@ def _check_start(form: Structured, matcher: Any, tokens: Any) -> None:
     """Raises GrammarError where no text can begin, or a text that must come has no tokens."""
     end = tokens.eos_token
     try:
-        GrammarConstraint(matcher.deep_copy(), (end,), end, tokens.vocab_size).masks([()])
+        GrammarConstraint(matcher.deep_copy(), (end,), end, tokens.vocab_size).allowed_after([()])
     except GrammarError as error:
         raise GrammarError(f"the {form.name} matches nothing that this vocabulary can spell: {error}") from error
     forced = bytes(matcher.compute_ff_bytes()).decode(errors="ignore")

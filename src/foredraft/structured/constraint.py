@@ -3,22 +3,24 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 Ids = Sequence[int]
+Bits = NDArray[np.uint8]  # sets of tokens: bit t % 8 of byte t // 8 stands for token t
 
 
 class Constraint(Protocol):
     """Follows one request's output.
 
-    A verification pass asks about several continuations at once, most of which the text may never take: what `masks`,
-    `forced` and `allowed` look at leaves no trace, only `commit` moves on.
+    A verification pass asks about several continuations at once, most of which the text may never take: what
+    `allowed_after`, `forced` and `allowed` look at leaves no trace, only `commit` moves on.
     """
 
-    def masks(self, paths: Sequence[Ids]) -> torch.Tensor:
-        """True where a token may not follow the committed output and then `paths[i]`. # [n, V] bool
+    def allowed_after(self, paths: Sequence[Ids]) -> Bits:
+        """The tokens that may follow the committed output and then `paths[i]`. # [n, ceil(V / 8)]
 
-        A row whose path is itself not allowed is all False: the text never gets there.
+        All of them after a path that is itself not allowed: the text never gets there.
         """
         ...
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from foredraft.errors import GrammarError
-from foredraft.structured.constraint import Ids
+from foredraft.structured.constraint import Bits, Ids
 
 
 class GrammarConstraint:
@@ -26,20 +25,20 @@ class GrammarConstraint:
         self.own_end = own_end  # the one that the matcher itself allows where the grammar is satisfied
         self.vocab_size = vocab_size
         self.ahead: list[int] = []
-        self.known: dict[tuple[int, ...], np.ndarray[Any, Any]] = {}  # masks after paths from the committed output
+        self.known: dict[tuple[int, ...], Bits] = {}  # what may come after paths from the committed output
         self.ended = False
 
-    def masks(self, paths: Sequence[Ids]) -> torch.Tensor:
-        """True where a token may not come. # [n, V] bool
+    def allowed_after(self, paths: Sequence[Ids]) -> Bits:
+        """As `Constraint.allowed_after`.
 
         Raises:
             GrammarError: no token can come, or the grammar became too complex to follow.
         """
-        rows = [self._mask(tuple(path)) for path in paths]
-        return torch.from_numpy(rows[0][None] if len(rows) == 1 else np.stack(rows))
+        rows = [self._bits(tuple(path)) for path in paths]
+        return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
     def forced(self, limit: int) -> tuple[int, ...]:
-        if self.ended:
+        if self.ended or limit < 1:
             return ()
         self._walk(())
         tokens = [int(token) for token in self.matcher.compute_ff_tokens()[:limit]]
@@ -51,7 +50,7 @@ class GrammarConstraint:
     def allowed(self, tokens: Ids) -> int:
         for i, token in enumerate(tokens):
             if token in self.ends:
-                return i + (not self._mask(tuple(tokens[:i]))[token])
+                return i + contains(self._bits(tuple(tokens[:i])), token)
             if not self._walk(tokens[: i + 1]):
                 return i
         return len(tokens)
@@ -64,10 +63,11 @@ class GrammarConstraint:
         self.ahead = []
         self.known = {}
 
-    def _mask(self, path: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    def _bits(self, path: tuple[int, ...]) -> Bits:
         found = self.known.get(path)
         if found is None:
-            found = self._compute() if not self.ended and self._walk(path) else np.zeros(self.vocab_size, bool)
+            here = not self.ended and self._walk(path)
+            found = self._compute() if here else np.full(-(-self.vocab_size // 8), 0xFF, np.uint8)
             self.known[path] = found
         return found
 
@@ -87,20 +87,27 @@ class GrammarConstraint:
             self.matcher.rollback(count)
             del self.ahead[-count:]
 
-    def _compute(self) -> np.ndarray[Any, Any]:
-        """What may not come where the matcher is. # [V] bool"""
-        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+    def _compute(self) -> Bits:
+        """What may come where the matcher is. # [ceil(V / 8)]"""
+        computed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         if self.matcher.is_error():
             raise _lost(self.matcher)
-        banned = np.ones(self.vocab_size, bool)
-        unpacked = np.unpackbits(~bits, count=min(self.vocab_size, 8 * len(bits)), bitorder="little")
-        banned[: len(unpacked)] = unpacked.view(bool)
-        satisfied = not banned[self.own_end]
-        banned[self.own_end] = True
-        banned[list(self.ends)] = not satisfied
-        if banned.all():
+        bits = np.zeros(-(-self.vocab_size // 8), np.uint8)
+        bits[: len(computed)] = computed[: len(bits)]
+        bits[-1] &= 0xFF >> -self.vocab_size % 8
+        satisfied = contains(bits, self.own_end)
+        for token in (self.own_end, *self.ends):
+            bits[token // 8] &= 0xFF ^ 1 << token % 8
+        for token in self.ends if satisfied else ():
+            bits[token // 8] |= 1 << token % 8
+        if not bits.any():
             raise _lost(self.matcher)
-        return banned
+        return bits
+
+
+def contains(bits: Bits, token: int) -> bool:
+    """Whether a token is in a set. # [ceil(V / 8)]"""
+    return bool(bits[token // 8] >> token % 8 & 1)
 
 
 def _lost(matcher: Any) -> GrammarError:
