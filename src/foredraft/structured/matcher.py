@@ -89,23 +89,25 @@ class GrammarConstraint:
 
     def _compute(self) -> Bits:
         """What may come where the matcher is. # [ceil(V / 8)]"""
-        computed = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        bits = bytearray(self.matcher.compute_bitmask())  # its vocabulary may be longer than the model's, or shorter
         if self.matcher.is_error():
             raise _lost(self.matcher)
-        bits = np.zeros(-(-self.vocab_size // 8), np.uint8)
-        bits[: len(computed)] = computed[: len(bits)]
+        size = -(-self.vocab_size // 8)
+        if len(bits) != size:
+            bits = bits[:size].ljust(size, b"\0")
         bits[-1] &= 0xFF >> -self.vocab_size % 8
         satisfied = contains(bits, self.own_end)
         for token in (self.own_end, *self.ends):
             bits[token // 8] &= 0xFF ^ 1 << token % 8
         for token in self.ends if satisfied else ():
             bits[token // 8] |= 1 << token % 8
-        if not bits.any():
+        allowed = np.frombuffer(bits, np.uint8)
+        if not allowed.any():
             raise _lost(self.matcher)
-        return bits
+        return allowed
 
 
-def contains(bits: Bits, token: int) -> bool:
+def contains(bits: Bits | bytearray, token: int) -> bool:
     """Whether a token is in a set. # [ceil(V / 8)]"""
     return bool(bits[token // 8] >> token % 8 & 1)
 
