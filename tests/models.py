@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from foredraft.native import library
 
+# Kernels of these releases agree at no widths for some models in fp32, on one Intel Xeon at least; loading says so.
+SOMETIMES_INEXACT = Version(torch.__version__) < Version("2.13")
 VOCAB = 160
 LENGTH = 1024
 ROPE: dict[str, Any] = {

@@ -181,6 +181,12 @@ def test_a_failure_is_exit_code_1_and_one_line_after_what_was_printed(run: Fake)
     assert done.stderr == "foredraft: error: the weights are damaged\n"
 
 
+def test_the_package_is_the_command() -> None:
+    asked = [sys.executable, "-m", "foredraft", "--version"]
+    ran = subprocess.run(asked, capture_output=True, text=True, env=environment(), check=True)
+    assert ran.stdout == "foredraft 0.1.0\n"
+
+
 def test_version_is_a_flag_and_a_command(run: Fake) -> None:
     assert run("--version").stdout == run("version").stdout == "foredraft 0.1.0\n"
 

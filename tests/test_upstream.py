@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from models import CONFIGS, ROPE, VOCAB, draws, tiny
+from models import CONFIGS, ROPE, SOMETIMES_INEXACT, VOCAB, draws, tiny
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -346,6 +346,7 @@ REFUSED = "cpmant dory gpt_neox_japanese mamba prophetnet xlm xmod"
 
 
 @pytest.mark.parametrize("kind", SERVED.split())
+@pytest.mark.filterwarnings(f"{'default' if SOMETIMES_INEXACT else 'error'}::foredraft.errors.ExactnessWarning")
 def test_a_sample_of_what_serves(kind: str) -> None:
     assert outcome(kind).verdict in ("equal", "not built")  # some types are newer than others
 
