@@ -117,7 +117,9 @@ def example_drafter():
 def load(name: str, dtype: str, place: str, loader):
     device = "cuda" if place == "cuda" else "cpu"
     options = LoadOptions(dtype, device, runtime="native" if place == "native" else "torch")
-    return loader(SHARED / name if name in REAL else tiny(name, getattr(torch, dtype), device), options)
+    name, _, weight_format = name.partition("-in-")
+    source = SHARED / name if name in REAL else tiny(name, getattr(torch, dtype), device)
+    return loader(source, replace(options, weight_format=weight_format or None))
 
 
 @cache
@@ -174,6 +176,17 @@ def crowd(asks: list[Ask], batch: int, gammas: list[int | None]) -> list[Ask]:
 def test_tokens_and_logits_are_those_of_plain_decoding(name, dtype, place, drafter):
     if name in REAL and not SHARED.is_dir():
         pytest.skip("needs shared/ beside the repository (small real models), which is not there")
+    keep_the_contract(name, dtype, place, drafter)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("name", ["llama-in-int4", "qwen3-in-int8"])
+def test_targets_in_few_bits_keep_it_too(name, drafter):
+    keep_the_contract(name, "bfloat16", "native", drafter)
+
+
+def keep_the_contract(name: str, dtype: str, place: str, drafter: str) -> None:
     c = case(name, dtype, place)
     assert c.target.row_invariance.exact or place == "cuda" or (SOMETIMES_INEXACT and dtype == "float32")
     if not c.target.row_invariance.exact:
@@ -188,7 +201,11 @@ def test_tokens_and_logits_are_those_of_plain_decoding(name, dtype, place, draft
             accepted, drafted = accepted + request.stats.accepted, drafted + request.stats.drafted
     RAN.add((name, dtype, drafter))
     assert (drafted > 0) == (drafter != "none")
-    never_wrong = ("none", "oracle", "model") if place == "native" else ("none", "oracle")  # dtypes agree there
+    never_wrong = ("none", "oracle")
+    if place == "native":
+        never_wrong += ("model",)  # dtypes agree there
+    if "-in-" in name:
+        never_wrong += ("int4", "int8")  # the target itself
     assert accepted < drafted or drafter in never_wrong  # drafts were refused, so the rewind was tested
     assert accepted > 0 or drafter in SELDOM_RIGHT
     if drafter == "oracle":

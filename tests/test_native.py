@@ -23,6 +23,7 @@ from foredraft.models.native import NativeModel
 from foredraft.models.pages import PAGE, PageCache
 from foredraft.models.rows import RowBatch, Span, plan
 from foredraft.native import library
+from foredraft.weights.choice import quantise
 from foredraft.weights.packed import Packed, Part, pack, quantized, stacked
 from foredraft.weights.quantize import Quantizer
 
@@ -132,15 +133,25 @@ def forward(model: NativeModel, *spans: Span) -> torch.Tensor:
     return model.forward(plan(spans, 1, 1))
 
 
+def rounded(weight_format: str) -> Callable[[torch.dtype], t.PreTrainedModel]:
+    def make(dtype: torch.dtype) -> t.PreTrainedModel:
+        model = biased(tiny("qwen2", dtype))
+        quantise(model, weight_format, dtype)
+        return model
+
+    return make
+
+
 MAKERS = {name: (lambda dtype, name=name: biased(tiny(name, dtype))) for name in FAMILY} | {"odd": odd}
+ROUNDED = {weight_format: rounded(weight_format) for weight_format in ("int4", "int8")}
 
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", MAKERS | ROUNDED)
 def test_a_rows_bits_do_not_depend_on_its_pass(name, dtype, isa):
     """One by one, in one pass, in uneven chunks, beside mates in every slot, and with one, two or three threads."""
-    model = NativeModel(MAKERS[name](dtype), library.load(), isa=isa)
+    model = NativeModel((MAKERS | ROUNDED)[name](dtype), library.load(), isa=isa)
     tokens = [token % model.vocab_size for token in draws(150)]
     torch.set_num_threads(2)
     whole = forward(model, Span(0, 0, tokens, len(tokens)))

@@ -57,6 +57,7 @@ class LLM:
         tokenizer: by default the target's own; needed for text with a model object.
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
         max_batch_size: sequences that run at once; others wait.
+        weight_format: "int4" or "int8" rounds the target's linear layers on loading; None leaves them as they are.
         runtime: "auto" is native (a C library, on CPUs) where model and machine allow it, else torch; or one of them.
         policy: how far to draft: "gain" (default), "fixed", "heuristic", "threshold", or a DraftPolicy.
         require_exact: refuse a model whose passes do not agree bit for bit here; otherwise that is a warning.
@@ -84,12 +85,13 @@ class LLM:
         max_model_len: int | None = None,
         max_batch_size: int = 8,
         policy: str | DraftPolicy | None = None,
+        weight_format: str | None = None,
         runtime: str = "auto",
         require_exact: bool = False,
     ) -> None:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
-        options = LoadOptions(dtype, device, device_map, trust_remote_code, runtime)
+        options = LoadOptions(dtype, device, device_map, trust_remote_code, runtime, weight_format)
         chosen_policy = make_policy(policy)
         if isinstance(draft, str) and draft == "auto":
             draft = BUNDLED / "draft" if target is None else AUTO

@@ -43,6 +43,12 @@ class RunOptions:
     dtype: Annotated[
         str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
     ] = "auto"
+    weight_format: Annotated[
+        str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
+    ] = None
+    runtime: Annotated[
+        str, flag("--runtime", help="native (a C library, on CPUs), torch, or auto: the fastest.", panel=MODEL)
+    ] = "auto"
     device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
     draft_device: Annotated[
         str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)

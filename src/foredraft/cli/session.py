@@ -70,6 +70,8 @@ def open_llm(options: RunOptions) -> "LLM":
         options.model,
         options.draft,
         dtype=options.dtype,
+        weight_format=options.weight_format,
+        runtime=options.runtime,
         device=options.target_device,
         draft_device=options.draft_device,
         draft_profile=options.draft_profile,

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from foredraft.upstream.modules import is_prompt_tuned, left_behind, sharing_wei
 from foredraft.versions import suspected
 from foredraft.weights import lowbit
 from foredraft.weights.checkpoint import check_source, explained, first_line, has_tokenizer
+from foredraft.weights.choice import BITS, quantise
 from foredraft.weights.stored import start
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,14 +44,24 @@ class LoadOptions:
     device_map: str | dict[str, Any] | None = None
     trust_remote_code: bool = False
     runtime: str = "auto"  # native where the library and the model allow it; or native, torch
+    weight_format: str | None = None  # int4 or int8: linear layers are rounded on loading
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
             raise RequestError(f"runtime={self.runtime!r} is not known; use {', '.join(RUNTIMES)}")
+        if self.weight_format is not None:
+            self._check_weight_format(self.weight_format)
         parse_dtype(self.dtype)
         parse_device(self.device)
         if self.device_map is not None and self.device != "auto":
             raise RequestError(f"device={self.device!r} contradicts device_map={self.device_map!r}; give one of them")
+
+    def _check_weight_format(self, name: str) -> None:
+        if name not in BITS:
+            advice = f"use {' or '.join(BITS)}; dtype= is for 16 and 32 bits"
+            raise RequestError(f"weight_format={name!r} is not known; {advice}")
+        if self.device_map is not None:
+            raise RequestError(f"device_map={self.device_map!r} cannot place low-bit weights; use device=")
 
     def check_object(self, model: PreTrainedModel, name: str = "") -> None:
         """Raises RequestError unless a model in memory is as these options ask; `name` leads those of a draft."""
@@ -141,6 +152,9 @@ def probed(model: CausalModel) -> CausalModel:
 def load_model(source: str | Path | PreTrainedModel, options: LoadOptions) -> CausalModel:
     """A model in the runtime that suits it: native, the lean decoder, or the adapter. Raises as `load_target`."""
     if isinstance(source, PreTrainedModel):
+        if options.weight_format is not None:
+            source = _copy(source)
+            quantise(source, options.weight_format, low_bit_dtype(parse_dtype(options.dtype) or source.dtype))
         return wrap(source, runtime=options.runtime)
     return wrap(load_checkpoint(source, options), consume=True, runtime=options.runtime)
 
@@ -216,6 +230,8 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
         manifest = lowbit.check(folder)
         if manifest.layers:
             return load_low_bit(folder, manifest, options, device)
+    if options.weight_format is not None:
+        return load_quantised(source, options, device)
     remote = {"trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **remote)
@@ -239,6 +255,11 @@ def load_low_bit(
         raise RequestError(
             f"device_map={options.device_map!r} cannot place low-bit weights; use device={device.type!r}"
         )
+    if options.weight_format not in (None, manifest.weight_format):
+        raise RequestError(
+            f"weight_format={options.weight_format!r} contradicts {folder}, which holds {manifest.weight_format} "
+            "weights; leave it out, or give the original"
+        )
     try:
         model = lowbit.load(folder, manifest, parse_dtype(options.dtype), trust_remote_code=options.trust_remote_code)
     except ForedraftError:
@@ -247,6 +268,29 @@ def load_low_bit(
         raise explained(folder, error) from error
     model.to(device)  # type: ignore[arg-type]  # as above
     return model
+
+
+def load_quantised(source: str | Path, options: LoadOptions, device: torch.device) -> PreTrainedModel:
+    """A checkpoint, its linear layers rounded: what `foredraft convert` and loading give, without a file.
+
+    Raises as `load_target`.
+    """
+    assert options.weight_format is not None
+    dtype = low_bit_dtype(parse_dtype(options.dtype) or torch.bfloat16)
+    stored = replace(options, dtype="auto", device="cpu", weight_format=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "float16 weights run as")  # they are rounded at once
+        model = load_checkpoint(source, stored)
+    quantise(model, options.weight_format, dtype)
+    model.to(device)  # type: ignore[arg-type]  # as above
+    return model
+
+
+def low_bit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Raises RequestError for float16, in which the kernels do not compute."""
+    if dtype == torch.float16:
+        raise RequestError(lowbit.NO_FLOAT16)
+    return dtype
 
 
 def pick_dtype(asked: torch.dtype | None, config: Any, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,8 +26,20 @@ from foredraft.models.pages import PageCache, PageShape
 from foredraft.models.rows import RowBatch, RowInvariance
 from foredraft.native import library as native
 from foredraft.native.library import BLOCK, MOST_DIM, Library
-from foredraft.weights.packed import FORMATS, Packed, Part, interleaved, pack, quantized, round_up, stacked, vector
+from foredraft.weights.packed import (
+    FORMATS,
+    Packed,
+    Part,
+    interleaved,
+    of_stored,
+    pack,
+    quantized,
+    round_up,
+    stacked,
+    vector,
+)
 from foredraft.weights.quantize import Quantizer, for_drafting
+from foredraft.weights.stored import StoredLinear
 
 EXACT = RowInvariance(min_rows=1, key_multiple=1, row_multiple=1, max_rows=129, exact=True, prefill=True)
 WIDTH = 16  # heads are padded to a multiple of this
@@ -39,16 +52,28 @@ def why_not(model: PreTrainedModel) -> str:
         return f"it computes the published {', '.join(decoder.FAMILY)} models, and this {config.model_type} is none"
     if model.device.type != "cpu" or model.dtype not in FORMATS:
         return f"it computes in float32 and bfloat16 on a CPU, and this model is {model.dtype} on {model.device}"
-    if any(not isinstance(m, nn.Linear) for layer in model.get_decoder().layers for m in _linears(layer)):
-        return "it does not compute with stored low-bit weights"
     if _head_dim(model) > MOST_DIM or _head_dim(model) % 2:
         return f"it takes even head sizes up to {MOST_DIM}, and this model's is {_head_dim(model)}"
+    layers = [linears for layer in model.get_decoder().layers for linears in _linears(layer)]
+    formats = [{_bits(linear) for linear in linears} for linears in (*layers, (model.get_output_embeddings(),))]
+    if any(len(bits) > 1 or None in bits for bits in formats):
+        return "some of its layers are neither plain nor in four or eight bits, or unlike those beside them"
+    if _head_dim(model) % WIDTH and any(bits != {0} for bits in formats):
+        return f"in few bits it takes head sizes that are multiples of {WIDTH}, and this model's is {_head_dim(model)}"
     return ""
 
 
-def _linears(layer: Any) -> tuple[Any, ...]:
+def _bits(linear: Any) -> int | None:
+    """Of a stored layer; 0 for a plain one, None for any other."""
+    if isinstance(linear, StoredLinear):
+        return linear.bits
+    return 0 if isinstance(linear, nn.Linear) else None
+
+
+def _linears(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """A layer's products; those in one tuple have the same input, and are computed as one."""
     a, m = layer.self_attn, layer.mlp
-    return a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
+    return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
 
 
 def _head_dim(model: PreTrainedModel) -> int:
@@ -138,8 +163,7 @@ class NativeModel:
         self.embedding = base.embed_tokens.weight.detach().contiguous()
         self.norm = vector(base.norm.weight, self.sizes.width)
         self.blocks = [self._block(i, layer, consume) for i, layer in enumerate(base.layers)]
-        head = model.get_output_embeddings()
-        self.head = pack(library, stacked([Part(head.weight.detach(), head.bias)]), self.sizes.hidden)
+        self.head = pack(library, stacked([_part(model.get_output_embeddings())]), self.sizes.hidden)
         self.rope = Rope(base.rotary_emb)
         s = self.sizes
         self.cache = PageCache(PageShape(self.num_layers, s.kv_heads, s.dim, self.dtype))
@@ -147,19 +171,19 @@ class NativeModel:
 
     def _block(self, index: int, layer: Any, consume: bool) -> Block:
         s, a, m = self.sizes, layer.self_attn, layer.mlp
-        q, k, v, o, gate, up, down = (Part(it.weight.detach(), it.bias) for it in _linears(layer))
+        qkv, out, gate_up, down = ([_part(linear) for linear in linears] for linears in _linears(layer))
         made = Block(
             index,
             decoder.window(self.config, index) or 0,
             [vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)],
             [vector(n.weight, s.dim) for n in (a.q_norm, a.k_norm)] if hasattr(a, "q_norm") else [],
-            pack(self.library, stacked([_padded_heads(part, s) for part in (q, k, v)]), s.hidden),
-            pack(self.library, stacked([_padded_inputs(o, s)]), s.heads * s.dim),
-            pack(self.library, interleaved(gate, up), s.hidden),
-            pack(self.library, stacked([down]), m.down_proj.in_features),
+            pack(self.library, stacked([_padded_heads(part, s) for part in qkv]), s.hidden),
+            pack(self.library, stacked([_padded_inputs(part, s) for part in out]), s.heads * s.dim),
+            pack(self.library, interleaved(*gate_up), s.hidden),
+            pack(self.library, stacked(down), m.down_proj.in_features),
         )
-        for linear in _linears(layer) if consume else ():
-            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+        for linear in chain(*_linears(layer)) if consume else ():
+            _empty(linear)
         return made
 
     @property
@@ -268,6 +292,18 @@ class Rope:
         with torch.inference_mode():
             tables = self.module(torch.empty(1, 1, 1), positions)
         self.cos, self.sin = (t[0, :, : t.shape[2] // 2].float().contiguous() for t in tables)
+
+
+def _part(linear: Any) -> Part:
+    return of_stored(linear) if isinstance(linear, StoredLinear) else Part(linear.weight.detach(), linear.bias)
+
+
+def _empty(linear: Any) -> None:
+    """Let go of a packed layer's own weights."""
+    if isinstance(linear, StoredLinear):
+        linear.empty()
+    else:
+        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
 
 def _padded_heads(part: Part, sizes: Sizes) -> Part:

@@ -7,7 +7,6 @@ models.
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from foredraft.errors import ModelError, RequestError
-from foredraft.upstream.modules import is_product, is_turned
-from foredraft.upstream.weights import empty_model, tied_weights
+from foredraft.upstream.weights import empty_model
+from foredraft.weights.choice import BITS, Layer, chosen_layers
 from foredraft.weights.lowbit import FORMATS, LayerRecord, Manifest
 from foredraft.weights.quantize import GROUPS
 from foredraft.weights.shards import FileRecord, ShardWriter, parse_size
@@ -28,9 +25,6 @@ from foredraft.weights.source import Origin, Tensors, find
 from foredraft.weights.stored import quantize_weight
 
 WeightFormat = Literal["int4", "int8", "bf16", "fp16"]
-BITS = {"int4": 4, "int8": 8}
-HEAD_BITS = 8  # in either low-bit format: its errors go straight to the logits
-FEWEST_OUTPUTS = 8  # narrower layers are gates, whose errors cost more than their bytes
 Progress = Callable[[int, int], None]  # bytes of the source that are done, and all
 
 
@@ -86,43 +80,6 @@ def convert(
             writer.finish("lowbit" if weight_format in BITS else "model")
         job.write_files(origin, writer)
     return Conversion(out, sum(tensors.sizes.values()), writer.total, len(job.records), len(writer.shards))
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A linear layer that is quantised; `turned` where its weight lies [in, out], as Conv1D has it."""
-
-    bits: int
-    shape: tuple[int, int]  # [out, in]
-    turned: bool
-
-
-def chosen_layers(model: PreTrainedModel, bits: int) -> dict[str, Layer]:
-    """The linear layers of the decoder, and the head where it shares its weight with nothing."""
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    head = model.get_output_embeddings()
-    tied = tied_weights(model)
-    found: dict[str, Layer] = {}
-    for name, module in model.named_modules():
-        alone = is_product(module) and f"{name}.weight" not in tied
-        if not alone or not (module is head or name.startswith(tuple(stacks))):
-            continue
-        turned = is_turned(module)
-        rows, columns = reversed(module.weight.shape) if turned else module.weight.shape
-        if rows >= FEWEST_OUTPUTS:
-            found[name] = Layer(HEAD_BITS if module is head else bits, (rows, columns), turned)
-    _warn_of_the_rest(model, sum(rows * columns for rows, columns in (layer.shape for layer in found.values())))
-    return found
-
-
-def _warn_of_the_rest(model: PreTrainedModel, quantised: int) -> None:
-    """Say so where most weights are in something else, such as experts that are one tensor."""
-    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-    rest = model.num_parameters() - sum(tables.values()) - quantised
-    if rest > quantised:
-        kind = model.config.model_type
-        warnings.warn(f"{rest:,} weights of {kind!r} are not in linear layers, and stay in 16 bits", stacklevel=4)
 
 
 @dataclass(slots=True)

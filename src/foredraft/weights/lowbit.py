@@ -22,6 +22,10 @@ from foredraft.weights.stored import TENSORS, StoredLinear
 MANIFEST = "foredraft_quant.json"
 VERSION = 1
 FORMATS = {"int4": "bfloat16", "int8": "bfloat16", "bf16": "bfloat16", "fp16": "float16"}  # dtype of the rest
+NO_FLOAT16 = (
+    "dtype='float16' is not usable with weights in four or eight bits: their kernels compute in bfloat16, whose range "
+    "float16 lacks; use dtype='bfloat16' or 'float32'"
+)
 CONVERT_AGAIN = "convert the model again with `foredraft convert`"
 
 
@@ -118,10 +122,7 @@ def load(
         RequestError: a dtype that its kernels do not take.
     """
     if dtype == torch.float16:
-        raise RequestError(
-            f"dtype='float16' is not usable: {manifest.weight_format} kernels compute in bfloat16, whose range float16 "
-            "lacks; use dtype='bfloat16' or 'float32'"
-        )
+        raise RequestError(NO_FLOAT16)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model = empty_model(config, dtype or torch.bfloat16, trust_remote_code=trust_remote_code)
     with _Reader(folder, manifest) as reader:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from foredraft.native.library import BLOCK, Format, Library, Linear
 from foredraft.weights.quantize import Quantizer, check_group, pick_group, round_int4, round_int8
+from foredraft.weights.stored import StoredLinear
 
 HALF = BLOCK // 2  # outputs of a vector: gate and up alternate by so many
 INT8_GROUP = 64  # inputs that share a scale, in eight bits
@@ -24,10 +25,14 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some outputs of a layer: weight [rows, inputs], its last dimension dense, and a bias [rows] or None."""
+    """Some outputs of a layer: weight [rows, inputs], its last dimension dense, and a bias [rows] or None.
+
+    With a grid the weight is codes, uint8, and means (code - 8) * scale + offset or (code - 128) * scale.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    grid: torch.Tensor | None = None  # [rows, groups, 2] bf16, scale and offset; or [rows, groups, 1], scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,11 +64,28 @@ class Packed:
         )
 
     def dense(self) -> torch.Tensor:
-        """The weight of fp32 or bf16 as it was, [outputs, inputs], padding included, in the order of packing."""
-        assert self.form in FORMATS.values(), "codes do not give the weight back"
+        """The weight [outputs, inputs] that is computed with, padding included, in the order of packing.
+
+        As it was for fp32 and bf16; what its codes stand for otherwise, in fp32.
+        """
+        if self.grid is not None:
+            return self._values(self.grid)
         dtype = torch.float32 if self.form == Format.F32 else torch.bfloat16
-        lanes = self.weights.view(dtype).view(self.outputs // BLOCK, -1, BLOCK, self.form.inputs_per_lane)
+        return self._unpacked(self.weights.view(dtype))
+
+    def _unpacked(self, elements: torch.Tensor) -> torch.Tensor:
+        lanes = elements.view(self.outputs // BLOCK, -1, BLOCK, self.form.inputs_per_lane)
         return lanes.transpose(1, 2).reshape(self.outputs, self.inputs)
+
+    def _values(self, grid: torch.Tensor) -> torch.Tensor:
+        elements = self.weights.view(torch.uint8)
+        if self.form == Format.INT4:  # four codes in the low halves of a lane's bytes, four in the high ones
+            elements = torch.stack((elements & 15, elements >> 4), -1).unflatten(-2, (-1, 4)).transpose(-1, -2)
+        codes = self._unpacked(elements.contiguous())
+        columns = grid.float().permute(2, 0, 3, 1).reshape(grid.shape[2], self.outputs, -1, 1)
+        zero = 8 if self.form == Format.INT4 else 128
+        values: torch.Tensor = (codes.unflatten(1, (-1, self.group)).float() - zero) * columns[0]
+        return values.add_(columns[1] if len(columns) == 2 else 0).flatten(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +94,7 @@ class Rows:
 
     addresses: np.ndarray
     bias: torch.Tensor | None
+    grid: torch.Tensor | None  # of codes: [outputs, groups, 1 or 2]
     dtype: torch.dtype
     owners: tuple[torch.Tensor, ...]
 
@@ -103,7 +126,8 @@ def _rows(parts: Sequence[Part], order: list[np.ndarray]) -> Rows:
     found = [w.data_ptr() + np.arange(len(w), dtype=np.uint64) * w.stride(0) * w.element_size() for w in owners]
     table = np.concatenate([*found, np.zeros(1, np.uint64)]).astype(np.uint64)  # the last one is for -1
     chosen = _padded(np.concatenate(order), BLOCK)
-    return Rows(np.ascontiguousarray(table[chosen]), _bias(parts, chosen), owners[0].dtype, owners)
+    addresses = np.ascontiguousarray(table[chosen])
+    return Rows(addresses, _bias(parts, chosen), _grid(parts, chosen), owners[0].dtype, owners)
 
 
 def _bias(parts: Sequence[Part], chosen: np.ndarray) -> torch.Tensor | None:
@@ -113,13 +137,35 @@ def _bias(parts: Sequence[Part], chosen: np.ndarray) -> torch.Tensor | None:
     return F.pad(torch.cat(each), (0, 1))[torch.from_numpy(chosen)].contiguous()
 
 
+def _grid(parts: Sequence[Part], chosen: np.ndarray) -> torch.Tensor | None:
+    """Of codes, with zeros for padding; parts in larger groups are cut to the size of the smallest."""
+    grids = [part.grid for part in parts if part.grid is not None]
+    if not grids:
+        return None
+    groups = max(grid.shape[1] for grid in grids)
+    grid = torch.cat([grid.repeat_interleave(groups // grid.shape[1], 1) for grid in grids])
+    return F.pad(grid, (0, 0, 0, 0, 0, 1))[torch.from_numpy(chosen)]
+
+
+def of_stored(layer: StoredLinear) -> Part:
+    """A stored layer's codes, one to a byte, and their grid."""
+    bias = None if layer.bias is None else layer.bias.detach()
+    if layer.bits == 4:
+        return Part(torch.stack((layer.codes >> 4, layer.codes & 15), -1).flatten(1), bias, layer.grid)
+    codes = (layer.codes.int() + 128).to(torch.uint8)
+    codes = F.pad(codes, (0, -codes.shape[1] % INT8_GROUP), value=128)
+    return Part(codes, bias, layer.scale.view(-1, 1, 1).repeat(1, codes.shape[1] // INT8_GROUP, 1))
+
+
 def vector(values: torch.Tensor, size: int) -> torch.Tensor:
     """A norm's weight as the kernels read it: float32, zeros up to `size`."""
     return F.pad(values.detach().float(), (0, size - len(values))).contiguous()
 
 
 def pack(library: Library, rows: Rows, inputs: int) -> Packed:
-    """A layer of fp32 or bf16 weights."""
+    """A layer of fp32 or bf16 weights, or of codes."""
+    if rows.grid is not None:
+        return _pack_codes(library, rows, rows.grid)
     form = FORMATS[rows.dtype]
     padded = round_up(inputs, BLOCK)
     out = torch.empty(len(rows.addresses), padded, dtype=rows.dtype)
@@ -135,32 +181,32 @@ def quantized(library: Library, layer: Packed, quantizer: Quantizer) -> Packed:
     """
     if layer.form not in FORMATS.values():
         return layer
-    weight = layer.dense()
-    made = _int4(library, weight, quantizer.group) if quantizer.weight_format == "int4" else _int8(library, weight)
-    made = replace(made, bias=layer.bias)
+    part = _int4(layer.dense(), quantizer.group) if quantizer.weight_format == "int4" else _int8(layer.dense())
+    made = replace(pack(library, stacked([part]), part.weight.shape[1]), bias=layer.bias)
     quantizer.nbytes += made.nbytes
     return made
 
 
-def _int4(library: Library, weight: torch.Tensor, group: int | None) -> Packed:
+def _int4(weight: torch.Tensor, group: int | None) -> Part:
     group = pick_group(weight) if group is None else check_group(group, weight)
     codes, grid = round_int4(weight, group)
     grid[~weight.any(1)] = 0  # padding stays zero
-    return _of_codes(library, Format.INT4, codes.to(torch.uint8), grid, group)
+    return Part(codes.to(torch.uint8), grid=grid)
 
 
-def _int8(library: Library, weight: torch.Tensor) -> Packed:
+def _int8(weight: torch.Tensor) -> Part:
+    """With a scale for each group, where a stored layer has one for each output."""
     weight = F.pad(weight, (0, -weight.shape[1] % INT8_GROUP))
     codes, scale = round_int8(weight.reshape(-1, INT8_GROUP), torch.bfloat16)
     grid = scale.to(torch.bfloat16).view(len(weight), -1, 1)
-    return _of_codes(library, Format.INT8, (codes.view_as(weight).int() + 128).to(torch.uint8), grid, INT8_GROUP)
+    return Part((codes.view_as(weight).int() + 128).to(torch.uint8), grid=grid)
 
 
-def _of_codes(library: Library, form: Format, codes: torch.Tensor, grid: torch.Tensor, group: int) -> Packed:
-    """codes [outputs, inputs] uint8; grid [outputs, groups, 1 or 2] bf16: scales, offsets."""
-    outputs, inputs = codes.shape
+def _pack_codes(library: Library, rows: Rows, grid: torch.Tensor) -> Packed:
+    """Of codes in whole groups; `grid` is [outputs, groups, 1 or 2]."""
+    form = Format.INT4 if grid.shape[2] == 2 else Format.INT8
+    outputs, inputs = len(rows.addresses), rows.owners[0].shape[1]
     lanes = torch.empty(outputs, inputs // form.inputs_per_lane, dtype=torch.int32)
-    rows = stacked([Part(codes)])
     library.pack(form, rows.addresses, inputs, inputs, lanes.data_ptr(), torch.get_num_threads())
     by_block = grid.view(-1, BLOCK, *grid.shape[1:]).permute(0, 2, 3, 1).contiguous()
-    return Packed(lanes, None, form, outputs, inputs, by_block, group)
+    return Packed(lanes, rows.bias, form, outputs, inputs, by_block, inputs // grid.shape[1])
