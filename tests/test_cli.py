@@ -112,11 +112,14 @@ def test_flags_reach_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
             policy="gain",
             draft_profile=Path("p.json"),
             trust_remote_code=True,
+            weight_format="int8",
+            runtime="torch",
         )
     )
     assert seen == {
         "target": "m", "draft": "ngram", "dtype": "fp32", "device": "cuda:1", "draft_device": None, "policy": "gain",
         "max_batch_size": 1, "draft_profile": Path("p.json"), "trust_remote_code": True,
+        "weight_format": "int8", "runtime": "torch",
     }  # fmt: skip
 
 
