@@ -8,9 +8,20 @@ from foredraft import __version__
 from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
 from foredraft.cli.generate import generate
+from foredraft.cli.launch import launch, list_models, terminate
+from foredraft.cli.serve import serve
 from foredraft.cli.tune import tune
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "tune": tune,
+    "serve": serve,
+    "launch": launch,
+    "list": list_models,
+    "terminate": terminate,
+}
 
 app = typer.Typer(
     name="foredraft",
@@ -22,8 +33,8 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),  # --max_new_tokens is --max-new-tokens
     },
 )
-for command in COMMANDS.values():
-    app.command()(command)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def _print_version(asked: bool) -> None:
