@@ -69,7 +69,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 def drafting(llm: LLM, name: str) -> SelfDrafter:
     weight_format, skip = DRAFTS[name]
     drafter = SelfDrafter(llm.model, name, weight_format, skip)
-    llm.drafter = llm.engine.drafter = drafter
+    llm.engine.use(drafter)
     return drafter
 
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foredraft.integrations.transformers import accelerate
-    from foredraft.llm import LLM, Chunk, GenerationResult
+    from foredraft.llm import LLM
+    from foredraft.results import Chunk, GenerationResult
     from foredraft.stats import SpecStats
     from foredraft.types import Draft, Request, SamplingParams, Verdict
     from foredraft.weights.convert import convert
@@ -28,8 +29,8 @@ _HOMES = {
     "accelerate": "integrations.transformers",
     "convert": "weights.convert",
     "LLM": "llm",
-    "Chunk": "llm",
-    "GenerationResult": "llm",
+    "Chunk": "results",
+    "GenerationResult": "results",
     "SpecStats": "stats",
     "Draft": "types",
     "SamplingParams": "types",

@@ -5,13 +5,16 @@ Knows nothing of text; stop rules come with the requests.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
 from foredraft import sampling
-from foredraft.drafters.base import Drafter
-from foredraft.errors import ExactnessError, NumericsError, VocabularyMismatchError
+from foredraft.drafters.base import Drafter, check_draft
+from foredraft.errors import ForedraftError, NumericsError, RequestError
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy, PerRequest, StepTimes
@@ -19,6 +22,15 @@ from foredraft.scheduler import Scheduler, chunk_end
 from foredraft.stats import SpecStats
 from foredraft.types import Draft, FinishReason, Phase, Request, StepOutput, Verdict
 from foredraft.verify import verify, verify_reached
+
+
+@dataclass(slots=True)
+class Clock:
+    """When a step began, and when its drafts and its pass of the target were there."""
+
+    began: float = field(default_factory=perf_counter)
+    drafted: float = 0.0
+    verified: float = 0.0
 
 
 class Engine:
@@ -43,8 +55,29 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def use(self, drafter: Drafter | None = None, policy: DraftPolicy | None = None) -> None:
+        """Draft with another drafter, or by another policy, from here on.
+
+        Raises:
+            RequestError: requests run.
+        """
+        if self.has_work:
+            raise RequestError("requests run; a drafter or policy can change only when they have ended")
+        self.drafter = self.drafter if drafter is None else drafter
+        self.policy = self.policy if policy is None else PerRequest(policy)
+
+    @contextmanager
+    def using(self, drafter: Drafter | None = None, policy: DraftPolicy | None = None) -> Iterator[None]:
+        """`use`, until the block ends."""
+        before = self.drafter, self.policy
+        self.use(drafter, policy)
+        try:
+            yield
+        finally:
+            self.drafter, self.policy = before
+
     def add(self, request: Request) -> None:
-        request.arrived = perf_counter()
+        request.arrived = request.arrived or perf_counter()
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
@@ -52,26 +85,44 @@ class Engine:
         if request.phase is not Phase.FINISHED:
             self._finish(request, "abort")
 
+    def fail(self, request: Request, error: Exception) -> None:
+        """`abort` for a reason; a request that has ended already has failed all the same."""
+        request.error = error
+        request.finish_reason = "error"
+        if request.phase is not Phase.FINISHED:
+            self._finish(request, "error")
+
     @torch.no_grad()
     def step(self) -> list[StepOutput]:
-        """Advance every running request by one pass; return what reached the users.
+        """Advance those whose turn it is by one pass; return what reached the users.
 
-        A request that cannot go on (its logits are not numbers, its own processor or stop rule fails) is aborted with
-        its `error`; the others never notice.
+        A request that cannot go on (its logits are not numbers, its own processor or stop rule fails) ends with its
+        `error`, and the others never notice. If the whole step fails (the model, the cache's memory, the drafter), all
+        that took part end with that error.
         """
-        began = perf_counter()
         requests = self.scheduler.next_batch()
         if not requests:
             return []
+        try:
+            outputs = self._run(requests)
+        except Exception as error:
+            outputs = [self._failed(request, error) for request in requests]
+        for output in outputs:
+            if output.finish_reason:
+                self._finish(output.request, output.finish_reason)
+        return outputs
+
+    def _run(self, requests: list[Request]) -> list[StepOutput]:
+        clock = Clock()
         drafts = self._propose(requests)
-        drafted_at = perf_counter()
+        clock.drafted = perf_counter()
         spans = [self._span(request, draft) for request, draft in zip(requests, drafts, strict=True)]
         invariance = self.target.row_invariance
         rows = plan(spans, invariance.min_rows, invariance.key_multiple, invariance.row_multiple)
         logits = self.target.forward(rows)
-        verified_at = perf_counter()
+        clock.verified = perf_counter()
         outputs = self._commit_all(requests, drafts, spans, logits)
-        self._account(outputs, drafts, len(rows.tokens), began, drafted_at, verified_at)
+        self._account(requests, outputs, len(rows.tokens), sum(map(len, drafts)), clock)
         return outputs
 
     def _propose(self, requests: list[Request]) -> list[Draft]:
@@ -81,34 +132,23 @@ class Engine:
         wanting = [request for request in requests if request.draft_limit > 0]
         if wanting:
             drafts.update(zip(wanting, self.drafter.propose(wanting, self.policy), strict=True))
-        return [self._checked(draft, request) for request, draft in drafts.items()]
+        return [self._accepted(draft, request) for request, draft in drafts.items()]
+
+    def _accepted(self, draft: Draft, request: Request) -> Draft:
+        """The draft, or none and the request's error where it is not one that the target can verify."""
+        try:
+            check_draft(draft, request.draft_limit, self.target.vocab_size)
+        except ForedraftError as error:
+            request.error = error
+            return Draft()
+        return draft
 
     def _draft_limit(self, request: Request) -> int:
         """How many tokens may be drafted: none in a prompt, none that could not be emitted."""
-        if not request.decoding:
+        if not (request.decoding and request.may_draft):
             return 0
         room = min(request.remaining, self.max_model_len - len(request.token_ids)) - 1
         return max(0, min(self.policy.start(request), room, self.target.row_invariance.max_draft_tokens))
-
-    def _checked(self, draft: Draft, request: Request) -> Draft:
-        if not draft.is_chain:
-            raise ExactnessError(
-                f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, as "
-                "a branch's keys would lie elsewhere in the cache and change the bits: propose the likeliest path"
-            )
-        if len(draft) > request.draft_limit:
-            raise ExactnessError(
-                f"drafter {draft.source!r} proposed {len(draft)} tokens where {request.draft_limit} were allowed; "
-                "stop at request.draft_limit"
-            )
-        vocab_size = self.target.vocab_size
-        outside = next((token for token in draft.tokens if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise VocabularyMismatchError(
-                f"drafter {draft.source!r} proposed token {outside}, outside the target's {vocab_size} tokens; "
-                "draft in the target's tokens"
-            )
-        return draft
 
     def _span(self, request: Request, draft: Draft) -> Span:
         end = chunk_end(request) if not request.decoding else len(request.token_ids)
@@ -124,30 +164,34 @@ class Engine:
             if span.wanted == 0:
                 request.cached = span.start + len(span.tokens)
                 continue
-            outputs.append(self._commit_or_abort(request, draft, logits[row : row + span.wanted]))
+            outputs.append(self._commit_or_fail(request, draft, logits[row : row + span.wanted]))
             row += span.wanted
         return outputs
 
-    def _commit_or_abort(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
+    def _commit_or_fail(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
         try:
+            if request.error is not None:
+                raise request.error
             return self._commit(request, draft, logits)
         except NumericsError as error:
-            drafted = request.num_draft_tokens != 0 and (draft.tokens or request.stats.drafts)
-            return self._without_drafts(request) if drafted else self._abort(request, error)
+            drafted = request.may_draft and (draft.tokens or request.stats.drafts)
+            return self._without_drafts(request) if drafted else self._failed(request, error)
         except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
-            return self._abort(request, error)
+            return self._failed(request, error)
 
     def _without_drafts(self, request: Request) -> StepOutput:
-        """Compute the place again, alone: a guess may have left what is no number behind the last token, and a key that
-        is masked still takes part in every sum.
+        """Compute the place again, alone, and draft no more for this text.
+
+        A guess may have left NaN in the cache beyond the committed tokens, and there even a masked key counts: 0 times
+        NaN is NaN.
         """
         self.target.cache.clear(request.slot, request.cached)
-        request.num_draft_tokens = 0
+        request.may_draft = False
         self.recomputed.add(request)
         return StepOutput(request, (), (), None)
 
     def _blame_drafts(self, request: Request) -> None:
-        """The place has numbers without drafts, so that it was they."""
+        """Without drafts the same place has numbers, so a draft was the cause."""
         self.recomputed.discard(request)
         warnings.warn(
             f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers after "
@@ -156,11 +200,9 @@ class Engine:
             stacklevel=2,
         )
 
-    def _abort(self, request: Request, error: Exception) -> StepOutput:
-        self.target.cache.clear(request.slot)
+    def _failed(self, request: Request, error: Exception) -> StepOutput:
         request.error = error
-        self.abort(request)
-        return StepOutput(request, (), (), "abort")
+        return StepOutput(request, (), (), "error")
 
     def _commit(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
         """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
@@ -184,8 +226,6 @@ class Engine:
         tested = len(added) if all(flags) else len(draft)  # a text that ends within its draft leaves the rest untested
         request.stats.count_pass(tested, sum(flags), len(added))
         self._observe(request, draft, verdict)
-        if reason:
-            self._finish(request, reason)
         return StepOutput(request, added, flags, reason)
 
     def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
@@ -207,38 +247,35 @@ class Engine:
         self.policy.observe(request, draft, verdict)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        """Free all that a request holds, and add its counters to the totals."""
         self.scheduler.retire(request)
         self.recomputed.discard(request)
         request.finish_reason = reason
         request.stats.seconds_total = perf_counter() - request.arrived
         self.stats.add(request.stats)
-        self.drafter.forget(request)
-        self.policy.forget(request)
+        if reason == "error" and request.slot >= 0:
+            self.target.cache.clear(request.slot)  # it may hold NaN
+        for forget in (self.drafter.forget, self.policy.forget):
+            try:
+                forget(request)
+            except Exception as error:  # of a user's own
+                self.fail(request, error)
 
     def _account(
-        self,
-        outputs: list[StepOutput],
-        drafts: list[Draft],
-        rows: int,
-        began: float,
-        drafted_at: float,
-        verified_at: float,
+        self, requests: list[Request], outputs: list[StepOutput], rows: int, drafted: int, clock: Clock
     ) -> None:
-        """Share the step's seconds among its requests, and tell the policy what a decoding step costs."""
+        """Share the step's seconds among all that took part, and tell the policy what a decoding step costs."""
         ended = perf_counter()
-        share = 1 / max(1, len(drafts))
+        drafting, verifying = clock.drafted - clock.began, clock.verified - clock.drafted
+        for request in requests:
+            request.stats.seconds_drafting += drafting / len(requests)
+            request.stats.seconds_verifying += verifying / len(requests)
+            request.stats.seconds_other += (ended - clock.verified) / len(requests)
         for output in outputs:
-            stats = output.request.stats
-            stats.seconds_drafting += (drafted_at - began) * share
-            stats.seconds_verifying += (verified_at - drafted_at) * share
-            stats.seconds_other += (ended - verified_at) * share
-            if not stats.seconds_to_first_token:
-                stats.seconds_to_first_token = ended - output.request.arrived
-        if len(outputs) == len(drafts) and outputs:
-            drafted = sum(map(len, drafts))
+            if output.token_ids and not output.request.stats.seconds_to_first_token:
+                output.request.stats.seconds_to_first_token = ended - output.request.arrived
+        if len(outputs) == len(requests):
             emitted = sum(len(output.token_ids) for output in outputs)
             self.policy.observe_times(
-                StepTimes(
-                    len(drafts), drafted, rows, emitted, drafted_at - began, verified_at - drafted_at, ended - began
-                )
+                StepTimes(len(requests), drafted, rows, emitted, drafting, verifying, ended - clock.began)
             )

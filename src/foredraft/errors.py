@@ -8,10 +8,17 @@ ForedraftError
 │   └── PromptTooLongError     the prompt leaves no room in the context
 ├── ExactnessError             an option was asked for that cannot be kept exact
 ├── NumericsError              the target produced NaN or infinite logits
-└── CacheMemoryError           keys and values do not fit the device (also a MemoryError)
+├── CacheMemoryError           keys and values do not fit the device (also a MemoryError)
+├── GenerationError            some of many requests failed; has the results of the others
+└── StoppedError               a request ended because what drove it was stopped or interrupted
+
+ExactnessWarning               a loaded model whose passes do not agree bit for bit
 
 A message says what is wrong, the value, and what to do about it.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class ForedraftError(Exception):
@@ -48,3 +55,19 @@ class NumericsError(ForedraftError):
 
 class CacheMemoryError(ForedraftError, MemoryError):
     """The cache could not be allocated."""
+
+
+class GenerationError(ForedraftError):
+    """Some of the requests of one call failed; `results` has all of them in the order asked for, these with `error`."""
+
+    def __init__(self, message: str, results: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.results = list(results)
+
+
+class StoppedError(ForedraftError):
+    """What drove the request was stopped, or interrupted in a step that it took part in."""
+
+
+class ExactnessWarning(UserWarning):
+    """The model's logits depend on what else is in a pass, so that drafting may change its tokens."""

@@ -1,17 +1,15 @@
 """LLM: text in, the same text out, sooner. The library's front door: generate, stream, chat.
 
-Owns the tokenizer, the engine and the shape of results. One loop serves every call; a request is a sequence in it.
+Owns the tokenizer, the engine and its runner. One loop serves every call, whichever thread it comes from.
 """
 
 import operator
 import secrets
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,79 +17,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foredraft.drafters import DRAFTERS, SELF_DRAFTERS, DraftContext, make_drafter
 from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
-from foredraft.errors import PromptTooLongError, RequestError
+from foredraft.errors import GenerationError, PromptTooLongError, RequestError
 from foredraft.models.cache import GRANULE
+from foredraft.models.invariance import check_exact
 from foredraft.models.load import LoadOptions, load_target, load_tokenizer
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
-from foredraft.stats import SpecStats
+from foredraft.results import Chunk, GenerationResult, Job
+from foredraft.runner import Runner
 from foredraft.text import TextStream, end_of_turn_ids, render_chat
-from foredraft.types import FinishReason, Request, SamplingParams, StepOutput, TokenLogprobs
+from foredraft.types import Request, SamplingParams, StepOutput
 from foredraft.weights.checkpoint import check_source
 
 BUNDLED = Path(__file__).parent / "bundled"
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """A finished request. `text` leaves special tokens and stop strings out; `token_ids` has every token."""
-
-    text: str
-    token_ids: list[int]
-    from_draft: list[bool]  # one for each token: was it drafted and accepted?
-    finish_reason: FinishReason
-    prompt_token_ids: list[int]
-    seed: int
-    stats: SpecStats
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one step added. `pieces` is `text` cut by token, each with whether it was drafted."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    from_draft: tuple[bool, ...]
-    pieces: tuple[tuple[str, bool], ...]
-    finish_reason: FinishReason | None
-    result: GenerationResult | None  # on the last chunk
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request in the engine, and its text."""
-
-    request: Request
-    stream: TextStream | None
-
-    def result(self) -> GenerationResult:
-        r = self.request
-        assert r.finish_reason is not None
-        if self.stream is not None:
-            self.stream.close()
-        return GenerationResult(
-            self.stream.text if self.stream else "",
-            r.output_ids,
-            r.from_draft,
-            r.finish_reason,
-            r.token_ids[: r.prompt_len],
-            r.seed,
-            r.stats,
-            r.logprobs,
-        )
-
-    def chunk(self, output: StepOutput) -> Chunk:
-        result = self.result() if output.finish_reason else None
-        pieces = self.stream.take_pieces(self.request.from_draft) if self.stream else ()
-        text = "".join(piece for piece, _ in pieces)
-        return Chunk(text, output.token_ids, output.from_draft, pieces, output.finish_reason, result)
+OnError = Literal["raise", "return"]
 
 
 class LLM:
     """A target model with a drafter. Calls from several threads share the steps, as a batch.
+
+    A call drives `runner` until its own requests have ended. A server starts it (`with llm.runner: ...`) and hands it
+    jobs: `llm.runner.submit(job.request, job.sink(take_chunk))`, with `job = llm.job(prompt, params)`.
 
     Args:
         target: a folder, a hub name or a transformers model; None is the bundled pair.
@@ -106,9 +54,11 @@ class LLM:
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
         max_batch_size: sequences that run at once; others wait.
         policy: how far to draft: "gain" (default), "fixed", "heuristic", "threshold", or a DraftPolicy.
+        require_exact: refuse a model whose passes do not agree bit for bit here; otherwise that is a warning.
 
     Raises:
         ModelError: a checkpoint does not load, or cannot serve.
+        ExactnessError: `require_exact`, and drafting may change this model's tokens here.
         RequestError: an argument is not usable.
     """
 
@@ -129,6 +79,7 @@ class LLM:
         max_model_len: int | None = None,
         max_batch_size: int = 8,
         policy: str | DraftPolicy | None = None,
+        require_exact: bool = False,
     ) -> None:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
@@ -146,20 +97,16 @@ class LLM:
             tokenizer = load_tokenizer(target, options)
         self._tokenizer = tokenizer
         self.model = load_target(target, options)
+        check_exact(self.model, required=require_exact)
         self.max_model_len = _context(max_model_len, self.model.max_positions)
         context = DraftContext(self.model, tokenizer, draft_options, draft_profile, force_profile)
-        self.drafter = make_drafter(draft, context)
+        drafter = make_drafter(draft, context)
         self.model.cache.max_slots = max_batch_size
         self.model.cache.max_length = round_up(self.max_model_len, GRANULE)
         self.engine = Engine(
-            self.model,
-            self.drafter,
-            chosen_policy,
-            max_batch_size=max_batch_size,
-            max_model_len=self.max_model_len,
+            self.model, drafter, chosen_policy, max_batch_size=max_batch_size, max_model_len=self.max_model_len
         )
-        self._inboxes: dict[Request, deque[StepOutput]] = {}
-        self._lock = threading.RLock()  # of engine and inboxes: several threads' calls share the steps
+        self.runner = Runner(self.engine)
         self.eos_token_ids = frozenset(_eos_ids(self.model.config, self.model.generation_config, tokenizer))
 
     @property
@@ -167,6 +114,10 @@ class LLM:
         if self._tokenizer is None:
             raise RequestError("this LLM was made from a model object without a tokenizer; pass tokenizer=...")
         return self._tokenizer
+
+    @property
+    def drafter(self) -> Drafter:
+        return self.engine.drafter
 
     @property
     def memory(self) -> dict[str, int]:
@@ -180,7 +131,12 @@ class LLM:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
-        self, prompts: Prompt, params: SamplingParams | None = ..., *, num_draft_tokens: int | None = ...
+        self,
+        prompts: Prompt,
+        params: SamplingParams | None = ...,
+        *,
+        num_draft_tokens: int | None = ...,
+        on_error: OnError = ...,
     ) -> GenerationResult: ...
     @overload
     def generate(
@@ -189,6 +145,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = ...,
         *,
         num_draft_tokens: int | None = ...,
+        on_error: OnError = ...,
     ) -> list[GenerationResult]: ...
     def generate(
         self,
@@ -196,6 +153,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         num_draft_tokens: int | None = None,
+        on_error: OnError = "raise",
     ) -> GenerationResult | list[GenerationResult]:
         """Complete one prompt, or many at once; text or token ids.
 
@@ -203,10 +161,15 @@ class LLM:
             prompts: text, token ids, or a list of either.
             params: one for all, or one each; None decodes greedily.
             num_draft_tokens: draft exactly so many each step; 0 is plain decoding, None lets the policy decide.
+            on_error: what becomes of a request that fails while it runs. "return": its result has `finish_reason`
+                "error" and the `error`. "raise": the error is raised; of a list, when all the others have ended too.
 
         Raises:
             RequestError: a prompt is empty or too long, or a parameter is out of range; nothing has run then.
+            GenerationError: some of a list of prompts failed; its `results` has all, finished or not.
         """
+        if on_error not in ("raise", "return"):
+            raise RequestError(f"on_error={on_error!r} is not usable; it must be 'raise' or 'return'")
         if isinstance(prompts, torch.Tensor):
             prompts = prompts.tolist()
         if not isinstance(prompts, Sequence):
@@ -216,18 +179,19 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts; give one, or one each")
-        jobs = [self.job(prompt, own, num_draft_tokens) for prompt, own in zip(batch, each, strict=True)]
-        for _ in self._run(jobs):
-            pass
-        results = [job.result() for job in jobs]
+        results = self._run([self.job(prompt, own, num_draft_tokens) for prompt, own in zip(batch, each, strict=True)])
+        if on_error == "raise":
+            _raise_errors(results, single=single)
         return results[0] if single else results
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
     ) -> Iterator[Chunk]:
-        """Complete one prompt, a chunk for each step; the last one carries the result. Raises as `generate`."""
-        job = self.job(prompt, params, num_draft_tokens)
-        return (job.chunk(output) for output in self._run([job]))
+        """Complete one prompt, a chunk for each step; the last one carries the result. Raises as `generate`.
+
+        The request begins with the first chunk asked for, and ends with the iterator: closed, or dropped.
+        """
+        return self._stream(self.job(prompt, params, num_draft_tokens))
 
     def chat(
         self, messages: Messages, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
@@ -243,7 +207,7 @@ class LLM:
         """`chat`, a chunk for each step."""
         prompt = render_chat(self.tokenizer, messages)
         job = self.job(prompt, params, num_draft_tokens, stop_token_ids=end_of_turn_ids(self.tokenizer))
-        return (job.chunk(output) for output in self._run([job]))
+        return self._stream(job)
 
     def job(
         self,
@@ -271,7 +235,7 @@ class LLM:
             num_draft_tokens=num_draft_tokens,
             stop_token_ids=eos.union(params.stop_token_ids),
         )
-        return Job(request, stream)
+        return Job(request, stream, self.model.row_invariance.exact)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""
@@ -310,35 +274,53 @@ class LLM:
             most = self.model.vocab_size - 1
             raise RequestError(f"logit_bias names tokens {outside}; this vocabulary has ids 0 to {most}")
 
-    def _run(self, jobs: list[Job]) -> Iterator[StepOutput]:
-        """Drive the engine until these jobs are finished; leave nothing behind when the caller walks away.
+    def _run(self, jobs: list[Job]) -> list[GenerationResult]:
+        """Drive until these have ended; leave none of them behind when the caller is interrupted."""
+        open_requests = {job.request for job in jobs}
 
-        A step advances every stream that is open; what it gave the others waits for them in their inboxes.
-        """
-        inboxes = {job.request: deque[StepOutput]() for job in jobs}
-        with self._lock:
-            self._inboxes.update(inboxes)
-            for request in inboxes:
-                self.engine.add(request)
+        def heard(output: StepOutput) -> None:
+            if output.finish_reason:
+                open_requests.discard(output.request)
+
         try:
-            while ready := self._ready(inboxes):
-                for output in ready:
-                    if output.request.error is not None:
-                        raise output.request.error
-                    yield output
+            for job in jobs:
+                self.runner.submit(job.request, heard)
+            self.runner.run_until(lambda: not open_requests)
         finally:
-            with self._lock:
-                for request in inboxes:
-                    self.engine.abort(request)
-                    del self._inboxes[request]
+            for job in jobs:
+                self.runner.cancel(job.request)
+        return [job.result() for job in jobs]
 
-    def _ready(self, inboxes: Mapping[Request, deque[StepOutput]]) -> list[StepOutput]:
-        """What waits in these inboxes, after as many steps for all as it takes; nothing where all have ended."""
-        with self._lock:
-            while not any(inboxes.values()) and any(not request.finish_reason for request in inboxes):
-                for output in self.engine.step():
-                    self._inboxes[output.request].append(output)
-            return [inbox.popleft() for inbox in inboxes.values() if inbox]
+    def _stream(self, job: Job) -> Iterator[Chunk]:
+        chunks: deque[Chunk] = deque()  # more than one where other calls drive in the meantime
+        self.runner.submit(job.request, job.sink(chunks.append))
+        try:
+            while True:
+                self.runner.run_until(lambda: bool(chunks))
+                chunk = chunks.popleft()
+                if chunk.result and chunk.result.error:
+                    raise chunk.result.error
+                yield chunk
+                if chunk.result:
+                    return
+        finally:
+            self.runner.cancel(job.request)
+
+
+def _raise_errors(results: list[GenerationResult], *, single: bool) -> None:
+    """Raises the error of a single request; of several a GenerationError that has all results."""
+    failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
+    if not failed:
+        return
+    first = failed[0][1]
+    if single:
+        raise first
+    where = ", ".join(str(i) for i, _ in failed)
+    raise GenerationError(
+        f"{len(failed)} of {len(results)} requests failed (index {where}; the first: {type(first).__name__}: {first}); "
+        "`results` of this error has all of them, and on_error='return' returns them instead",
+        results,
+    ) from first
 
 
 def _never(token_id: int) -> bool:

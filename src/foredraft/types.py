@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 from foredraft.errors import RequestError
 from foredraft.stats import SpecStats
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 VerifierName = Literal["coupled", "rejection"]
 StopRule = Callable[[int], bool]
 """Called once for each token as it is committed, in order; True ends the request with this token."""
@@ -156,15 +156,16 @@ class Request:
     seed: int
     stop_rule: StopRule
     num_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
+    may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
-    arrived: float = 0.0  # perf_counter of the engine
+    arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
     prompt_len: int = -1
     slot: int = -1
     cached: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
-    error: Exception | None = None  # why it was aborted, where that was not its user's wish
+    error: Exception | None = None  # what went wrong, where `finish_reason` is "error"
     from_draft: list[bool] = field(default_factory=list)  # one for each output token
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SpecStats = field(default_factory=SpecStats)

@@ -85,12 +85,18 @@ class Comparison:
         return not self.differences
 
     @property
+    def exact(self) -> bool:
+        """Whether equal tokens were promised."""
+        return self.plain.results[0].exact
+
+    @property
     def speedup(self) -> float:
         return self.plain.median_seconds / self.speculative.median_seconds
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "equal": self.equal,
+            "exact": self.exact,
             "differences": [asdict(difference) for difference in self.differences],
             "speedup": self.speedup,
             "rounds": len(self.plain.seconds),
@@ -112,6 +118,8 @@ class Comparison:
             )
         else:
             _print_differences(self)
+        if not self.exact:
+            console.print("exact: [yellow]no[/], equal tokens are not promised for this model here")
         console.print(f"speed-up: [bold]{self.speedup:.2f}[/]")
 
 

@@ -98,6 +98,7 @@ def describe(result: "GenerationResult") -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "prompt_tokens": len(result.prompt_token_ids),
         "seed": result.seed,
+        "exact": result.exact,
         "stats": result.stats.as_dict(),
     }
 

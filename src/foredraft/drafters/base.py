@@ -5,6 +5,7 @@ A drafter may be as wrong as it likes: it changes how many tokens a pass yields,
 
 from typing import Protocol, runtime_checkable
 
+from foredraft.errors import ExactnessError, VocabularyMismatchError
 from foredraft.policy import DraftPolicy
 from foredraft.types import Draft, Request, Verdict
 
@@ -40,3 +41,28 @@ class NoDrafter:
 
     def forget(self, request: Request) -> None:
         pass
+
+
+def check_draft(draft: Draft, limit: int, vocab_size: int) -> None:
+    """Whether the target can verify this draft of at most `limit` tokens.
+
+    Raises:
+        ExactnessError: it is a tree, or too long.
+        VocabularyMismatchError: the target has no such token.
+    """
+    if not draft.is_chain:
+        raise ExactnessError(
+            f"drafter {draft.source!r} proposed a tree (parents {draft.parents}); the engine verifies chains, as "
+            "a branch's keys would lie elsewhere in the cache and change the bits: propose the likeliest path"
+        )
+    if len(draft) > limit:
+        raise ExactnessError(
+            f"drafter {draft.source!r} proposed {len(draft)} tokens where {limit} were allowed; "
+            "stop at request.draft_limit"
+        )
+    outside = next((token for token in draft.tokens if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise VocabularyMismatchError(
+            f"drafter {draft.source!r} proposed token {outside}, outside the target's {vocab_size} tokens; "
+            "draft in the target's tokens"
+        )

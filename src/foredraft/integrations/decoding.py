@@ -27,6 +27,7 @@ from transformers import (
 
 from foredraft.engine import Engine
 from foredraft.errors import PromptTooLongError, RequestError
+from foredraft.runner import Runner
 from foredraft.types import Request, SamplingParams, StepOutput, VerifierName
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # in transformers' order
@@ -73,17 +74,17 @@ class Benchmarks:
     e2e_time_without_first: float = 0.0
 
 
-def decode(engine: Engine, call: Call) -> tuple[torch.Tensor, Benchmarks]:
+def decode(runner: Runner, call: Call) -> tuple[torch.Tensor, Benchmarks]:
     """Run the rows to their end. Ids [B, L + new] as transformers returns them.
 
     Raises:
         RequestError: a row is padded on the right, has no token, or does not fit the model's context.
     """
     ends: dict[int, int] = {}
-    rows = [_row(engine, call, i, ends) for i in range(len(call.input_ids))]
+    rows = [_row(runner.engine, call, i, ends) for i in range(len(call.input_ids))]
     columns = Columns(rows, call)
     meter = Meter()
-    for outputs in _steps(engine, rows):
+    for outputs in _steps(runner, rows):
         meter.count(outputs)
         columns.flush()
     count = max(row.num_output for row in rows) if call.ends_rows else max(ends.values())
@@ -92,24 +93,26 @@ def decode(engine: Engine, call: Call) -> tuple[torch.Tensor, Benchmarks]:
     return torch.cat((call.input_ids, columns.tensor(count)), dim=1), meter.benchmarks
 
 
-def _steps(engine: Engine, rows: list[Request]) -> Iterator[list[StepOutput]]:
-    """Drive the engine until the rows have ended; leave nothing behind when an error or the caller ends it first.
+def _steps(runner: Runner, rows: list[Request]) -> Iterator[list[StepOutput]]:
+    """What each step gave the rows, until they have ended; leave none behind when an error or the caller ends it first.
 
     Raises what a row's own processor or criterion raised.
     """
-    for row in rows:
-        engine.add(row)
+    outputs: list[StepOutput] = []
     try:
+        for row in rows:
+            runner.submit(row, outputs.append)
         while any(row.finish_reason is None for row in rows):
-            outputs = engine.step()
-            error = next((output.request.error for output in outputs if output.request.error), None)
+            runner.run_until(lambda: bool(outputs))
+            new = outputs[:]
+            outputs.clear()
+            error = next((output.request.error for output in new if output.request.error), None)
             if error is not None:
                 raise error
-            yield outputs
+            yield new
     finally:
         for row in rows:
-            if row.finish_reason is None:
-                engine.abort(row)
+            runner.cancel(row)
 
 
 def _row(engine: Engine, call: Call, index: int, ends: dict[int, int]) -> Request:
@@ -277,8 +280,6 @@ class Meter:
     def count(self, outputs: list[StepOutput]) -> None:
         now, b = perf_counter(), self.benchmarks
         moved = [self._moved(output.request) for output in outputs]
-        if not outputs:  # a piece of a prompt
-            return
         if not b.first_token_time:
             b.first_token_time = now - self.began
         else:

@@ -22,8 +22,10 @@ from foredraft.integrations.drafting import Drafting
 from foredraft.integrations.recipe import Recipe
 from foredraft.integrations.refusals import check_call, check_prepared, check_processors
 from foredraft.models.base import NO_SKIP, SkipSet
+from foredraft.models.invariance import check_exact
 from foredraft.models.load import is_on
-from foredraft.policy import DraftPolicy, PerRequest, make_policy
+from foredraft.policy import DraftPolicy, make_policy
+from foredraft.runner import Runner
 from foredraft.stats import SpecStats
 from foredraft.types import VerifierName
 
@@ -65,6 +67,7 @@ class SpeculativeModel(GenerationMixin):
 
     def _build(self, recipe: Recipe) -> None:
         target = recipe.target()
+        check_exact(target)
         target.cache.max_slots = recipe.max_batch_size
         self.recipe = recipe
         self._drafters: dict[Any, Drafter] = {}  # those that calls have asked for, by what was asked for
@@ -76,6 +79,7 @@ class SpeculativeModel(GenerationMixin):
             max_batch_size=recipe.max_batch_size,
             max_model_len=target.max_positions,
         )
+        self.runner = Runner(self.engine)
 
     # --- what a transformers model offers besides ---------------------------------------------------------------
 
@@ -91,6 +95,11 @@ class SpeculativeModel(GenerationMixin):
     def stats(self) -> SpecStats:
         """Counters of all calls."""
         return self.engine.stats
+
+    @property
+    def exact(self) -> bool:
+        """Whether drafting is known to change no token here: what was found of the target when it was loaded."""
+        return self.engine.target.row_invariance.exact
 
     @property
     def name_or_path(self) -> str:
@@ -213,20 +222,18 @@ class SpeculativeModel(GenerationMixin):
             raise RequestError("generate() was called from within generate(); call it from outside, or another model")
         with self._lock:
             self._busy, self._seed, self._verifier = threading.get_ident(), seed, verifier
-            usual = self.engine.drafter, self.engine.policy
             try:
-                self._choose(drafting)
-                return cast(Any, GenerationMixin.generate)(
-                    self,
-                    inputs,
-                    generation_config,
-                    logits_processor,
-                    stopping_criteria,
-                    prefix_allowed_tokens_fn,
-                    **kwargs,
-                )
+                with self.engine.using(policy=self._policy(drafting), drafter=self._drafter(drafting)):
+                    return cast(Any, GenerationMixin.generate)(
+                        self,
+                        inputs,
+                        generation_config,
+                        logits_processor,
+                        stopping_criteria,
+                        prefix_allowed_tokens_fn,
+                        **kwargs,
+                    )
             finally:
-                self.engine.drafter, self.engine.policy = usual
                 self._busy = None
 
     def _sample(  # type: ignore[override]  # transformers' own types are aliases of these
@@ -257,26 +264,28 @@ class SpeculativeModel(GenerationMixin):
             self._verifier,
             streamer,
         )
-        ids, benchmarks = decode(self.engine, call)
+        ids, benchmarks = decode(self.runner, call)
         self._publish(benchmarks)
         self.th_stop_draft = getattr(self.engine.policy.policy, "threshold", None)
         return GenerateDecoderOnlyOutput(sequences=cast(Any, ids)) if generation_config.return_dict_in_generate else ids
 
     _assisted_decoding = cast(Any, _sample)  # a configuration that asks for lookup: our engine does that itself
 
-    def _choose(self, drafting: Drafting) -> None:
-        """The drafter and the policy that this call asks for; made once, and kept for the next one that asks."""
-        most = self.engine.target.row_invariance.max_draft_tokens
-        policy = drafting.policy(most)
-        if policy is not None:
-            kept = self._policies.setdefault(drafting.options, policy) if drafting.learns_on else policy
-            self.engine.policy = PerRequest(kept)
+    def _policy(self, drafting: Drafting) -> DraftPolicy | None:
+        """The policy that this call asks for, if any; one that learns on is kept for the next call that asks for it."""
+        policy = drafting.policy(self.engine.target.row_invariance.max_draft_tokens)
+        if policy is None or not drafting.learns_on:
+            return policy
+        return self._policies.setdefault(drafting.options, policy)
+
+    def _drafter(self, drafting: Drafting) -> Drafter | None:
+        """The drafter that this call asks for, if any; made once, and kept for the next one that asks."""
         if drafting.lookup:
-            self.engine.drafter = self._drafter(("ngram", drafting.drafter().min_match), drafting.drafter)
-        elif drafting.assistant is not None:
-            spec = _draft_source(drafting.assistant)
-            make = lambda: self.recipe.drafter(spec, self.engine.target)  # noqa: E731
-            self.engine.drafter = self._drafter(spec, make)
+            return self._kept(("ngram", drafting.drafter().min_match), drafting.drafter)
+        if drafting.assistant is None:
+            return None
+        spec = _draft_source(drafting.assistant)
+        return self._kept(spec, lambda: self.recipe.drafter(spec, self.engine.target))
 
     def set_skip_layers(self, attn_skip_layer_ids: Iterable[int], mlp_skip_layer_ids: Iterable[int]) -> None:
         """From here on draft with this model less these layers' attention and MLP (Draft & Verify's name).
@@ -286,7 +295,7 @@ class SpeculativeModel(GenerationMixin):
         """
         skip = SkipSet(tuple(attn_skip_layer_ids), tuple(mlp_skip_layer_ids))
         recipe = replace(self.recipe, skip=skip)
-        self.engine.drafter = recipe.own_drafter(self.engine.target)
+        self.engine.use(recipe.own_drafter(self.engine.target))
         self.recipe = recipe
 
     def get_skip_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -294,7 +303,7 @@ class SpeculativeModel(GenerationMixin):
         skip = getattr(self.engine.drafter, "skip", NO_SKIP)
         return skip.attention, skip.mlp
 
-    def _drafter(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
+    def _kept(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
         if key not in self._drafters:
             self._drafters[key] = make()
         return self._drafters[key]

@@ -120,6 +120,7 @@ class SlotCache:
 
     @torch.inference_mode()
     def clear(self, slot: int, start: int = 0) -> None:
-        """Zero a slot from a position on; needed only after it held values that are not finite."""
-        for tensor in self.storage:
-            tensor[slot, start:].zero_()
+        """Zero a slot, if it has memory, from a position on; needed only after it held values that are not finite."""
+        if slot < self.slots:
+            for tensor in self.storage:
+                tensor[slot, start:].zero_()

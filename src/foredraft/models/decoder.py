@@ -243,7 +243,7 @@ class Decoder:
         return length
 
     def _wanted(self, rows: RowBatch) -> torch.Tensor:
-        """Rows that go through the head: the wanted ones, and as many again as keep the head row invariant."""
+        """Rows that go through the head: the wanted ones, the last of them repeated until there are `min_rows`."""
         padding = min(self.row_invariance.min_rows, len(rows.tokens)) - len(rows.wanted)
         padded = [*rows.wanted, *rows.wanted[-1:] * padding]
         return torch.tensor(padded, dtype=torch.int64, device=self.device)

@@ -5,12 +5,14 @@ Measured, never assumed: libraries choose kernels by row count, processor and pr
 """
 
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
+from foredraft.errors import ExactnessError, ExactnessWarning
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import PREFILL_CHUNK, SHORT_SPAN, RowInvariance, Span, plan, round_up
 
@@ -61,6 +63,24 @@ def probe(model: CausalModel) -> RowInvariance:
     finally:
         model.row_invariance = before
         model.cache.release()
+
+
+def check_exact(model: CausalModel, *, required: bool = False) -> None:
+    """Say so where the probe found no shapes from which on this model's rows agree.
+
+    Raises:
+        ExactnessError: `required`, and it found none.
+    """
+    if model.row_invariance.exact:
+        return
+    where = f"{model.config.model_type} model in {model.dtype} on {model.device}"
+    what = (
+        f"no pass widths were found at which this {where} gives a token the same bits whatever else is in the pass, so "
+        "drafting and batch mates may change its text where two tokens are nearly tied"
+    )
+    if required:
+        raise ExactnessError(f"require_exact=True: {what}; try dtype='float32' or device='cpu'")
+    warnings.warn(f"{what} (docs/lossless.md); LLM(require_exact=True) refuses this", ExactnessWarning, stacklevel=3)
 
 
 def _holds(model: CausalModel, candidate: RowInvariance, text: Text) -> bool:

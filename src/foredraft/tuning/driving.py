@@ -5,18 +5,11 @@ from contextlib import contextmanager
 
 from foredraft.drafters.base import Drafter
 from foredraft.llm import LLM
-from foredraft.policy import DraftPolicy, PerRequest
+from foredraft.policy import DraftPolicy
 
 
 @contextmanager
 def driven_by(llm: LLM, drafter: Drafter, policy: DraftPolicy | None = None) -> Iterator[LLM]:
     """The same LLM with another drafter, and another policy where one is given, until the block ends."""
-    assert not llm.engine.has_work, "a drafter cannot change while requests run"
-    before, policy_before = llm.engine.drafter, llm.engine.policy
-    llm.engine.drafter = drafter
-    if policy is not None:
-        llm.engine.policy = PerRequest(policy)
-    try:
+    with llm.engine.using(drafter, policy):
         yield llm
-    finally:
-        llm.engine.drafter, llm.engine.policy = before, policy_before

@@ -1,0 +1,102 @@
+"""What a user gets: results, chunks of a stream, and the job that makes them from a request's steps.
+
+Owns how a step's tokens become text. Knows nothing of models or of who drives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from foredraft.runner import Sink
+from foredraft.stats import SpecStats
+from foredraft.text import TextStream
+from foredraft.types import FinishReason, Request, StepOutput, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished request. `text` leaves special tokens and stop strings out; `token_ids` has every token.
+
+    Where `finish_reason` is "error", `error` says why, and text and tokens are those up to there.
+    """
+
+    text: str
+    token_ids: list[int]
+    from_draft: list[bool]  # one for each token: was it drafted and accepted?
+    finish_reason: FinishReason
+    prompt_token_ids: list[int]
+    seed: int
+    stats: SpecStats
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    exact: bool = True  # whether plain decoding is known to give the same tokens: see docs/lossless.md
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step added: its tokens, and the text they settle. `pieces` is that text by token, drafted or not."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    from_draft: tuple[bool, ...]
+    pieces: tuple[tuple[str, bool], ...]
+    finish_reason: FinishReason | None
+    result: GenerationResult | None  # on the last chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request, and its text. A server hands `request` and `sink(...)` to `LLM.runner.submit`."""
+
+    request: Request
+    stream: TextStream | None
+    rows_agree: bool = True  # whether the target's rows were found to be exact
+
+    def sink(self, take: Callable[[Chunk], object]) -> Sink:
+        """Calls `take` with a chunk after each step, on the thread that drives; the last one has the result."""
+        return lambda output: take(self.chunk(output))
+
+    def chunk(self, output: StepOutput) -> Chunk:
+        """To be made of every output as it comes, so that its text is its own tokens' text."""
+        result = self.result() if output.finish_reason else None
+        pieces = self._pieces()
+        text = "".join(piece for piece, _ in pieces)
+        reason = result.finish_reason if result else None
+        return Chunk(text, output.token_ids, output.from_draft, pieces, reason, result)
+
+    def _pieces(self) -> tuple[tuple[str, bool], ...]:
+        if self.stream is None:
+            return ()
+        try:
+            return self.stream.take_pieces(self.request.from_draft)
+        except Exception:  # of the tokenizer
+            if self.request.error is None:
+                raise
+            return ()
+
+    def result(self) -> GenerationResult:
+        """Once the request has ended. A tokenizer that fails on its tokens makes it one with an error."""
+        r = self.request
+        text = self._text()
+        assert r.finish_reason is not None
+        return GenerationResult(
+            text,
+            r.output_ids,
+            r.from_draft,
+            "error" if r.error is not None else r.finish_reason,
+            r.token_ids[: r.prompt_len],
+            r.seed,
+            r.stats,
+            r.logprobs,
+            self.rows_agree and (r.params.greedy or r.params.verifier == "coupled"),
+            r.error,
+        )
+
+    def _text(self) -> str:
+        if self.stream is None:
+            return ""
+        try:
+            self.stream.close()
+            return self.stream.text
+        except Exception as error:  # of the tokenizer
+            self.request.error = self.request.error or error
+            return ""
