@@ -50,8 +50,9 @@ def start_stream(server: ServerProcess, receive_buffer: int | None = None, **fie
     sock.settimeout(PATIENCE)
     sock.connect(("127.0.0.1", server.port))
     body = json.dumps({**LONG, "max_tokens": 1000, "stream": True, **fields}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    sock.sendall(head.encode() + body)
+    fields_sent = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(body)}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields_sent.items())
+    sock.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
     return sock
 
 

@@ -158,6 +158,7 @@ class Request:
     num_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
     may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
+    started: float = 0.0  # perf_counter at its first step
     arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
     prompt_len: int = -1
@@ -200,3 +201,4 @@ class StepOutput:
     token_ids: tuple[int, ...]
     from_draft: tuple[bool, ...]
     finish_reason: FinishReason | None
+    source: str = "none"  # who drafted what this step checked

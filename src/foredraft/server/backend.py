@@ -10,8 +10,8 @@ from functools import partial
 from math import ceil
 
 from foredraft.errors import RequestError
-from foredraft.llm import LLM, Job
-from foredraft.runner import Runner
+from foredraft.llm import LLM
+from foredraft.results import Job
 from foredraft.server.errors import ApiError
 from foredraft.server.generation import Generation, Text
 from foredraft.server.inbox import Bell, Mail
@@ -28,7 +28,7 @@ class EngineModel:
 
     def __init__(self, llm: LLM, limits: Limits, metrics: ModelMetrics, loop: asyncio.AbstractEventLoop) -> None:
         self._llm = llm
-        self._runner = Runner(llm.engine).start()
+        self._runner = llm.runner.start()
         self._limits = limits
         self._metrics = metrics
         self._loop = loop

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
-from foredraft.llm import Job
+from foredraft.results import Job
 from foredraft.server.inbox import Bell, Mail
 from foredraft.server.metrics import ModelMetrics, StepFigures
 from foredraft.server.service import Delta, Finished, TokenKind, TokenPiece
@@ -29,9 +29,9 @@ class Text:
     metrics: ModelMetrics
     stream: bool
     details: bool
-    submitted: float = field(default_factory=perf_counter)
     tokens: list[TokenPiece] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     scored: int = 0
@@ -47,6 +47,7 @@ class Text:
         self.drafted, self.accepted = stats.drafted, stats.accepted
         self._measure(output, drafted, accepted)
         self.kinds += _kinds(output.from_draft, drafted, accepted)
+        self.sources += [output.source if flag else "" for flag in output.from_draft]
         text, pieces = self._pieces(output) if self.stream or self.details else ("", ())
         return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
 
@@ -54,11 +55,11 @@ class Text:
         now = perf_counter()
         since = None if self.last_step is None else now - self.last_step
         if self.last_step is None:
-            self.queued = max(0.0, self.job.request.arrived - self.submitted)
+            self.queued = max(0.0, self.job.request.started - self.job.request.arrived)
         self.last_step = now
         if output.token_ids:
             off = self._why_off()
-            self.metrics.step(StepFigures(len(output.token_ids), drafted, accepted, self.drafter, off, since))
+            self.metrics.step(StepFigures(len(output.token_ids), drafted, accepted, output.source, off, since))
 
     def _why_off(self) -> str:
         if self.job.request.num_draft_tokens == 0:
@@ -82,14 +83,11 @@ class Text:
             texts[int(owner)] = texts.get(int(owner), "") + piece
         if not self.details:
             return "".join(whole), ()
-        ids, kinds = self.job.request.output_ids, self.kinds
-        named = tuple(TokenPiece(ids[i], text, kinds[i], self._by(kinds[i])) for i, text in sorted(texts.items()))
+        ids = self.job.request.output_ids
+        named = tuple(TokenPiece(ids[i], text, self.kinds[i], self.sources[i]) for i, text in sorted(texts.items()))
         if not self.stream:
             self.tokens += named
         return "".join(whole), named
-
-    def _by(self, kind: TokenKind) -> str:
-        return self.drafter if kind == "accepted" else ""
 
     def _new_logprobs(self) -> tuple[TokenLogprobs, ...]:
         entries = self.job.request.logprobs

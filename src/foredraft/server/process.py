@@ -68,7 +68,7 @@ class GracefulServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             os._exit(128 + sig)
-        super().handle_exit(sig, frame)
+        self.should_exit = True  # without uvicorn's memory of the signal, which it would raise again at the end
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_end)
 
