@@ -129,6 +129,8 @@ class Engine:
 
     def _run(self, requests: list[Request]) -> list[StepOutput]:
         clock = Clock()
+        for request in requests:
+            request.started = request.started or clock.began
         drafts = self._propose(requests)
         clock.drafted = perf_counter()
         spans = [self._span(request, draft) for request, draft in zip(requests, drafts, strict=True)]
@@ -245,7 +247,7 @@ class Engine:
         tested = len(added) if all(flags) else len(draft)  # a text that ends within its draft leaves the rest untested
         request.stats.count_pass(tested, sum(flags), len(added))
         self._observe(request, draft, verdict)
-        return StepOutput(request, added, flags, reason)
+        return StepOutput(request, added, flags, reason, draft.source)
 
     def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         try:

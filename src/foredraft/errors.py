@@ -11,7 +11,8 @@ ForedraftError
 ├── NumericsError              the target produced NaN or infinite logits
 ├── CacheMemoryError           keys and values do not fit the device (also a MemoryError)
 ├── GenerationError            some of many requests failed; has the results of the others
-└── StoppedError               a request ended because what drove it was stopped or interrupted
+├── StoppedError               a request ended because what drove it was stopped or interrupted
+└── ServerError                a server refuses a call, fails in it, or does not answer
 
 ExactnessWarning               a loaded model whose passes do not agree bit for bit
 
@@ -76,3 +77,12 @@ class StoppedError(ForedraftError):
 
 class ExactnessWarning(UserWarning):
     """The model's logits depend on what else is in a pass, so that drafting may change its tokens."""
+
+
+class ServerError(ForedraftError):
+    """What a server answered instead of a result; `status` is HTTP's, 0 where none came."""
+
+    def __init__(self, message: str, status: int, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code

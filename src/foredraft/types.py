@@ -179,6 +179,7 @@ class Request:
     may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
     memory: str | None = ""  # whose earlier outputs it may draft from, and adds its own to; None: nobody's
+    started: float = 0.0  # perf_counter at its first step
     arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
     prompt_len: int = -1
@@ -230,3 +231,4 @@ class StepOutput:
     token_ids: tuple[int, ...]
     from_draft: tuple[bool, ...]
     finish_reason: FinishReason | None
+    source: str = "none"  # who drafted what this step checked

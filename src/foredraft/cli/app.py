@@ -11,9 +11,21 @@ from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
 from foredraft.cli.doctor import doctor
 from foredraft.cli.generate import generate
+from foredraft.cli.launch import launch, list_models, terminate
+from foredraft.cli.serve import serve
 from foredraft.cli.tune import tune
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune, "doctor": doctor}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "tune": tune,
+    "doctor": doctor,
+    "serve": serve,
+    "launch": launch,
+    "list": list_models,
+    "terminate": terminate,
+}
 
 
 class Command(TyperCommand):
@@ -45,8 +57,8 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),  # --max_new_tokens is --max-new-tokens
     },
 )
-for command in COMMANDS.values():
-    app.command(cls=Command)(command)
+for name, command in COMMANDS.items():
+    app.command(name, cls=Command)(command)
 
 
 def _print_version(asked: bool) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from foredraft.cli import session
-from foredraft.cli.console import note
+from foredraft.cli.console import interruptible, note
 from foredraft.cli.options import ChatOptions, takes
 from foredraft.errors import PromptTooLongError, RequestError
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 HISTORY_LENGTH = 1000
+LOCAL = ("draft", "dtype", "device", "draft_device", "draft_profile", "trust_remote_code", "gpu", "policy")
 
 
 @takes(ChatOptions)
 def chat(options: ChatOptions) -> None:
     """Talk to the model, turn by turn; it needs a chat template. /reset, /exit, Ctrl-D."""
-    llm, params = session.start(options)
+    llm, params = session.start(options) if options.server is None else connect(options, options.server)
     if not llm.tokenizer.chat_template:
         raise RequestError("this model's tokenizer has no chat template; use `foredraft generate` with plain text")
     conversation = Conversation(llm, params, options.num_draft_tokens, options.system)
@@ -32,6 +33,22 @@ def chat(options: ChatOptions) -> None:
     with line_history():
         while turn(conversation):
             pass
+
+
+def connect(options: ChatOptions, server: str) -> "tuple[LLM, SamplingParams]":
+    """The model of a server, in the shape of one here. Raises RequestError for flags that it has no say in."""
+    from foredraft.cli.launch import ServerOptions
+    from foredraft.cli.launch import connect as open_client
+    from foredraft.cli.remote import open_remote
+
+    own = [name for name in LOCAL if getattr(options, name) != getattr(ChatOptions(), name)]
+    if own:
+        given = ", ".join("--" + name.replace("_", "-") for name in own)
+        raise RequestError(f"--server contradicts {given}: the server has decided that; drop one of them")
+    params = session.sampling_params(options)
+    model = open_remote(open_client(ServerOptions(server, options.api_key)), options.model)
+    interruptible()
+    return cast("LLM", model), params
 
 
 @dataclass(slots=True)

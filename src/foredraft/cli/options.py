@@ -144,6 +144,13 @@ class GenerateOptions(RunOptions):
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions(RunOptions):
+    server: Annotated[
+        str | None,
+        flag("--server", help="Talk to a model of this `foredraft serve`; --model is its uid there.", panel=MODEL),
+    ] = None
+    api_key: Annotated[
+        str | None, flag("--api-key", help="Where the server asks for one. Default: FOREDRAFT_API_KEY.", panel=MODEL)
+    ] = None
     system: Annotated[str | None, flag("--system", help="Instructions that open every conversation.", panel=OUTPUT)] = (
         None
     )

@@ -45,6 +45,12 @@ def detokenizer(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = 
     return ByteDetokenizer(_piece_of(tokenizer, scheme[0]), special, scheme[1], prompt_ids)
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes] | None:
+    """The bytes of each token; None where the tokenizer does not work in bytes."""
+    scheme = _byte_scheme(tokenizer)
+    return None if scheme is None else _piece_of(tokenizer, scheme[0])
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that are control, not text."""
     added = {token for token, entry in added_tokens(tokenizer).items() if entry.special}

@@ -1,0 +1,124 @@
+"""`foredraft launch`, `list` and `terminate`: the models of a running server."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.options import MODEL, OUTPUT, flag, takes
+from foredraft.errors import RequestError
+
+if TYPE_CHECKING:
+    from foredraft.client import Client
+
+SERVER = "Server"
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Which server."""
+
+    server: Annotated[str, flag("--server", help="Address of a `foredraft serve`.", panel=SERVER)] = DEFAULT_SERVER
+    api_key: Annotated[
+        str | None, flag("--api-key", help="Where it asks for one. Default: FOREDRAFT_API_KEY.", panel=SERVER)
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions(ServerOptions):
+    target: Annotated[
+        str | None, typer.Argument(help="A name of the server's registry, or a path or hub name that it allows.")
+    ] = None
+    size: Annotated[
+        str | None, flag("--size", help="Billions of parameters; a name may have several.", panel=MODEL)
+    ] = None
+    draft: Annotated[
+        str, flag("--draft", "--draft-model", help="A name, a path, ngram, int4, int8, skip, none, auto.", panel=MODEL)
+    ] = "auto"
+    draft_size: Annotated[str | None, flag("--draft-size", help="As --size, of the draft.", panel=MODEL)] = None
+    uid: Annotated[str | None, flag("--uid", help="What clients will call it.", panel=MODEL)] = None
+    dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
+    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    max_model_len: Annotated[int | None, flag("--max-model-len", help="Tokens in all.", panel=MODEL)] = None
+    max_batch_size: Annotated[int | None, flag("--max-batch-size", help="Texts at once.", panel=MODEL)] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListOptions(ServerOptions):
+    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+
+
+@dataclass(frozen=True, slots=True)
+class TerminateOptions(ServerOptions):
+    uid: Annotated[str, typer.Argument(help="The model's uid, as `foredraft list` shows it.")] = ""
+
+
+@takes(LaunchOptions)
+def launch(options: LaunchOptions) -> None:
+    """Launch a model on a running server; print its uid once it is ready."""
+    interruptible()
+    spec: dict[str, Any] = {
+        "target": options.target,
+        "size_in_billions": options.size,
+        "draft": options.draft,
+        "draft_size_in_billions": options.draft_size,
+        "uid": options.uid,
+        "dtype": options.dtype,
+        "device": options.device,
+        "max_model_len": options.max_model_len,
+        "max_batch_size": options.max_batch_size,
+    }
+    with connect(options) as client, busy(f"loading {options.target or 'the bundled pair'}"):
+        model = client.launch({name: value for name, value in spec.items() if value is not None})
+    print(model["id"])
+
+
+@takes(ListOptions)
+def list_models(options: ListOptions) -> None:
+    """The models of a running server, and their states."""
+    interruptible()
+    with only_result() as stdout, connect(options) as client:
+        models = client.list_models()
+        if options.json:
+            stdout.write(json.dumps(models) + "\n")
+            return
+    show(list(models.values()))
+
+
+@takes(TerminateOptions)
+def terminate(options: TerminateOptions) -> None:
+    """Let a model's requests finish, and free it."""
+    interruptible()
+    if not options.uid:
+        raise RequestError("no uid; give one as `foredraft list` shows it")
+    with connect(options) as client, busy(f"waiting for the requests of {options.uid}"):
+        client.terminate_model(options.uid)
+    note(f"{options.uid} is gone")
+
+
+def connect(options: ServerOptions) -> "Client":
+    """Raises RequestError where httpx is missing."""
+    try:
+        from foredraft.client import Client
+    except ImportError as error:
+        raise RequestError(f"this needs {error.name}; install it with: pip install 'foredraft[serve]'") from None
+    if not options.server.startswith(("http://", "https://")):
+        raise RequestError(f"--server {options.server!r} is no address; write it as {DEFAULT_SERVER}")
+    return Client(options.server, options.api_key or os.environ.get("FOREDRAFT_API_KEY"))
+
+
+def show(models: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table("uid", "model", "state", "draft", "context", "batch", "dtype", "device", "memory")
+    for model in models:
+        memory = sum((model["memory"] or {}).values()) or model["progress"]["bytes"]
+        state = model["state"] if not model["error"] else f"{model['state']}: {model['error']}"
+        row = [model["id"], model["model_name"], state, model["draft"], model["max_model_len"], model["max_batch_size"]]
+        cells = [*row, model["dtype"], model["device"], f"{memory / 2**20:,.0f} MiB"]
+        table.add_row(*("" if cell is None else str(cell) for cell in cells))
+    stdout_console(highlight=False).print(table)

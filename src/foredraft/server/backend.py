@@ -1,0 +1,134 @@
+"""A `Model` over an LLM and its Runner: the one place where the server touches engines.
+
+Everything is called from the event loop's thread, but for the sinks, which the runner calls on its own.
+"""
+
+import asyncio
+import gc
+from collections.abc import Sequence
+from functools import partial
+from math import ceil
+
+from foredraft.errors import RequestError
+from foredraft.llm import LLM
+from foredraft.results import Job
+from foredraft.server.errors import ApiError
+from foredraft.server.generation import Generation, Text
+from foredraft.server.inbox import Bell, Mail
+from foredraft.server.metrics import ModelMetrics
+from foredraft.server.service import Answer, Ask, Figures, Finished, Messages, ModelInfo
+from foredraft.server.settings import Limits
+from foredraft.text import end_of_turn_ids, render_chat, token_bytes
+
+REMEMBERED = 0.8  # of the mean duration, from one request to the next
+
+
+class EngineModel:
+    """One loaded model that serves."""
+
+    def __init__(self, llm: LLM, limits: Limits, metrics: ModelMetrics, loop: asyncio.AbstractEventLoop) -> None:
+        self._llm = llm
+        self._runner = llm.runner.start()
+        self._limits = limits
+        self._metrics = metrics
+        self._loop = loop
+        self._mail = Mail(loop)
+        self._live: set[Generation] = set()
+        self._empty = Bell(loop)
+        self._texts = 0  # of all live generations
+        self._seconds = 1.0  # a request's mean duration
+        self._bytes = token_bytes(llm.tokenizer)
+        self._vocabulary = llm.model.vocab_size
+        self._end_of_turn = end_of_turn_ids(llm.tokenizer)
+        self.info = describe(llm)
+        metrics.watch(self.figures)
+
+    def submit(self, asks: Sequence[Ask], *, stream: bool, details: bool) -> Answer:
+        jobs = [self._job(ask) for ask in asks]
+        self._admit(len(jobs))
+        texts = [Text(index, job, self.info.drafter, self._metrics, stream, details) for index, job in enumerate(jobs)]
+        generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
+        late = ApiError(504, f"not finished within this server's limit of {self._limits.request_timeout:g} s")
+        timer = self._loop.call_later(self._limits.request_timeout, generation.fail, late)
+        generation.start(partial(self._ended, generation), timer)
+        self._live.add(generation)
+        self._texts += len(texts)
+        for text in texts:
+            self._runner.submit(text.job.request, partial(generation.take, text))
+        return generation
+
+    def _job(self, ask: Ask) -> Job:
+        if ask.messages is None:
+            return self._llm.job(ask.prompt, ask.params, ask.num_draft_tokens)
+        prompt = render_chat(self._llm.tokenizer, ask.messages)
+        return self._llm.job(prompt, ask.params, ask.num_draft_tokens, self._end_of_turn)
+
+    def _admit(self, count: int) -> None:
+        """Raises ApiError where the queue has no room for so many more texts."""
+        room = self.info.max_batch_size + self._limits.max_queue - self._texts
+        if count <= room:
+            return
+        self._metrics.refused()
+        waves = max(1.0, self._texts / self.info.max_batch_size)
+        seconds = min(300, max(1, ceil(waves * self._seconds / 2)))
+        message = f"the queue is full ({self._texts} texts, room for {max(0, room)} more); try again in {seconds} s"
+        raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+
+    def _ended(self, generation: Generation) -> None:
+        self._live.discard(generation)
+        self._texts -= len(generation.texts)
+        done = [one for one in generation.finished if isinstance(one, Finished) and one.stats.seconds_total]
+        if done:
+            mean = sum(one.stats.seconds_total for one in done) / len(done)
+            self._seconds = REMEMBERED * self._seconds + (1 - REMEMBERED) * mean
+        if not self._live:
+            self._empty.ring()
+
+    def encode(self, prompt: str | Messages) -> list[int]:
+        if isinstance(prompt, str):
+            return [int(token) for token in self._llm.tokenizer(prompt, verbose=False)["input_ids"]]
+        return render_chat(self._llm.tokenizer, prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        outside = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if outside is not None:
+            raise RequestError(f"token id {outside} is outside the vocabulary of {self._vocabulary}")
+        return str(self._llm.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def token(self, token_id: int) -> tuple[str, list[int] | None]:
+        text = self.decode([token_id])
+        return text, None if self._bytes is None else list(self._bytes(token_id) or text.encode())
+
+    def figures(self) -> Figures:
+        scheduler = self._llm.engine.scheduler
+        running = list(scheduler.running)
+        room = self.info.max_batch_size * self.info.max_model_len
+        return Figures(len(running), len(scheduler.waiting), sum(request.cached for request in running) / room)
+
+    def stop_all(self) -> None:
+        for generation in list(self._live):
+            generation.fail(ApiError(503, "the model is being stopped", code="stopped"))
+
+    async def drained(self) -> None:
+        while self._live:
+            await self._empty.wait()
+
+    def close(self) -> None:
+        self._runner.stop()
+        self._metrics.forget()
+        self._llm.model.cache.release()
+        del self._llm, self._runner
+        gc.collect()
+
+
+def describe(llm: LLM) -> ModelInfo:
+    return ModelInfo(
+        max_model_len=llm.max_model_len,
+        max_batch_size=len(llm.engine.scheduler.free_slots),
+        drafter=llm.drafter.name,
+        chat=bool(llm.tokenizer.chat_template),
+        dtype=str(llm.model.dtype).removeprefix("torch."),
+        device=str(llm.model.device),
+        exact=llm.model.row_invariance.exact,
+        memory=llm.memory,
+    )

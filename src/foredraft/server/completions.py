@@ -1,0 +1,111 @@
+"""`/v1/completions`: whole or streamed, of one prompt or of several."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from foredraft.server.answers import (
+    Head,
+    Json,
+    asks,
+    draft_info_of,
+    draft_info_of_step,
+    new_head,
+    note_usage,
+    usage,
+    watched,
+    whole,
+)
+from foredraft.server.errors import ApiError
+from foredraft.server.schemas import CompletionRequest
+from foredraft.server.service import Answer, Delta, Finished, Model
+from foredraft.server.settings import Limits
+from foredraft.server.streaming import sse
+from foredraft.types import TokenLogprobs
+
+
+async def complete(body: CompletionRequest, request: Request, uid: str, model: Model, limits: Limits) -> Response:
+    """Go on from a prompt, or several. Raises ApiError, RequestError."""
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "echo with logprobs is not supported: prompts are not scored; drop one of them", "echo")
+    prompts = body.prompts
+    wanted = asks(body, model, limits, prompts)
+    opened = [_echo(prompt, model) if body.echo else "" for prompt in prompts for _ in range(body.n or 1)]
+    details = bool(body.return_draft_info)
+    answer = model.submit(wanted, stream=bool(body.stream), details=details)
+    if body.stream:
+        events = _stream(body, request, _head(uid), model, answer, opened)
+        return sse(events, request.state.request_id)
+    finished = await whole(answer, request)
+    note_usage(request, finished)
+    choices = [_choice(i, opened[i], one, model, details=details) for i, one in enumerate(finished)]
+    return JSONResponse(_head(uid).payload(choices) | {"usage": usage(finished, body.n or 1)})
+
+
+def _head(uid: str) -> Head:
+    return new_head("cmpl", "text_completion", uid)
+
+
+def _echo(prompt: str | list[int], model: Model) -> str:
+    return prompt if isinstance(prompt, str) else model.decode(prompt)
+
+
+def _choice(index: int, opened: str, one: Finished, model: Model, *, details: bool) -> Json:
+    choice: Json = {"index": index, "text": opened + one.text, "finish_reason": one.finish_reason, "logprobs": None}
+    if one.logprobs:
+        choice["logprobs"] = logprobs(one.logprobs, model, Offset())
+    return choice | {"draft_info": draft_info_of(one)} if details else choice
+
+
+async def _stream(
+    body: CompletionRequest,
+    request: Request,
+    head: Head,
+    model: Model,
+    answer: Answer,
+    opened: Sequence[str],
+) -> AsyncIterator[Json | None]:
+    rest: Json = {"usage": None} if body.include_usage else {}
+    offsets = [Offset() for _ in opened]
+    with watched(answer):
+        for index, text in enumerate(opened):
+            if text:
+                yield head.payload([{"index": index, "text": text, "finish_reason": None, "logprobs": None}]) | rest
+        async for delta in answer.deltas():
+            yield None if delta is None else _chunk(head, delta, model, offsets, body) | rest
+        note_usage(request, answer.finished)
+        if body.include_usage:
+            yield head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}
+
+
+def _chunk(head: Head, delta: Delta, model: Model, offsets: "list[Offset]", body: CompletionRequest) -> Json:
+    choice: Json = {"index": delta.index, "text": delta.text, "finish_reason": delta.finish_reason, "logprobs": None}
+    if delta.logprobs:
+        choice["logprobs"] = logprobs(delta.logprobs, model, offsets[delta.index])
+    if body.return_draft_info:
+        choice["draft_info"] = draft_info_of_step(delta)
+    return head.payload([choice])
+
+
+@dataclass(slots=True)
+class Offset:
+    """Where in a text the next token begins."""
+
+    value: int = field(default=0)
+
+
+def logprobs(entries: Sequence[TokenLogprobs], model: Model, offset: Offset) -> Json:
+    """The form of OpenAI's completions: four lists; `top_logprobs` maps texts, the likelier of two equal ones."""
+    tokens, offsets, top = [], [], []
+    for entry in entries:
+        tokens.append(model.token(entry.token)[0])
+        offsets.append(offset.value)
+        offset.value += len(tokens[-1])
+        likely: dict[str, float] = {}
+        for token, logprob in entry.top:
+            likely.setdefault(model.token(token)[0], max(logprob, -9999.0))
+        top.append(likely)
+    scores = [max(entry.logprob, -9999.0) for entry in entries]
+    return {"tokens": tokens, "token_logprobs": scores, "top_logprobs": top, "text_offset": offsets}

@@ -1,0 +1,190 @@
+"""The texts of one request in an engine: what its steps gave them, on its thread, and who waits for them on the loop.
+
+Knows jobs and step outputs, nothing of the web.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+
+from foredraft.results import Job
+from foredraft.server.inbox import Bell, Mail
+from foredraft.server.metrics import ModelMetrics, StepFigures
+from foredraft.server.service import Delta, Finished, TokenKind, TokenPiece
+from foredraft.types import Request, StepOutput, TokenLogprobs
+
+ALIVE_EVERY = 15.0  # seconds without a step after which a stream gives a sign of life
+
+
+@dataclass(slots=True)
+class Text:
+    """One text while it grows. Everything here happens on the engine's thread, until it has ended."""
+
+    index: int
+    job: Job
+    drafter: str
+    metrics: ModelMetrics
+    stream: bool
+    details: bool
+    tokens: list[TokenPiece] = field(default_factory=list)
+    kinds: list[TokenKind] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    scored: int = 0
+    last_step: float | None = None
+    queued: float = 0.0
+
+    def take(self, output: StepOutput) -> Delta:
+        """Count a step, and make of it what a stream shows."""
+        if output.finish_reason in ("abort", "error"):  # nobody reads on; nothing here may fail any more
+            return Delta(self.index, "", finish_reason=output.finish_reason)
+        stats = self.job.request.stats
+        drafted, accepted = stats.drafted - self.drafted, stats.accepted - self.accepted
+        self.drafted, self.accepted = stats.drafted, stats.accepted
+        self._measure(output, drafted, accepted)
+        self.kinds += _kinds(output.from_draft, drafted, accepted)
+        self.sources += [output.source if flag else "" for flag in output.from_draft]
+        text, pieces = self._pieces(output) if self.stream or self.details else ("", ())
+        return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
+
+    def _measure(self, output: StepOutput, drafted: int, accepted: int) -> None:
+        now = perf_counter()
+        since = None if self.last_step is None else now - self.last_step
+        if self.last_step is None:
+            self.queued = max(0.0, self.job.request.started - self.job.request.arrived)
+        self.last_step = now
+        if output.token_ids:
+            off = self._why_off()
+            self.metrics.step(StepFigures(len(output.token_ids), drafted, accepted, output.source, off, since))
+
+    def _why_off(self) -> str:
+        if self.job.request.num_draft_tokens == 0:
+            return "asked"
+        if self.drafter == "none":
+            return "no_drafter"
+        return "first_token" if not self.kinds else "policy"
+
+    def _pieces(self, output: StepOutput) -> tuple[str, tuple[TokenPiece, ...]]:
+        """The text that is settled now, and this step's tokens; text that waited comes with the token that owns it."""
+        stream = self.job.stream
+        if stream is None:
+            return "", ()
+        if output.finish_reason:
+            stream.close()
+        first = len(self.kinds) - len(output.token_ids)
+        texts = dict.fromkeys(range(first, len(self.kinds)), "")
+        whole = []
+        for piece, owner in stream.take_pieces(range(len(self.kinds))):  # type: ignore[arg-type]  # numbers as flags
+            whole.append(piece)
+            texts[int(owner)] = texts.get(int(owner), "") + piece
+        if not self.details:
+            return "".join(whole), ()
+        ids = self.job.request.output_ids
+        named = tuple(TokenPiece(ids[i], text, self.kinds[i], self.sources[i]) for i, text in sorted(texts.items()))
+        if not self.stream:
+            self.tokens += named
+        return "".join(whole), named
+
+    def _new_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        entries = self.job.request.logprobs
+        new = tuple(entries[self.scored :]) if self.stream else ()
+        self.scored = len(entries)
+        return new
+
+    def end(self) -> Finished:
+        result = self.job.result()
+        self.metrics.finished(result.finish_reason, result.stats, self.queued)
+        return Finished(
+            result.text,
+            result.finish_reason,
+            len(result.prompt_token_ids),
+            result.seed,
+            result.stats,
+            self.queued,
+            tuple(self.tokens),
+            tuple(result.logprobs),
+        )
+
+
+def _kinds(from_draft: Sequence[bool], drafted: int, accepted: int) -> list[TokenKind]:
+    """How each token of a step came about."""
+    own: TokenKind = "plain" if not drafted else "bonus" if accepted == drafted else "recovered"
+    return ["accepted" if flag else own for flag in from_draft]
+
+
+class Generation:
+    """An `Answer`: one request's texts. `take` is called on the engine's thread, everything else on the loop's."""
+
+    def __init__(
+        self, texts: Sequence[Text], mail: Mail, loop: asyncio.AbstractEventLoop, cancel: Callable[[Request], None]
+    ) -> None:
+        self.texts = texts
+        self.finished: list[Finished | None] = [None] * len(texts)
+        self._cancel = cancel
+        self._mail = mail
+        self._bell = Bell(loop)
+        self._deltas: deque[Delta] = deque()
+        self._error: Exception | None = None
+        self._left = len(texts)
+        self._ended: Callable[[], None] = lambda: None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, ended: Callable[[], None], timer: asyncio.TimerHandle) -> None:
+        """`ended` is called once, when the engine has let go of all texts; `timer` would end them before."""
+        self._ended, self._timer = ended, timer
+
+    def take(self, text: Text, output: StepOutput) -> None:
+        """A step of one of the texts, or its end."""
+        delta = text.take(output)
+        if text.stream or output.finish_reason:
+            self._mail.post(partial(self._arrive, text, delta))
+
+    def _arrive(self, text: Text, delta: Delta) -> None:
+        self._deltas.append(delta)
+        if delta.finish_reason is not None:
+            self._end(text)
+        self._bell.ring()
+
+    def _end(self, text: Text) -> None:
+        self.finished[text.index] = text.end()
+        self._left -= 1
+        if text.job.request.error is not None:
+            self.fail(text.job.request.error)
+        if not self._left:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._ended()
+
+    def fail(self, error: Exception) -> None:
+        """The whole request is lost; whoever waits is told why."""
+        self._error = self._error or error
+        self.cancel()
+        self._bell.ring()
+
+    def cancel(self) -> None:
+        for text in self.texts:
+            if self.finished[text.index] is None:
+                self._cancel(text.job.request)
+
+    async def deltas(self) -> AsyncIterator[Delta | None]:
+        ended = 0
+        while ended < len(self.texts):
+            while self._deltas and self._error is None:
+                delta = self._deltas.popleft()
+                ended += delta.finish_reason is not None
+                yield delta
+            if self._error is not None:
+                raise self._error
+            if ended < len(self.texts) and not await self._bell.wait(ALIVE_EVERY):
+                yield None
+
+    async def wait(self) -> list[Finished]:
+        while self._left and self._error is None:
+            await self._bell.wait()
+        if self._error is not None:
+            raise self._error
+        return [one for one in self.finished if one is not None]

@@ -1,0 +1,176 @@
+"""From a launch request to a loaded model: what is to be loaded, what it will take, and loading it.
+
+Knows checkpoints and LLM. Blocks; to be called off the event loop.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from foredraft.drafters import DRAFTERS
+from foredraft.llm import BUNDLED, LLM
+from foredraft.models.load import DTYPES, LoadOptions, parse_device, parse_dtype
+from foredraft.server.errors import ApiError
+from foredraft.server.registry import Registry, Size
+from foredraft.server.schemas import LaunchRequest, SpeculativeLaunchRequest
+
+DRAFT_SHARE = {"int8": 0.5, "int4": 0.28, "int4+skip": 0.28}  # of the target's bf16 weights
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSpec:
+    """A model to load. `target` None is the bundled one."""
+
+    name: str  # as the client called it
+    target: str | Path | None = None
+    draft: str | Path = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    draft_dtype: str | None = None
+    draft_device: str | None = None
+    device_map: str | None = None
+    policy: str | None = None
+    max_model_len: int | None = None
+    max_batch_size: int = 8
+    trust_remote_code: bool = False  # an operator's word, never a client's
+
+
+def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
+    """Raises ApiError, RequestError."""
+    check_quantization(body.quantization, "quantization")
+    target = None if body.target is None else registry.resolve(body.target, body.size_in_billions)
+    draft = _draft(body.draft, body.draft_size_in_billions, registry)
+    LoadOptions(body.dtype, body.device)
+    LoadOptions(body.draft_dtype or "auto", body.draft_device or "auto")
+    device, device_map = _placement(body.n_gpu, body.device)
+    return LaunchSpec(
+        body.target or "foredraft-bundled",
+        target,
+        draft,
+        body.dtype,
+        device,
+        body.draft_dtype,
+        body.draft_device,
+        device_map,
+        body.policy,
+        body.max_model_len,
+        body.max_batch_size or 8,
+    )
+
+
+def from_speculative_launch(body: SpeculativeLaunchRequest, registry: Registry) -> LaunchSpec:
+    """Xinference's request. Raises ApiError, RequestError."""
+    check_quantization(body.quantization, "quantization")
+    check_quantization(body.draft_quantization, "draft_quantization")
+    target = registry.resolve(body.model_name, body.model_size_in_billions, "model_name")
+    draft = registry.resolve(body.draft_model_name, body.draft_model_size_in_billions, "draft_model_name")
+    device, device_map = _placement(body.n_gpu, "auto")
+    return LaunchSpec(body.model_name, target, draft, device=device, device_map=device_map)
+
+
+def check_quantization(name: str | None, field: str) -> None:
+    """Raises ApiError: weights are quantised by `foredraft convert`, not while they are served."""
+    if name not in (None, "none"):
+        message = (
+            f"{field}={name!r} cannot be made at launch; convert the model with `foredraft convert`, or draft='int4'"
+        )
+        raise ApiError(400, message, field)
+
+
+def _draft(name: str, size: Size, registry: Registry) -> str | Path:
+    if name == "auto" or name in DRAFTERS:
+        if size is not None:
+            raise ApiError(400, f"draft={name!r} has no sizes; drop draft_size_in_billions", "draft_size_in_billions")
+        return name
+    return registry.resolve(name, size, "draft")
+
+
+def _placement(n_gpu: int | str | None, device: str) -> tuple[str, str | None]:
+    """`n_gpu` as Xinference means it: None or 0 is the CPU, "auto" what is there."""
+    if n_gpu in (None, 0) and device == "auto":
+        return "cpu", None
+    if n_gpu in (None, 0, 1, "auto"):
+        wanted = "cuda" if n_gpu == 1 and device == "auto" else device
+        parse_device(wanted)
+        return wanted, None
+    assert isinstance(n_gpu, int)
+    if n_gpu < 0 or device != "auto":
+        raise ApiError(400, f"n_gpu={n_gpu} contradicts device={device!r}, or is no number of GPUs", "n_gpu")
+    return "auto", "auto"
+
+
+def footprint(spec: LaunchSpec) -> int:
+    """Bytes that weights and full caches will take; an estimate from files and configurations, nothing is loaded.
+
+    Hub models that are not in the cache yet count as nothing: their size is known once they are here.
+    """
+    target = Path(spec.target) if spec.target is not None else BUNDLED / "target"
+    weights = _weights(target, spec.dtype)
+    total = weights + _cache(target, spec)
+    bundled = BUNDLED / "draft" if spec.target is None else None
+    draft = bundled if spec.draft == "auto" else spec.draft
+    if isinstance(draft, str) and draft in DRAFTERS:
+        return total + int(weights * DRAFT_SHARE.get(draft, 0.0))
+    if draft is None:
+        return total
+    return total + _weights(Path(draft), spec.draft_dtype or spec.dtype) + _cache(Path(draft), spec)
+
+
+def load(spec: LaunchSpec) -> LLM:
+    """Raises ModelError, RequestError, or whatever a checkpoint makes of itself."""
+    return LLM(
+        spec.target,
+        spec.draft,
+        dtype=spec.dtype,
+        device=spec.device,
+        draft_dtype=spec.draft_dtype,
+        draft_device=spec.draft_device,
+        device_map=spec.device_map,
+        trust_remote_code=spec.trust_remote_code,
+        max_model_len=spec.max_model_len,
+        max_batch_size=spec.max_batch_size,
+        policy=spec.policy,
+    )
+
+
+def _weights(folder: Path, dtype: str) -> int:
+    files = [path for pattern in WEIGHTS for path in _local(folder).glob(pattern)]
+    stored = parse_dtype(str(_config(folder).get("dtype") or _config(folder).get("torch_dtype") or "float32"))
+    wanted = parse_dtype(dtype) or stored
+    scale = (wanted.itemsize / stored.itemsize) if wanted is not None and stored is not None else 1.0
+    return int(sum(path.stat().st_size for path in files) * scale)
+
+
+def _cache(folder: Path, spec: LaunchSpec) -> int:
+    config = _config(folder)
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads") or config.get("n_head") or 0
+    width = config.get("hidden_size") or config.get("n_embd") or 0
+    size = config.get("head_dim") or (width // heads if heads else 0)
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or 0
+    length = min(spec.max_model_len or positions, positions)
+    dtype = parse_dtype(spec.dtype) or DTYPES.get(str(config.get("dtype")), DTYPES["bfloat16"])
+    per_token = 2 * layers * (config.get("num_key_value_heads") or heads) * size * dtype.itemsize
+    return int(per_token * length * spec.max_batch_size)
+
+
+def _local(folder: Path) -> Path:
+    """The folder itself, or where the hub's cache has it."""
+    if not folder.exists():
+        cached = try_to_load_from_cache(str(folder), "config.json")
+        return Path(cached).parent if isinstance(cached, str) else folder
+    return folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = _local(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # loading it will say what is wrong
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,250 @@
+"""The models of a server, by uid: launching, states, the memory they may take together, draining and freeing.
+
+Knows how to find, load and estimate a model only through what it is given. Runs on the event loop; loading and closing
+happen on threads, one launch at a time.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from foredraft.errors import ForedraftError
+from foredraft.server.errors import ApiError, as_api_error
+from foredraft.server.logs import log
+from foredraft.server.service import Model
+from foredraft.server.settings import Limits, show_bytes
+
+State = Literal["waiting", "loading", "ready", "failed", "draining"]
+
+
+class Spec(Protocol):
+    """Of a launch; all that is known of it here is its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """How specs become models. `footprint` and `load` block and run on a thread."""
+
+    footprint: Callable[[Any], int]
+    load: Callable[[Any, str, asyncio.AbstractEventLoop], Model]  # spec, uid, the loop that will call it
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A launched model, whatever became of it."""
+
+    uid: str
+    spec: Spec
+    created: float = field(default_factory=time.time)
+    state: State = "waiting"
+    began: float = 0.0  # loading; monotonic
+    seconds: float = 0.0  # that loading took
+    bytes: int = 0  # estimated before, measured after
+    error: ApiError | None = None
+    model: Model | None = None
+    task: "asyncio.Task[None] | None" = None
+
+    def describe(self) -> dict[str, Any]:
+        """OpenAI's object, Xinference's fields, and ours."""
+        info = self.model.info if self.model else None
+        loading = time.monotonic() - self.began if self.state == "loading" else self.seconds
+        return {
+            "id": self.uid,
+            "object": "model",
+            "created": int(self.created),
+            "owned_by": "foredraft",
+            "state": self.state,
+            "progress": {"stage": self.state, "seconds": round(loading, 3), "bytes": self.bytes},
+            "error": self.error.message if self.error else None,
+            "max_model_len": info.max_model_len if info else None,
+            "max_batch_size": info.max_batch_size if info else None,
+            "draft": info.drafter if info else None,
+            "exact": info.exact if info else None,
+            "dtype": info.dtype if info else None,
+            "device": info.device if info else None,
+            "memory": info.memory if info else None,
+            "model_uid": self.uid,
+            "model_type": "LLM",
+            "model_name": self.spec.name,
+            "model_format": "pytorch",
+            "model_ability": ["generate", "chat"] if info and info.chat else ["generate"],
+        }
+
+
+class Models:
+    """Every model that was launched and not deleted."""
+
+    def __init__(self, loader: Loader, limits: Limits, budget: int | None) -> None:
+        self._loader = loader
+        self._limits = limits
+        self._budget = budget
+        self._entries: dict[str, Entry] = {}
+        self._loading = asyncio.Lock()
+        self.stopping = False
+
+    # --- looking at them --------------------------------------------------------------------------------------------
+
+    def list(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def entry(self, uid: str) -> Entry:
+        """Raises ApiError 404."""
+        found = self._entries.get(uid)
+        if found is None:
+            known = ", ".join(self._entries) or "none is launched"
+            raise ApiError(404, f"no model {uid[:100]!r} here; there is {known}", "model", "model_not_found")
+        return found
+
+    def ready(self, uid: str | None) -> tuple[str, Model]:
+        """The model that serves a request. Raises ApiError: none of that name, or not ready."""
+        if self.stopping:
+            raise ApiError(503, "the server is shutting down", code="stopping", headers={"Retry-After": "30"})
+        entry = self._only() if uid is None else self.entry(uid)
+        if entry.state == "failed":
+            assert entry.error is not None
+            raise ApiError(
+                503, f"the model {entry.uid!r} failed to load: {entry.error.message}", "model", "model_failed"
+            )
+        if entry.model is None or entry.state != "ready":
+            raise ApiError(
+                503, f"the model {entry.uid!r} is {entry.state}", "model", "model_not_ready", {"Retry-After": "5"}
+            )
+        return entry.uid, entry.model
+
+    def _only(self) -> Entry:
+        if len(self._entries) != 1:
+            known = ", ".join(self._entries) or "none is launched"
+            raise ApiError(400, f"name a model in the field 'model'; there is {known}", "model")
+        return next(iter(self._entries.values()))
+
+    @property
+    def all_ready(self) -> bool:
+        states = [entry.state for entry in self._entries.values()]
+        return (
+            not self.stopping
+            and bool(states)
+            and "ready" in states
+            and "loading" not in states
+            and "waiting" not in states
+        )
+
+    # --- launching --------------------------------------------------------------------------------------------------
+
+    def launch(self, spec: Spec, uid: str | None = None) -> Entry:
+        """Begin to load a model. Raises ApiError: the uid is taken, or the server stops."""
+        if self.stopping:
+            raise ApiError(503, "the server is shutting down", code="stopping")
+        uid = uid or f"{_slug(spec.name)}-{secrets.token_hex(3)}"
+        taken = self._entries.get(uid)
+        if taken is not None and taken.state != "failed":
+            raise ApiError(409, f"a model {uid!r} is {taken.state} already; delete it, or choose another uid", "uid")
+        entry = self._entries[uid] = Entry(uid, spec)
+        entry.task = asyncio.get_running_loop().create_task(self._load(entry))
+        return entry
+
+    async def launched(self, entry: Entry) -> Entry:
+        """Once it is ready. Raises what made it fail; it is forgotten then."""
+        if entry.task is not None:
+            await asyncio.shield(entry.task)
+        if entry.error is not None:
+            if self._entries.get(entry.uid) is entry:
+                del self._entries[entry.uid]
+            raise entry.error
+        return entry
+
+    async def _load(self, entry: Entry) -> None:
+        async with self._loading:
+            entry.state, entry.began = "loading", time.monotonic()
+            try:
+                entry.bytes = await asyncio.to_thread(self._loader.footprint, entry.spec)
+                self._check_budget(entry)
+                entry.model = await asyncio.to_thread(
+                    self._loader.load, entry.spec, entry.uid, asyncio.get_running_loop()
+                )
+            except Exception as error:
+                self._failed(entry, error)
+            else:
+                entry.seconds, entry.state = time.monotonic() - entry.began, "ready"
+                log("model ready", model=entry.uid, seconds=round(entry.seconds, 2), bytes=entry.bytes)
+
+    def _failed(self, entry: Entry, error: Exception) -> None:
+        entry.seconds, entry.state = time.monotonic() - entry.began, "failed"
+        entry.error = as_api_error(error)
+        trace = None if isinstance(error, ApiError | ForedraftError) else error
+        if trace is not None:
+            why = f"it could not be loaded ({type(error).__name__}); the server's log has the reason"
+            entry.error = ApiError(500, why)
+        log("model failed", level=logging.ERROR, error=trace, model=entry.uid, why=entry.error.message)
+
+    def _check_budget(self, entry: Entry) -> None:
+        """Raises ApiError where it would not fit, by how much."""
+        if self._budget is None:
+            return
+        taken = sum(other.bytes for other in self._entries.values() if other is not entry and other.state != "failed")
+        over = taken + entry.bytes - self._budget
+        if over > 0:
+            raise ApiError(
+                507,
+                f"{entry.uid!r} needs {show_bytes(entry.bytes)}, and {show_bytes(self._budget - taken)} of "
+                f"{show_bytes(self._budget)} are free: {show_bytes(over)} too much; delete a model, or launch this "
+                "one with a smaller max_model_len or max_batch_size",
+                code="memory_budget",
+            )
+
+    # --- ending -----------------------------------------------------------------------------------------------------
+
+    async def delete(self, uid: str) -> None:
+        """Let a model's requests finish, up to a limit, then free it. Raises ApiError 404."""
+        entry = self.entry(uid)
+        if entry.state == "draining":
+            raise ApiError(409, f"the model {uid!r} is being deleted already", "model")
+        if entry.state in ("waiting", "loading"):
+            assert entry.task is not None
+            await asyncio.shield(entry.task)  # loading cannot be interrupted
+        was, entry.state = entry.state, "draining"
+        try:
+            if was != "failed":
+                await self._close(entry, self._limits.drain_timeout)
+        finally:
+            self._entries.pop(uid, None)
+        log("model deleted", model=uid)
+
+    async def _close(self, entry: Entry, seconds: float) -> None:
+        model = entry.model
+        if model is None:
+            return
+        try:
+            await asyncio.wait_for(model.drained(), seconds)
+        except TimeoutError:
+            model.stop_all()
+        await asyncio.to_thread(model.close)
+        entry.model = None
+
+    def stop_all(self) -> None:
+        """Fail whatever still runs; each of its clients is told."""
+        for entry in self._entries.values():
+            if entry.model is not None:
+                entry.model.stop_all()
+
+    async def close(self) -> None:
+        """The server ends: nothing runs on after this."""
+        self.stopping = True
+        self.stop_all()
+        for entry in self.list():
+            if entry.state == "ready":
+                await self._close(entry, 5.0)
+        self._entries.clear()
+
+
+def _slug(name: str) -> str:
+    """What a uid may be made of."""
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    kept = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in last)
+    return kept[:60].lstrip("._-") or "model"

@@ -1,0 +1,115 @@
+"""From a request's body to sampling parameters; what the schema alone cannot check is checked here.
+
+Knows the defaults of OpenAI's interface and the limits of the operator. Knows nothing of engines.
+"""
+
+from collections.abc import Mapping
+
+from foredraft.server.errors import ApiError
+from foredraft.server.schemas import ChatRequest, CompletionRequest, Generate
+from foredraft.server.settings import Limits
+from foredraft.types import SamplingParams
+
+COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on until it ends
+TEMPERATURE = 1.0  # as above, for both
+
+
+def sampling_params(body: Generate, limits: Limits, *, longest: int) -> SamplingParams:
+    """The parameters of a request's first choice; `longest` is the model's context.
+
+    Raises:
+        ApiError: a field is over a limit, or contradicts another.
+        RequestError: a value is out of range.
+    """
+    _check(body, limits)
+    temperature = TEMPERATURE if body.temperature is None else body.temperature
+    greedy = temperature == 0  # then no filter can change which token is likeliest, and none needs to run
+    return SamplingParams(
+        temperature=temperature,
+        top_k=0 if greedy else max(0, body.top_k or 0),
+        top_p=1.0 if greedy or body.top_p is None else body.top_p,
+        min_p=0.0 if greedy else body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=_bias(body.logit_bias or {}),
+        seed=body.seed,
+        max_new_tokens=_max_tokens(body, limits, longest),
+        stop=tuple(body.stops),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=_logprobs(body),
+        verifier=body.verifier or "coupled",
+    )
+
+
+def num_draft_tokens(body: Generate, drafter: str) -> int | None:
+    """How far to draft: None leaves it to the policy. Raises ApiError for a drafter that this model has not."""
+    if body.gamma is not None and body.num_draft_tokens not in (None, body.gamma):
+        raise ApiError(400, "gamma contradicts num_draft_tokens; they mean the same, give one", "gamma")
+    length = body.num_draft_tokens if body.gamma is None else body.gamma
+    if body.draft == "none":
+        if length:
+            raise ApiError(400, f"draft 'none' contradicts num_draft_tokens={length}; drop one of them", "draft")
+        return 0
+    if body.draft not in (None, "auto", drafter):
+        known = f"'auto', 'none' or {drafter!r}; launch a model with another drafter for others"
+        raise ApiError(400, f"draft={body.draft!r} is not available here; use {known}", "draft")
+    return length
+
+
+def _check(body: Generate, limits: Limits) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream=true", "stream_options")
+    if len(body.stops) > limits.max_stop or len(body.stop_token_ids or ()) > limits.max_stop:
+        raise ApiError(400, f"more than {limits.max_stop} stop strings or tokens", "stop")
+    if len(body.logit_bias or ()) > limits.max_logit_bias:
+        raise ApiError(400, f"logit_bias has more than {limits.max_logit_bias} tokens", "logit_bias")
+    if body.response_format is not None and body.response_format.type != "text":
+        refuse_structured("response_format", body.response_format.type)
+    if isinstance(body, ChatRequest):
+        _check_chat(body)
+
+
+def _check_chat(body: ChatRequest) -> None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+    if body.tools:
+        refuse_structured("tools", "tool calls")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise ApiError(400, "tool_choice needs tools", "tool_choice")
+    both = body.max_tokens is not None and body.max_completion_tokens is not None
+    if both and body.max_tokens != body.max_completion_tokens:
+        raise ApiError(400, "max_tokens contradicts max_completion_tokens; they mean the same, give one", "max_tokens")
+
+
+def refuse_structured(field: str, what: str) -> None:
+    """The place where structured output joins; until it has, it is refused rather than ignored."""
+    raise ApiError(400, f"{field}: {what} is not supported by this server", field)
+
+
+def _max_tokens(body: Generate, limits: Limits, longest: int) -> int:
+    asked = body.max_tokens
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        asked = body.max_completion_tokens
+    if limits.max_output_tokens is not None and asked is not None and asked > limits.max_output_tokens:
+        raise ApiError(
+            400, f"max_tokens={asked} is over this server's limit of {limits.max_output_tokens}", "max_tokens"
+        )
+    if asked is not None:
+        return asked
+    default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else longest
+    return min(default, limits.max_output_tokens or default)
+
+
+def _bias(biases: Mapping[str, float]) -> dict[int, float]:
+    if not all(name.isascii() and name.isdecimal() and len(name) < 12 for name in biases):
+        raise ApiError(400, "logit_bias must map token ids (as strings) to numbers", "logit_bias")
+    return {int(name): bias for name, bias in biases.items()}
+
+
+def _logprobs(body: Generate) -> int | None:
+    if isinstance(body, ChatRequest):
+        return (body.top_logprobs or 0) if body.logprobs else None
+    assert isinstance(body, CompletionRequest)
+    return body.logprobs

@@ -1,0 +1,206 @@
+"""Request bodies as pydantic models: every field known, typed and bounded; nothing is ever ignored in silence.
+
+A field that OpenAI knows and we cannot honour is refused by name, with the reason. Fields that ask for nothing which
+would change the answer (`user`, `metadata`, ...) are accepted and stay without effect; docs/serve.md lists them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+REFUSED = {
+    "audio": "this server generates text only",
+    "best_of": "use n, and choose yourself",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
+    "prediction": "drafts are made by the server; its guesses are never needed",
+    "reasoning_effort": "models are run as they are",
+    "suffix": "filling in the middle is not supported",
+    "verbosity": "models are run as they are",
+    "web_search_options": "this server searches nothing",
+    "modalities": "this server generates text only",
+    "logits_processor": "code from clients is not run",
+    "processors": "code from clients is not run",
+}
+HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,), "suffix": ("",)}
+
+Uid = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Text = Annotated[str, Field(max_length=50_000_000)]  # the body's own limit is lower
+
+
+class Body(BaseModel):
+    """Strict: a number in quotes is no number, a field nobody knows is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Body):
+    """A turn of a conversation. `content` is text, or a list of text parts; other parts are refused."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": "".join(parts), **named}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class Generate(Body):
+    """What chats and completions have in common."""
+
+    model: Name | None = Field(None, description="A uid; may be left out where one model runs.")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Choice i of n uses seed + i.")
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # accepted, without effect
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # beyond OpenAI
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6)
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    num_draft_tokens: int | None = Field(None, ge=0, description="Draft exactly so many; 0 is plain decoding.")
+    gamma: int | None = Field(None, ge=0, description="num_draft_tokens, as Xinference calls it.")
+    draft: str | None = Field(None, description="auto, none, or the name of the model's own drafter.")
+    verifier: Literal["coupled", "rejection"] | None = None
+    return_draft_info: bool | None = Field(None, description="Tell which tokens were drafted, and by whom.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_by_name(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            if name in REFUSED and name not in cls.model_fields:
+                if value is not None and value not in HARMLESS_VALUES.get(name, ()):
+                    raise ValueError(f"{name} is not supported: {REFUSED[name]}")
+            else:
+                kept[name] = value
+        return kept
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Generate):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class CompletionRequest(Generate):
+    """`POST /v1/completions`."""
+
+    prompt: Text | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item, unused-ignore]  # token ids
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize`: text, or a chat as the model's template renders it."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: list[Message] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    model: Name | None = None
+    tokens: list[int]
+
+
+class LaunchRequest(Body):
+    """`POST /v1/models`. Names come from the registry; paths and hub names only as the operator allows."""
+
+    target: Name | None = Field(None, description="A registry name, or an allowed path or hub name. None: the bundled.")
+    draft: Name = Field("auto", description="As target, or a drafter by name: ngram, int4, none, ...")
+    uid: Uid | None = None
+    size_in_billions: int | float | str | None = Field(None, description="Which size of a registry name.")
+    draft_size_in_billions: int | float | str | None = None
+    dtype: str = Field("auto", max_length=20)
+    device: str = Field("auto", max_length=20)
+    draft_dtype: str | None = Field(None, max_length=20)
+    draft_device: str | None = Field(None, max_length=20)
+    quantization: str | None = Field(None, max_length=20)
+    n_gpu: int | Literal["auto"] | None = "auto"
+    policy: Literal["gain", "fixed", "heuristic", "threshold"] | None = None
+    max_model_len: int | None = Field(None, ge=2)
+    max_batch_size: int | None = Field(None, ge=1, le=1024)
+    wait: bool = Field(False, description="Answer once it is ready or has failed.")
+
+
+class SpeculativeLaunchRequest(Body):
+    """`POST /experimental/speculative_llms`, with the fields of Xinference's client."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    model_uid: Uid | None = None
+    model_name: Name
+    model_size_in_billions: int | float | str | None = None
+    quantization: str | None = Field(None, max_length=20)
+    draft_model_name: Name
+    draft_model_size_in_billions: int | float | str | None = None
+    draft_quantization: str | None = Field(None, max_length=20)
+    n_gpu: int | Literal["auto"] | None = "auto"

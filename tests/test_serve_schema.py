@@ -1,0 +1,108 @@
+"""schemathesis, in process and over a model that is not there: no request, however odd, makes a 500."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("schemathesis")
+
+import schemathesis
+from hypothesis import HealthCheck, settings
+from starlette.testclient import TestClient
+
+from foredraft.server.app import Launch, create_app
+from foredraft.server.launching import LaunchSpec
+from foredraft.server.models import Loader
+from foredraft.server.service import Ask, Delta, Figures, Finished, ModelInfo, TokenPiece
+from foredraft.server.settings import Limits, Settings
+from foredraft.stats import SpecStats
+
+
+class FakeAnswer:
+    def __init__(self, asks: Sequence[Ask]) -> None:
+        stats = SpecStats(prompt_tokens=3)
+        stats.count_pass(1, 1, 2)
+        pieces = (TokenPiece(1, "o", "accepted", "fake"), TokenPiece(2, "k", "bonus", ""))
+        one = Finished("ok", "stop", 3, 0, stats, 0.0, pieces)
+        self.finished: list[Finished | None] = [one] * len(asks)
+
+    async def deltas(self) -> AsyncIterator[Delta | None]:
+        yield None
+        for index, one in enumerate(self.finished):
+            assert one is not None
+            yield Delta(index, "ok", one.tokens, (), 1, 1, "stop")
+
+    async def wait(self) -> list[Finished]:
+        await asyncio.sleep(0)
+        return [one for one in self.finished if one is not None]
+
+    def cancel(self) -> None: ...
+
+
+class FakeModel:
+    """Answers "ok" to everything."""
+
+    info = ModelInfo(100, 4, "fake", True, "float32", "cpu", True, {})
+
+    def submit(self, asks: Sequence[Ask], *, stream: bool, details: bool) -> FakeAnswer:
+        return FakeAnswer(asks)
+
+    def encode(self, prompt: Any) -> list[int]:
+        return [1, 2]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "ok"
+
+    def token(self, token_id: int) -> tuple[str, list[int] | None]:
+        return "o", [111]
+
+    def figures(self) -> Figures:
+        return Figures(0, 0, 0.0)
+
+    def stop_all(self) -> None: ...
+
+    async def drained(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def fake_loader(settings: Settings, metrics: Any) -> Loader:
+    return Loader(lambda spec: 1000, lambda spec, uid, loop: FakeModel())
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    rules = Settings(limits=Limits(max_body=2**20), memory_budget=5000)
+    return create_app(rules, fake_loader, (Launch(LaunchSpec("fake"), "fake"),))
+
+
+@pytest.fixture(scope="module")
+def api(app: Any) -> Any:
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+schema = schemathesis.pytest.from_fixture("api")
+
+
+@schema.parametrize()
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_nothing_makes_a_500(case: Any) -> None:
+    response = case.call()
+    assert response.status_code < 500 or response.status_code in (503, 507), response.text
+    if response.status_code >= 400:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_fake_answers(app: Any) -> None:
+    """The handlers alone: a whole answer, a stream with a sign of life, usage."""
+    with TestClient(app, base_url="http://localhost") as client:
+        body = {"messages": [{"role": "user", "content": "x"}], "return_draft_info": True}
+        whole = client.post("/v1/chat/completions", json=body).json()
+        assert whole["choices"][0]["message"]["content"] == "ok"
+        assert whole["choices"][0]["draft_info"]["tokens"][1] == {"id": 2, "text": "k", "kind": "bonus", "drafter": ""}
+        streamed = client.post("/v1/chat/completions", json=body | {"stream": True, "n": 2}).text
+        assert ": alive" in streamed and streamed.endswith("data: [DONE]\n\n")
+        assert client.get("/ready").json() == {"ready": True, "models": {"fake": "ready"}}
