@@ -80,7 +80,7 @@ def texts(page: Any) -> list[str]:
 def test_chat_then_drafting_off(page: Any, artefacts: Path) -> None:
     ask(page, "I would like to book a table for two tonight.")
     assert page.query_selector_all(".run[data-drafting=true] .token.accepted")
-    assert page.inner_text("#n-accepted") != "0"
+    page.wait_for_function("document.querySelector('#n-accepted').textContent !== '0'")  # drawn with the next frame
     assert page.inner_text("#rate") != "–"
     assert "percent" in page.get_attribute("#positions", "aria-label")
     page.click("#switch")

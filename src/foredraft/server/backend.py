@@ -48,7 +48,9 @@ class EngineModel:
         self._admit(len(jobs))
         texts = [Text(index, job, self.info.drafter, self._metrics, stream, details) for index, job in enumerate(jobs)]
         generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
-        late = ApiError(504, f"not finished within this server's limit of {self._limits.request_timeout:g} s")
+        late = ApiError(
+            504, f"not finished within this server's limit of {self._limits.request_timeout:g} s", code="timeout"
+        )
         timer = self._loop.call_later(self._limits.request_timeout, generation.fail, late)
         generation.start(partial(self._ended, generation), timer)
         self._live.add(generation)
