@@ -248,12 +248,25 @@ class LLM:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
         """`chat`, a chunk for each step."""
+        arguments = (tools, tool_choice, template_arguments)
+        return self._stream(self.chat_job(messages, params, num_draft_tokens, *arguments))
+
+    def chat_job(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        num_draft_tokens: int | None = None,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """A checked chat, ready for the engine. Raises as `chat`."""
         calling = Calling(self.tokenizer, self.grammars, tools, tool_choice)
         prompt = render_chat(self.tokenizer, messages, calling.shown, template_arguments)
         params = params or SamplingParams()
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
         job = self.job(prompt, params, num_draft_tokens, stop_token_ids=end_of_turn_ids(self.tokenizer))
-        return self._stream(replace(job, read_calls=calling.read))
+        return replace(job, read_calls=calling.read)
 
     def job(
         self,

@@ -18,7 +18,7 @@ from foredraft.server.inbox import Bell, Mail
 from foredraft.server.metrics import ModelMetrics
 from foredraft.server.service import Answer, Ask, Figures, Finished, Messages, ModelInfo
 from foredraft.server.settings import Limits
-from foredraft.text import end_of_turn_ids, render_chat, token_bytes
+from foredraft.text import render_chat, token_bytes
 
 REMEMBERED = 0.8  # of the mean duration, from one request to the next
 
@@ -39,12 +39,14 @@ class EngineModel:
         self._seconds = 1.0  # a request's mean duration
         self._bytes = token_bytes(llm.tokenizer)
         self._vocabulary = llm.model.vocab_size
-        self._end_of_turn = end_of_turn_ids(llm.tokenizer)
         self.info = describe(llm)
         metrics.watch(self.figures)
 
-    def submit(self, asks: Sequence[Ask], *, stream: bool, details: bool) -> Answer:
-        jobs = [self._job(ask) for ask in asks]
+    def prepare(self, asks: Sequence[Ask]) -> list[Job]:
+        return [self._job(ask) for ask in asks]
+
+    def submit(self, prepared: Sequence[Job], *, stream: bool, details: bool) -> Answer:
+        jobs = list(prepared)
         self._admit(len(jobs))
         texts = [Text(index, job, self.info.drafter, self._metrics, stream, details) for index, job in enumerate(jobs)]
         generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
@@ -62,8 +64,8 @@ class EngineModel:
     def _job(self, ask: Ask) -> Job:
         if ask.messages is None:
             return self._llm.job(ask.prompt, ask.params, ask.num_draft_tokens)
-        prompt = render_chat(self._llm.tokenizer, ask.messages)
-        return self._llm.job(prompt, ask.params, ask.num_draft_tokens, self._end_of_turn)
+        choice = (ask.tools, ask.tool_choice, ask.template_arguments)
+        return self._llm.chat_job(ask.messages, ask.params, ask.num_draft_tokens, *choice)
 
     def _admit(self, count: int) -> None:
         """Raises ApiError where the queue has no room for so many more texts."""

@@ -1,6 +1,8 @@
 """`/v1/chat/completions`: whole or streamed."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -21,6 +23,7 @@ from foredraft.server.schemas import ChatRequest
 from foredraft.server.service import Answer, Delta, Finished, Model
 from foredraft.server.settings import Limits
 from foredraft.server.streaming import sse
+from foredraft.server.tool_calls import Withheld, finish_reason, message
 from foredraft.types import TokenLogprobs
 
 
@@ -28,8 +31,9 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
     """Answer a conversation. Raises ApiError, RequestError."""
     messages = [message.for_template() for message in body.messages]
     details = bool(body.return_draft_info)
-    wanted = asks(body, model, limits, [messages])
-    answer = model.submit(wanted, stream=bool(body.stream), details=details)
+    wanted = [replace(ask, **_tools(body)) for ask in asks(body, model, limits, [messages])]
+    prepared = await asyncio.to_thread(model.prepare, wanted)
+    answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:
         return sse(_stream(body, request, uid, model, answer), request.state.request_id)
     finished = await whole(answer, request)
@@ -39,9 +43,13 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
     return JSONResponse(head.payload(choices) | {"usage": usage(finished, len(wanted))})
 
 
+def _tools(body: ChatRequest) -> Json:
+    choice = "auto" if body.tool_choice is None else body.tool_choice
+    return {"tools": body.tools or (), "tool_choice": choice, "template_arguments": body.chat_template_kwargs}
+
+
 def _choice(index: int, one: Finished, model: Model, *, details: bool) -> Json:
-    message = {"role": "assistant", "content": one.text, "refusal": None}
-    choice: Json = {"index": index, "message": message, "finish_reason": one.finish_reason, "logprobs": None}
+    choice: Json = {"index": index, "message": message(one), "finish_reason": finish_reason(one), "logprobs": None}
     if one.logprobs:
         choice["logprobs"] = logprobs(one.logprobs, model)
     return choice | {"draft_info": draft_info_of(one)} if details else choice
@@ -52,25 +60,48 @@ async def _stream(
 ) -> AsyncIterator[Json | None]:
     head = new_head("chatcmpl", "chat.completion.chunk", uid)
     rest: Json = {"usage": None} if body.include_usage else {}
+    chunks = Chunks(
+        head, model, bool(body.return_draft_info), {i: Withheld() for i in range(body.n or 1) if body.tools}
+    )
     with watched(answer):
         for index in range(body.n or 1):
             opening = {"role": "assistant", "content": ""}
             yield head.payload([{"index": index, "delta": opening, "finish_reason": None, "logprobs": None}]) | rest
         async for delta in answer.deltas():
-            yield None if delta is None else _chunk(head, delta, model, details=body.return_draft_info) | rest
+            yield None if delta is None else chunks.of(delta, answer.finished[delta.index]) | rest
         note_usage(request, answer.finished)
         if body.include_usage:
             yield head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}
 
 
-def _chunk(head: Head, delta: Delta, model: Model, *, details: bool | None) -> Json:
-    content = {"content": delta.text} if delta.text else {}
-    choice: Json = {"index": delta.index, "delta": content, "finish_reason": delta.finish_reason, "logprobs": None}
-    if delta.logprobs:
-        choice["logprobs"] = logprobs(delta.logprobs, model)
-    if details:
-        choice["draft_info"] = draft_info_of_step(delta)
-    return head.payload([choice])
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """From deltas to a stream's chunks. `withheld` is there where the texts may be tool calls."""
+
+    head: Head
+    model: Model
+    details: bool
+    withheld: dict[int, Withheld]
+
+    def of(self, delta: Delta, one: Finished | None) -> Json:
+        """`one` is the whole text, with its last delta."""
+        choice: Json = {"index": delta.index, "delta": self._delta(delta, one), "finish_reason": None, "logprobs": None}
+        if delta.finish_reason and one is not None:
+            choice["finish_reason"] = finish_reason(one)
+        if delta.logprobs:
+            choice["logprobs"] = logprobs(delta.logprobs, self.model)
+        if self.details:
+            choice["draft_info"] = draft_info_of_step(delta)
+        return self.head.payload([choice])
+
+    def _delta(self, delta: Delta, one: Finished | None) -> Json:
+        withheld = self.withheld.get(delta.index)
+        if withheld is None:
+            return {"content": delta.text} if delta.text else {}
+        shown = withheld.take(delta.text)
+        ending = withheld.ending(one) if delta.finish_reason and one is not None else {}
+        content = shown + ending.get("content", "")
+        return {**ending, **({"content": content} if content else {})}
 
 
 def logprobs(entries: Sequence[TokenLogprobs], model: Model) -> Json:

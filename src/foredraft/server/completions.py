@@ -1,5 +1,6 @@
 """`/v1/completions`: whole or streamed, of one prompt or of several."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,8 @@ async def complete(body: CompletionRequest, request: Request, uid: str, model: M
     wanted = asks(body, model, limits, prompts)
     opened = [_echo(prompt, model) if body.echo else "" for prompt in prompts for _ in range(body.n or 1)]
     details = bool(body.return_draft_info)
-    answer = model.submit(wanted, stream=bool(body.stream), details=details)
+    prepared = await asyncio.to_thread(model.prepare, wanted)
+    answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:
         events = _stream(body, request, _head(uid), model, answer, opened)
         return sse(events, request.state.request_id)

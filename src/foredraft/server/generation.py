@@ -107,6 +107,7 @@ class Text:
             self.queued,
             tuple(self.tokens),
             tuple(result.logprobs),
+            result.tool_calls,
         )
 
 

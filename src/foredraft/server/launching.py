@@ -18,6 +18,8 @@ from foredraft.server.registry import Registry, Size
 from foredraft.server.schemas import LaunchRequest, SpeculativeLaunchRequest
 
 DRAFT_SHARE = {"int8": 0.5, "int4": 0.28, "int4+skip": 0.28}  # of the target's bf16 weights
+WEIGHT_SHARE = {"int8": 0.52, "int4": 0.3}  # of weights in bf16
+QUANTIZATIONS = {"none": None, "int8": "int8", "8-bit": "int8", "int4": "int4", "4-bit": "int4"}
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -36,12 +38,13 @@ class LaunchSpec:
     policy: str | None = None
     max_model_len: int | None = None
     max_batch_size: int = 8
+    weight_format: str | None = None
     trust_remote_code: bool = False  # an operator's word, never a client's
 
 
 def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
     """Raises ApiError, RequestError."""
-    check_quantization(body.quantization, "quantization")
+    weight_format = quantization(body.quantization)
     target = None if body.target is None else registry.resolve(body.target, body.size_in_billions)
     draft = _draft(body.draft, body.draft_size_in_billions, registry)
     LoadOptions(body.dtype, body.device)
@@ -59,26 +62,29 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
         body.policy,
         body.max_model_len,
         body.max_batch_size or 8,
+        weight_format,
     )
 
 
 def from_speculative_launch(body: SpeculativeLaunchRequest, registry: Registry) -> LaunchSpec:
     """Xinference's request. Raises ApiError, RequestError."""
-    check_quantization(body.quantization, "quantization")
-    check_quantization(body.draft_quantization, "draft_quantization")
+    weight_format = quantization(body.quantization)
+    if body.draft_quantization not in (None, "none"):
+        advice = "leave it out, or name a converted draft model"
+        message = f"draft_quantization={body.draft_quantization!r} is not supported: {advice}"
+        raise ApiError(400, message, "draft_quantization")
     target = registry.resolve(body.model_name, body.model_size_in_billions, "model_name")
     draft = registry.resolve(body.draft_model_name, body.draft_model_size_in_billions, "draft_model_name")
     device, device_map = _placement(body.n_gpu, "auto")
-    return LaunchSpec(body.model_name, target, draft, device=device, device_map=device_map)
+    return LaunchSpec(body.model_name, target, draft, device=device, device_map=device_map, weight_format=weight_format)
 
 
-def check_quantization(name: str | None, field: str) -> None:
-    """Raises ApiError: weights are quantised by `foredraft convert`, not while they are served."""
-    if name not in (None, "none"):
-        message = (
-            f"{field}={name!r} cannot be made at launch; convert the model with `foredraft convert`, or draft='int4'"
-        )
-        raise ApiError(400, message, field)
+def quantization(name: str | None) -> str | None:
+    """The weight format of a name as Xinference has it, or ours. Raises ApiError."""
+    if name is None or name in QUANTIZATIONS:
+        return QUANTIZATIONS[name or "none"]
+    message = f"quantization={name!r} is not known; use {', '.join(QUANTIZATIONS)}"
+    raise ApiError(400, message, "quantization")
 
 
 def _draft(name: str, size: Size, registry: Registry) -> str | Path:
@@ -109,7 +115,8 @@ def footprint(spec: LaunchSpec) -> int:
     Hub models that are not in the cache yet count as nothing: their size is known once they are here.
     """
     target = Path(spec.target) if spec.target is not None else BUNDLED / "target"
-    weights = _weights(target, spec.dtype)
+    weights = _weights(target, "bfloat16" if spec.weight_format else spec.dtype)
+    weights = int(weights * WEIGHT_SHARE.get(spec.weight_format or "", 1.0))
     total = weights + _cache(target, spec)
     bundled = BUNDLED / "draft" if spec.target is None else None
     draft = bundled if spec.draft == "auto" else spec.draft
@@ -134,6 +141,7 @@ def load(spec: LaunchSpec) -> LLM:
         max_model_len=spec.max_model_len,
         max_batch_size=spec.max_batch_size,
         policy=spec.policy,
+        weight_format=spec.weight_format,
     )
 
 

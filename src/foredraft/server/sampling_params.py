@@ -40,6 +40,7 @@ def sampling_params(body: Generate, limits: Limits, *, longest: int) -> Sampling
         ignore_eos=bool(body.ignore_eos),
         logprobs=_logprobs(body),
         verifier=body.verifier or "coupled",
+        structured=body.response_format.schema_asked if body.response_format else None,
     )
 
 
@@ -65,8 +66,6 @@ def _check(body: Generate, limits: Limits) -> None:
         raise ApiError(400, f"more than {limits.max_stop} stop strings or tokens", "stop")
     if len(body.logit_bias or ()) > limits.max_logit_bias:
         raise ApiError(400, f"logit_bias has more than {limits.max_logit_bias} tokens", "logit_bias")
-    if body.response_format is not None and body.response_format.type != "text":
-        refuse_structured("response_format", body.response_format.type)
     if isinstance(body, ChatRequest):
         _check_chat(body)
 
@@ -74,18 +73,14 @@ def _check(body: Generate, limits: Limits) -> None:
 def _check_chat(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
-    if body.tools:
-        refuse_structured("tools", "tool calls")
-    if body.tool_choice not in (None, "none", "auto"):
+    if body.tool_choice not in (None, "none", "auto") and not body.tools:
         raise ApiError(400, "tool_choice needs tools", "tool_choice")
+    if body.parallel_tool_calls is False:
+        reason = "how many calls is for the model to say; name one tool in tool_choice for one call"
+        raise ApiError(400, f"parallel_tool_calls=false is not supported: {reason}", "parallel_tool_calls")
     both = body.max_tokens is not None and body.max_completion_tokens is not None
     if both and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "max_tokens contradicts max_completion_tokens; they mean the same, give one", "max_tokens")
-
-
-def refuse_structured(field: str, what: str) -> None:
-    """The place where structured output joins; until it has, it is refused rather than ignored."""
-    raise ApiError(400, f"{field}: {what} is not supported by this server", field)
 
 
 def _max_tokens(body: Generate, limits: Limits, longest: int) -> int:

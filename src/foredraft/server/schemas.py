@@ -40,17 +40,42 @@ class TextPart(Body):
     text: Text
 
 
+class CalledFunction(Body):
+    name: Name
+    arguments: Text | dict[str, Any] = Field("{}", description="JSON.")
+
+
+class CallMade(Body):
+    """A tool call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """A turn of a conversation. `content` is text, or a list of text parts; other parts are refused."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[CallMade] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
 
-    def for_template(self) -> dict[str, str]:
-        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": "".join(parts), **named}
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content may be left out only beside an assistant's tool_calls")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        parts = self.content if isinstance(self.content, list) else ()
+        content = "".join(part.text for part in parts) if parts else self.content or ""
+        calls = {"tool_calls": [call.model_dump(exclude_none=True) for call in self.tool_calls or ()]}
+        others = {"name": self.name, "tool_call_id": self.tool_call_id}
+        given = {name: value for name, value in others.items() if value is not None}
+        return {"role": self.role, "content": content, **given, **(calls if self.tool_calls else {})}
 
 
 class StreamOptions(Body):
@@ -58,9 +83,31 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class JsonSchema(Body):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = Field(None, description="Output is always as the schema says.")
+    form: dict[str, Any] = Field(alias="schema")
+
+
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type 'json_schema', and to no other")
+        return self
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """What the answer must be; None is free text."""
+        if self.json_schema is not None:
+            return self.json_schema.form
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Generate(Body):
@@ -130,7 +177,8 @@ class ChatRequest(Generate):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Only true: how many calls is for the model to say.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
 
 class CompletionRequest(Generate):

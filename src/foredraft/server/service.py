@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from foredraft.stats import SpecStats
+from foredraft.structured.tools import ToolCall
 from foredraft.types import FinishReason, SamplingParams, TokenLogprobs
 
 TokenKind = Literal["accepted", "recovered", "bonus", "plain"]
@@ -22,6 +23,9 @@ class Ask:
     prompt: str | Sequence[int] = ""
     messages: Messages | None = None
     num_draft_tokens: int | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] = "auto"
+    template_arguments: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class Finished:
     queued: float
     tokens: tuple[TokenPiece, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Answer(Protocol):
@@ -107,15 +112,22 @@ class ModelInfo:
 
 
 class Model(Protocol):
-    """A loaded model. All calls come from the event loop's thread and return at once, but for `close`."""
+    """A loaded model. Calls come from the event loop's thread and return at once, but for `prepare` and `close`."""
 
     info: ModelInfo
 
-    def submit(self, asks: Sequence[Ask], *, stream: bool, details: bool) -> Answer:
+    def prepare(self, asks: Sequence[Ask]) -> Sequence[Any]:
+        """Check, tokenise and compile; blocks, so that it is called on another thread.
+
+        Raises:
+            RequestError: one of them cannot be run.
+        """
+        ...
+
+    def submit(self, prepared: Sequence[Any], *, stream: bool, details: bool) -> Answer:
         """Put texts into the engine's queue; `details` asks for tokens beside text.
 
         Raises:
-            RequestError: one of them cannot be run; none is.
             ApiError: the queue is full.
         """
         ...

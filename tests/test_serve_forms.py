@@ -1,0 +1,106 @@
+"""JSON schemas and tool calls through a real server, by the official client."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+pytest.importorskip("openai")
+
+import openai
+from servers import ServerProcess
+from test_tool_calls import FIND, MESSAGES, TEMPLATE
+
+from foredraft import LLM, SamplingParams
+from foredraft.llm import BUNDLED
+
+NOW_TOOL = {"type": "function", "function": {"name": "now"}}
+BOOKING = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "maximum": 9}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled target with a template that tells of tools."""
+    made = Path(shutil.copytree(BUNDLED / "target", tmp_path_factory.mktemp("model") / "caller"))
+    (made / "chat_template.jinja").write_text(TEMPLATE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[openai.OpenAI]:
+    with (
+        ServerProcess("--model", str(folder), "--draft", str(BUNDLED / "draft"), "--uid", "caller") as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, "none")
+
+
+def test_an_answer_of_a_schema(client: openai.OpenAI, llm: LLM) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "booking", "schema": BOOKING, "strict": True}}
+    ask = {"model": "caller", "messages": MESSAGES, "temperature": 0.8, "seed": 2, "response_format": form}
+    answer = client.chat.completions.create(**ask).choices[0]
+    assert set(json.loads(answer.message.content)) == {"city", "people"}
+    params = SamplingParams(temperature=0.8, seed=2, max_new_tokens=200, structured=BOOKING)
+    assert answer.message.content == llm.chat(MESSAGES, params).text
+    streamed = client.chat.completions.create(**ask, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer.message.content
+
+
+def test_any_json_object(client: openai.OpenAI) -> None:
+    ask = {"prompt": "A small object: ", "max_tokens": 60, "temperature": 0, "response_format": {"type": "json_object"}}
+    text = client.post("/completions", body={"model": "caller", **ask}, cast_to=dict)["choices"][0]["text"]
+    assert text.startswith("{")
+
+
+def test_a_forced_call(client: openai.OpenAI, llm: LLM) -> None:
+    ask = {"model": "caller", "messages": MESSAGES, "temperature": 0.9, "seed": 4, "tools": [FIND, NOW_TOOL]}
+    ask["tool_choice"] = {"type": "function", "function": {"name": "find_restaurant"}}
+    choice = client.chat.completions.create(**ask).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content, call.type) == ("tool_calls", None, "function")
+    params = SamplingParams(temperature=0.9, seed=4, max_new_tokens=200)
+    (alone,) = llm.chat(MESSAGES, params, tools=[FIND, NOW_TOOL], tool_choice="find_restaurant").tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == (alone.name, alone.arguments)
+    turns = [*MESSAGES, choice.message.model_dump(exclude_none=True)]
+    turns.append({"role": "tool", "tool_call_id": call.id, "content": "three tables"})
+    assert client.chat.completions.create(model="caller", messages=turns, max_tokens=5).choices[0].message.content
+
+
+def test_a_streamed_call_comes_whole(client: openai.OpenAI) -> None:
+    ask = {"model": "caller", "messages": MESSAGES, "temperature": 0.9, "seed": 4, "tools": [FIND, NOW_TOOL]}
+    ask["tool_choice"] = "required"
+    whole = client.chat.completions.create(**ask).choices[0].message.tool_calls
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ask, stream=True)]
+    assert "".join(choice.delta.content or "" for choice in chunks) == ""
+    called = [call for choice in chunks for call in choice.delta.tool_calls or ()]
+    assert [named(call) for call in called] == [named(call) for call in whole]
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+def named(call: Any) -> tuple[str, str]:
+    return call.function.name, call.function.arguments
+
+
+def test_words_stay_words(client: openai.OpenAI) -> None:
+    ask = {"model": "caller", "messages": MESSAGES, "temperature": 0.7, "seed": 1, "max_tokens": 30, "tools": [FIND]}
+    whole = client.chat.completions.create(**ask).choices[0]
+    streamed = client.chat.completions.create(**ask, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == whole.message.content and not whole.message.tool_calls
+    unseen = client.chat.completions.create(**ask, tool_choice="none").choices[0]
+    assert not unseen.message.tool_calls
