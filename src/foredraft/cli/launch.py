@@ -41,6 +41,9 @@ class LaunchOptions(ServerOptions):
     ] = "auto"
     draft_size: Annotated[str | None, flag("--draft-size", help="As --size, of the draft.", panel=MODEL)] = None
     uid: Annotated[str | None, flag("--uid", help="What clients will call it.", panel=MODEL)] = None
+    quantization: Annotated[
+        str | None, flag("--quantization", help="int4 or int8: round the target's weights.", panel=MODEL)
+    ] = None
     dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
     device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
     max_model_len: Annotated[int | None, flag("--max-model-len", help="Tokens in all.", panel=MODEL)] = None
@@ -67,6 +70,7 @@ def launch(options: LaunchOptions) -> None:
         "draft": options.draft,
         "draft_size_in_billions": options.draft_size,
         "uid": options.uid,
+        "quantization": options.quantization,
         "dtype": options.dtype,
         "device": options.device,
         "max_model_len": options.max_model_len,

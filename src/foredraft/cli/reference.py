@@ -12,11 +12,22 @@ from typing import get_args, get_type_hints
 import typer
 
 from foredraft.cli.doctor import DoctorOptions
+from foredraft.cli.launch import LaunchOptions, ListOptions, TerminateOptions
 from foredraft.cli.options import ChatOptions, GenerateOptions
+from foredraft.cli.serve import ServeOptions
 from foredraft.cli.tune import TuneFlags
 from foredraft.drafters.registry import DRAFTERS
 
-TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags, "doctor": DoctorOptions}
+TABLES: dict[str, type] = {
+    "generate": GenerateOptions,
+    "chat": ChatOptions,
+    "tune": TuneFlags,
+    "doctor": DoctorOptions,
+    "serve": ServeOptions,
+    "launch": LaunchOptions,
+    "list": ListOptions,
+    "terminate": TerminateOptions,
+}
 MARKED = re.compile(r"(<!-- (?:flags of (\w+)|drafters) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

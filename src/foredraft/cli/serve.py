@@ -34,6 +34,9 @@ class ServeOptions:
     ] = None
     no_model: Annotated[bool, flag("--no-model", help="Start empty; clients launch models.", panel=MODEL)] = False
     dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
+    weight_format: Annotated[
+        str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
+    ] = None
     device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
     draft_device: Annotated[str | None, flag("--draft-device", help="The draft model's device.", panel=MODEL)] = None
     trust_remote_code: Annotated[
@@ -154,7 +157,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         return ()
     if options.max_batch_size < 1:
         raise RequestError(f"--max-batch-size {options.max_batch_size} is not usable; it must be 1 or more")
-    LoadOptions(options.dtype, options.device)
+    LoadOptions(options.dtype, options.device, weight_format=options.weight_format)
     name = Path(options.model).name if options.model else "bundled"
     spec = LaunchSpec(
         name,
@@ -166,6 +169,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         policy=options.policy,
         max_model_len=options.max_model_len,
         max_batch_size=options.max_batch_size,
+        weight_format=options.weight_format,
         trust_remote_code=options.trust_remote_code,
     )
     return (Launch(spec, options.uid or name),)

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from foredraft import __version__
+from foredraft.server.auth import ANYBODY, Key
 from foredraft.server.errors import ApiError
 from foredraft.server.middleware import gone
 from foredraft.server.sampling_params import num_draft_tokens, sampling_params
@@ -21,9 +21,10 @@ from foredraft.server.schemas import Generate
 from foredraft.server.service import Answer, Ask, Delta, Finished, Messages, Model, TokenPiece
 from foredraft.server.settings import Limits
 from foredraft.stats import SpecStats
+from foredraft.versions import installed
 
 Json = dict[str, Any]
-FINGERPRINT = f"foredraft-{__version__}"
+FINGERPRINT = f"foredraft-{installed('foredraft')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,12 @@ def asks(body: Generate, model: Model, limits: Limits, texts: Sequence[str | lis
 def _ask(text: str | list[int] | Messages, params: Any, drafts: int | None) -> Ask:
     chat = not isinstance(text, str) and len(text) > 0 and not isinstance(text[0], int)
     return Ask(params, messages=text, num_draft_tokens=drafts) if chat else Ask(params, text, None, drafts)  # type: ignore[arg-type]
+
+
+def memory(request: Request) -> str | None:
+    """Whose earlier outputs may help to draft: those of the same key, and nobody's where no key is asked."""
+    key: Key | None = request.state.key
+    return None if key is None or key is ANYBODY else f"key {key.name}"
 
 
 async def whole(answer: Answer, request: Request) -> list[Finished]:

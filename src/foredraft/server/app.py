@@ -18,7 +18,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from foredraft import __version__
 from foredraft.errors import ForedraftError
 from foredraft.server.auth import Keys, parse_keys, require_admin
 from foredraft.server.chat import chat
@@ -38,7 +37,9 @@ from foredraft.server.schemas import (
     TokenizeRequest,
 )
 from foredraft.server.settings import Settings
+from foredraft.versions import installed
 
+VERSION = installed("foredraft") or "unknown"
 PLAYGROUND = Path(__file__).parent / "playground"
 CONTENT_POLICY = "default-src 'self'; style-src 'self'; script-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
 
@@ -84,7 +85,7 @@ def create_app(
         yield
         await models.close()
 
-    app = FastAPI(title="foredraft", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="foredraft", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     for kind in (ApiError, ForedraftError):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -191,7 +192,7 @@ def _model_routes(app: FastAPI) -> None:
 def _operating_routes(app: FastAPI) -> None:
     @app.get("/health", tags=["operating"], summary="The process answers")
     async def health() -> dict[str, str]:
-        return {"status": "ok", "version": __version__}
+        return {"status": "ok", "version": VERSION}
 
     @app.get("/ready", tags=["operating"], summary="Every launched model is ready", responses={503: {}})
     async def ready(request: Request) -> Response:

@@ -62,6 +62,11 @@ class EngineModel:
         return generation
 
     def _job(self, ask: Ask) -> Job:
+        job = self._checked(ask)
+        job.request.memory = ask.memory
+        return job
+
+    def _checked(self, ask: Ask) -> Job:
         if ask.messages is None:
             return self._llm.job(ask.prompt, ask.params, ask.num_draft_tokens)
         choice = (ask.tools, ask.tool_choice, ask.template_arguments)

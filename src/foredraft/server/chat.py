@@ -13,6 +13,7 @@ from foredraft.server.answers import (
     asks,
     draft_info_of,
     draft_info_of_step,
+    memory,
     new_head,
     note_usage,
     usage,
@@ -31,7 +32,8 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
     """Answer a conversation. Raises ApiError, RequestError."""
     messages = [message.for_template() for message in body.messages]
     details = bool(body.return_draft_info)
-    wanted = [replace(ask, **_tools(body)) for ask in asks(body, model, limits, [messages])]
+    own = {**_tools(body), "memory": memory(request)}
+    wanted = [replace(ask, **own) for ask in asks(body, model, limits, [messages])]
     prepared = await asyncio.to_thread(model.prepare, wanted)
     answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:

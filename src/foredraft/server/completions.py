@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,6 +13,7 @@ from foredraft.server.answers import (
     asks,
     draft_info_of,
     draft_info_of_step,
+    memory,
     new_head,
     note_usage,
     usage,
@@ -32,7 +33,7 @@ async def complete(body: CompletionRequest, request: Request, uid: str, model: M
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "echo with logprobs is not supported: prompts are not scored; drop one of them", "echo")
     prompts = body.prompts
-    wanted = asks(body, model, limits, prompts)
+    wanted = [replace(ask, memory=memory(request)) for ask in asks(body, model, limits, prompts)]
     opened = [_echo(prompt, model) if body.echo else "" for prompt in prompts for _ in range(body.n or 1)]
     details = bool(body.return_draft_info)
     prepared = await asyncio.to_thread(model.prepare, wanted)
