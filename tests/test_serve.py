@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -423,3 +425,14 @@ def test_openapi_knows_the_fields(server: ServerProcess) -> None:
     assert {"/v1/chat/completions", "/v1/models", "/metrics"} <= set(schema["paths"])
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"num_draft_tokens", "return_draft_info", "verifier", "top_k"} <= set(fields)
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(server: ServerProcess, client: openai.OpenAI) -> None:
+    client.chat.completions.create(model="bundled", messages=ASK, max_tokens=20)
+    board = json.loads((Path(__file__).resolve().parents[1] / "deploy/grafana/foredraft.json").read_text())
+    asked = {
+        name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"foredraft:\w+", t["expr"])
+    }
+    shown = httpx.get(f"{server.url}/metrics").text
+    assert len(asked) > 12
+    assert [name for name in sorted(asked) if f"\n{name}" not in shown and f"TYPE {name} " not in shown] == []

@@ -14,7 +14,7 @@ from servers import PATIENCE, ServerProcess, until
 
 from foredraft import LLM, SamplingParams
 
-CLIENTS = int(os.environ.get("FOREDRAFT_TEST_CLIENTS", "24"))
+CLIENTS = int(os.environ.get("FOREDRAFT_TEST_CLIENTS", "64"))
 OPENINGS = (
     "I need a taxi",
     "Book a table",
