@@ -46,18 +46,27 @@ def check_tasks(tasks: Sequence[Task], options: BenchOptions) -> tuple[Task, ...
 
 
 def bench(
-    llm: LLM, tasks: Sequence[Task], options: BenchOptions, *, name: str = "", watcher: Watcher | None = None
+    llm: LLM,
+    tasks: Sequence[Task],
+    options: BenchOptions,
+    *,
+    name: str = "",
+    drafter: str = "",
+    watcher: Watcher | None = None,
 ) -> Bench:
     """Measure every arm on every task. The LLM must be idle, and drafts as before afterwards.
 
     Ctrl-C (KeyboardInterrupt) keeps the requests that all arms have answered.
+
+    Args:
+        name, drafter: what the report calls the target and who drafts.
 
     Raises:
         RequestError: nothing is drafted, a draft length is not exact here, or no task fits the context.
         ForedraftError: a request failed.
     """
     check_drafting(llm, options)
-    return Pipeline(llm, options, name, watcher or Watcher()).run(tasks)
+    return Pipeline(llm, options, setting(llm, name, drafter), watcher or Watcher()).run(tasks)
 
 
 def check_drafting(llm: LLM, options: BenchOptions) -> None:
@@ -92,7 +101,7 @@ class Pipeline:
 
     llm: LLM
     options: BenchOptions
-    name: str
+    setting: Setting
     watcher: Watcher
 
     def run(self, tasks: Sequence[Task]) -> Bench:
@@ -104,7 +113,7 @@ class Pipeline:
         arms = tuple(arm_figures(requests, arm.name, arm.num_draft_tokens) for arm in found.arms)
         best = max(arms[1:], key=lambda arm: arm.speedup.value)
         return Bench(
-            setting(self.llm, self.name),
+            self.setting,
             options,
             counts(requests, len(tasks) - len(fitting) + len(found.left_out)),
             arms,
@@ -156,11 +165,11 @@ def counts(requests: Sequence[Request], left_out: int) -> Counts:
     )
 
 
-def setting(llm: LLM, name: str) -> Setting:
+def setting(llm: LLM, name: str, drafter: str) -> Setting:
     it, about = llm.model, machine.look()
     return Setting(
         name,
-        llm.drafter.name,
+        drafter or llm.drafter.name,
         str(it.dtype).removeprefix("torch."),
         torch.cuda.get_device_name(it.device) if it.device.type == "cuda" else it.device.type,
         getattr(it, "runtime", "torch"),

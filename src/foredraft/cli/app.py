@@ -7,13 +7,14 @@ import typer
 from typer.core import TyperCommand
 
 from foredraft import __version__
+from foredraft.cli.bench import bench
 from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
 from foredraft.cli.doctor import doctor
 from foredraft.cli.generate import generate
 from foredraft.cli.tune import tune
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune, "doctor": doctor}
+COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "tune": tune, "bench": bench, "doctor": doctor}
 
 
 class Command(TyperCommand):

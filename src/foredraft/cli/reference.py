@@ -11,12 +11,19 @@ from typing import get_args, get_type_hints
 
 import typer
 
+from foredraft.cli.bench import BenchFlags
 from foredraft.cli.doctor import DoctorOptions
 from foredraft.cli.options import ChatOptions, GenerateOptions
 from foredraft.cli.tune import TuneFlags
 from foredraft.drafters.registry import DRAFTERS
 
-TABLES: dict[str, type] = {"generate": GenerateOptions, "chat": ChatOptions, "tune": TuneFlags, "doctor": DoctorOptions}
+TABLES: dict[str, type] = {
+    "generate": GenerateOptions,
+    "chat": ChatOptions,
+    "tune": TuneFlags,
+    "bench": BenchFlags,
+    "doctor": DoctorOptions,
+}
 MARKED = re.compile(r"(<!-- (?:flags of (\w+)|drafters) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
