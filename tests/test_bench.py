@@ -27,7 +27,7 @@ from foredraft.bench.asking import Run
 from foredraft.bench.options import BenchOptions, read_lengths
 from foredraft.bench.page import page
 from foredraft.bench.pipeline import bench, check_tasks
-from foredraft.bench.programs import program, testable
+from foredraft.bench.programs import has_test, program
 from foredraft.bench.result import Bench
 from foredraft.bench.sandbox import Limits, run_program
 from foredraft.bench.tasks import Task, bundled_tasks, read_tasks, spread
@@ -64,7 +64,7 @@ def task(index: int, *turns: str, **values: Any) -> Task:
     )
 
 
-TASKS = tuple(task(i) for i in range(3)) + (task(3, "w5 w6", "w7"),)
+TASKS = (*tuple(task(i) for i in range(3)), task(3, "w5 w6", "w7"))
 OPTIONS = BenchOptions((1, 3, None), SamplingParams(max_new_tokens=TOKENS), rounds=2, predict=False)
 
 
@@ -125,7 +125,7 @@ def test_bad_lines_are_refused_by_their_number(tmp_path: Path, content: str | by
     path = tmp_path / "prompts.jsonl"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(RequestError, match="prompts.jsonl") as refusal:
+    with pytest.raises(RequestError, match=r"prompts\.jsonl") as refusal:
         read_tasks(path)
     assert message in str(refusal.value)
 
@@ -148,7 +148,7 @@ def test_published_sets_are_read(shared: Path) -> None:
     assert len(sets["spec_bench.jsonl.gz"]) == 480
     columns = {it.category for it in sets["spec_bench.jsonl.gz"]}
     assert columns == {"mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag"}
-    assert all(testable(it) for it in sets["humaneval.jsonl.gz"] if ">>>" in it.turns[0])
+    assert all(has_test(it) for it in sets["humaneval.jsonl.gz"] if ">>>" in it.turns[0])
     assert all(it.references for it in sets["gsm8k_test.jsonl.gz"])
 
 
@@ -373,7 +373,7 @@ def test_programs_are_made_of_answers(answer: str, passes: bool) -> None:
     tested = task(0, STUB, test=CHECK, entry_point="half")
     assert run_program(program(tested, answer)).passed is passes
     examples = task(0, f"Complete the code I provided.\n\n{STUB}")
-    assert testable(examples) and not testable(task(0, "Say >>> half(4)"))
+    assert has_test(examples) and not has_test(task(0, "Say >>> half(4)"))
     assert run_program(program(examples, answer)).passed is passes
 
 
@@ -454,7 +454,7 @@ def test_tables_have_quality_where_there_is_any(found: Bench) -> None:
     rated = replace(
         found,
         rouge=quality.Rouge(2, dict.fromkeys(names, 0.125)),
-        pass_rates=quality.PassRates(1, 10, dict.fromkeys(names, {1: 0.5, 10: 1.0}), ("7",), "python"),
+        pass_rates=quality.PassRates(1, 10, {name: {1: 0.5, 10: 1.0} for name in names}, ("7",), "python"),
     )
     rows = dict(table.tables(rated))["quality of the answers"]
     assert rows[0] == ("gamma", "ROUGE-2", "pass@1", "pass@10", "matchness", "speed-up")

@@ -29,7 +29,11 @@ def main() -> None:
     out, sys.argv = os.dup(1), ["program"]
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.addaudithook(forbid)
-    exec(program, {"__name__": "__program__"})
+    try:
+        exec(program, {"__name__": "__program__"})
+    except BaseException as error:  # also of leaving early
+        os.write(2, f"{type(error).__name__}: {error}".encode(errors="replace")[:200])
+        os._exit(1)
     os.write(out, f"{network}\n{nonce}\n".encode())
 
 

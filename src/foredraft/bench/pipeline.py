@@ -35,7 +35,7 @@ def check_tasks(tasks: Sequence[Task], options: BenchOptions) -> tuple[Task, ...
     chosen = spread(tasks, options.limit)
     if options.run_code:
         sandbox.check_supported()
-        if not any(map(programs.testable, chosen)):
+        if not any(map(programs.has_test, chosen)):
             raise RequestError(
                 "--run-code: no task has a test; a task needs `test` and `entry_point`, or a function with `>>>` "
                 "examples in its prompt"

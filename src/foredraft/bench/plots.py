@@ -145,7 +145,8 @@ def _acceptance(axes: Any, found: Bench) -> None:
             )
     axes.set(xlabel="position in the draft", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(fontsize=9)
+    if axes.lines:  # a drafter may have had nothing to say
+        axes.legend(fontsize=9)
     _whole(axes)
 
 

@@ -8,9 +8,11 @@ import re
 
 from foredraft.bench.tasks import Task
 
+DOCSTRING = re.compile(r"(\"\"\"|\'\'\')(.*?)\1", re.DOTALL)
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 CODE = re.compile(r"^(?:from |import |def |class |@|async def )", re.MULTILINE)
 NAME = re.compile(r"^def (\w+)", re.MULTILINE)
+IMPORTS = "from typing import Any, Dict, List, Optional, Set, Tuple, Union\n"  # which copies of HumanEval lack
 DOCTEST = """
 import doctest as _doctest
 _examples = _doctest.DocTestParser().get_doctest({text!r}, globals(), "examples", None, 0)
@@ -20,22 +22,21 @@ assert _runner.tries and not _runner.failures, "examples failed"
 """
 
 
-def testable(task: Task) -> bool:
+def has_test(task: Task) -> bool:
     return bool(_name(task)) and bool(task.test or ">>>" in task.turns[0])
 
 
-def program(task: Task, answer: str) -> str:
-    """The answer as a program that ends without an error if it passes the task's test."""
+def program(task: Task, answer: str, *, reference: bool = False) -> str:
+    """The answer as a program that ends without an error if it passes the task's test. A reference is not cut."""
     stub, code = _stub(task), answer.replace("\t", "    ")
     fenced = FENCED.search(code)
     if fenced:
         code = fenced[1]
-    whole = any(name == _name(task) for name in NAME.findall(code))
-    if whole:
+    if _name(task) in NAME.findall(code):  # all of the function anew
         body = f"{stub[: _last_function(stub)]}\n{code}"
     else:
-        body = stub.rstrip() + "\n" + (code if fenced else _first_block(code))
-    return f"{body}\n{_test(task, stub)}"
+        body = stub.rstrip() + "\n" + (code if fenced or reference else _first_block(code))
+    return f"{IMPORTS}{body}\n{_test(task, stub)}"
 
 
 def _last_function(stub: str) -> int:
@@ -60,4 +61,7 @@ def _name(task: Task) -> str:
 
 
 def _test(task: Task, stub: str) -> str:
-    return f"{task.test}\ncheck({_name(task)})\n" if task.test else DOCTEST.format(text=stub)
+    if task.test:
+        return f"{task.test}\ncheck({_name(task)})\n"
+    examples = "\n".join(match[2] for match in DOCSTRING.finditer(stub))
+    return DOCTEST.format(text=examples)

@@ -77,8 +77,8 @@ class Judge:
         self.limits = limits
         self.known: dict[str, Outcome] = {}
 
-    def passes(self, task: Task, answer: str) -> bool:
-        text = programs.program(task, answer)
+    def passes(self, task: Task, answer: str, *, reference: bool = False) -> bool:
+        text = programs.program(task, answer, reference=reference)
         if text not in self.known:
             self.known[text] = run_program(text, self.limits)
         return self.known[text].passed
@@ -89,12 +89,12 @@ class Judge:
 
     def sound(self, task: Task) -> bool:
         """Whether the task's own reference passes its test; a task without one is taken at its word."""
-        return not task.references or any(self.passes(task, answer) for answer in task.references)
+        return not task.references or any(self.passes(task, it, reference=True) for it in task.references)
 
 
 def pass_rates(requests: Sequence[Request], arms: Sequence[str], limits: Limits = Limits()) -> PassRates | None:  # noqa: B008
     """None where no task has a test."""
-    own = [it for it in _last_turns(requests) if programs.testable(it.place.task)]
+    own = [it for it in _last_turns(requests) if programs.has_test(it.place.task)]
     judge, by_task = Judge(limits), dict[int, list[Request]]()
     for request in own:
         by_task.setdefault(request.place.index, []).append(request)
