@@ -33,6 +33,8 @@ from foredraft.bench.sandbox import Limits, run_program
 from foredraft.bench.tasks import Task, bundled_tasks, read_tasks, spread
 from foredraft.cli.app import app
 from foredraft.cli.bench import check_writable
+from foredraft.drafters.memory import SuffixMemory
+from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.errors import ForedraftError, RequestError
 from foredraft.policy import Gain
 
@@ -208,10 +210,13 @@ def test_later_turns_follow_what_plain_decoding_said(llm: LLM) -> None:
 
 def test_no_arm_drafts_from_what_another_wrote(llm: LLM) -> None:
     """Each prompt comes again in every arm and round; a memory of its answer would accept everything."""
-    own = LLM(tiny("llama"), "suffix", tokenizer=words(), max_batch_size=1)
-    result = measure.measure(own, TASKS[:1], replace(OPTIONS, lengths=(3,), rounds=3))
-    rounds = [runs["gamma 3"].stats for runs in result.requests[0, 0, 0].rounds]
-    assert len({(it.accepted, it.target_passes) for it in rounds}) == 1
+
+    def accepted(drafter: SuffixDrafter) -> set[int]:
+        own = LLM(tiny("llama"), drafter, tokenizer=words(), max_batch_size=1)
+        result = measure.measure(own, TASKS[:1], replace(OPTIONS, lengths=(3,), rounds=3))
+        return {runs["gamma 3"].stats.accepted for runs in result.requests[0, 0, 0].rounds}
+
+    assert accepted(SuffixDrafter(SuffixMemory(VOCAB))) == accepted(SuffixDrafter())
 
 
 def test_samples_have_seeds_of_their_own(llm: LLM) -> None:
@@ -383,8 +388,7 @@ def test_programs_are_made_of_answers(answer: str, passes: bool) -> None:
         "while True: pass",
         "import time; time.sleep(60)",
         "x = bytearray(1 << 31)",
-        "import socket; socket.create_connection(('127.0.0.1', 80), 1)",
-        "import urllib.request as u; u.urlopen('http://127.0.0.1/')",
+        "import socket; socket.socket()",
         "open('x', 'w')",
         "import os; os.open('x', os.O_CREAT)",
         "import subprocess; subprocess.run(['true'])",
@@ -395,10 +399,7 @@ def test_programs_are_made_of_answers(answer: str, passes: bool) -> None:
     ],
 )
 def test_programs_have_limits(line: str) -> None:
-    try:
-        fine = f"try:\n    pass\nfinally:\n    {line}"
-    finally:
-        outcome = run_program(fine, Limits(seconds=0.6, memory=1 << 29))
+    outcome = run_program(line, Limits(seconds=0.6, memory=1 << 29))
     assert not outcome.passed and outcome.error
 
 
