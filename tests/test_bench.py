@@ -345,7 +345,7 @@ def test_prediction_of_a_perfect_draft_is_one_minus_nothing(llm: LLM) -> None:
 
 def test_tables_have_the_columns_of_those_they_follow(found: Bench) -> None:
     tables = dict(table.tables(found))
-    speed = tables["tiny & <small>, drafted for by ngram (float32, cpu): speed-up"]
+    speed = next(iter(tables.values()))
     assert speed[0][:4] == ("gamma", "speedup (inference time)", "95 %", "speed up (num of forwards)")
     assert [row[0] for row in speed[1:]] == ["plain", "1", "3", "policy"]
     assert tables["speed-up by category"][0] == ("gamma", "b", "a", "#MAT", "Overall")

@@ -42,7 +42,8 @@ def as_markdown(rows: Rows) -> str:
 def tables(found: Bench) -> Iterator[tuple[str, Rows]]:
     """A title, and rows of cells, the first with headers."""
     about = found.setting
-    yield f"{about.model}, drafted for by {about.drafter} ({about.dtype}, {about.device}): speed-up", _speed(found)
+    where = f"{about.dtype}, {about.device}, {about.runtime} runtime"
+    yield f"{about.model}, drafted for by {about.drafter} ({where}): speed-up", _speed(found)
     yield "where the time goes", _times(found)
     if len(found.plain.categories) > 1:
         yield "speed-up by category", _categories(found)
@@ -143,9 +144,10 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def lines(found: Bench) -> Iterator[str]:
     """What the tables leave to words."""
-    counts = found.counts
+    counts, about = found.counts, found.setting
+    rounds = "1 round" if counts.rounds == 1 else f"{counts.rounds} rounds"
     yield (
-        f"{counts.requests} requests of {counts.tasks} prompts, {counts.tokens} tokens, {counts.rounds} rounds; "
+        f"{counts.requests} requests of {counts.tasks} prompts, {counts.tokens} tokens, {rounds}; "
         f"seconds are medians over rounds, with the prompts' own; intervals draw prompts anew"
     )
     yield from equality(found)
@@ -156,6 +158,8 @@ def lines(found: Bench) -> Iterator[str]:
         )
     yield memory(found)
     yield from _quality_lines(found)
+    versions = ", ".join(f"{name} {number}" for name, number in about.versions.items())
+    yield f"ran on {about.processor}, {about.threads} threads, with {versions}"
     yield from warnings(found)
 
 

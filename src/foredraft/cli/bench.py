@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foredraft.cli import session
-from foredraft.cli.console import FAILURE, INTERRUPTED, busy, note, only_result, stdout_console
+from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, RunOptions, flag, takes
 from foredraft.cli.progress import progress
 from foredraft.drafters.registry import DRAFTERS, with_profile
@@ -129,10 +129,9 @@ def bench(options: BenchFlags) -> None:
         if options.html is not None:
             check_writable(options.html)
         with busy("importing torch and transformers"):
-            chosen, tasks = bench_options(options), read(options)
+            chosen = bench_options(options)
+            tasks = read(options, chosen)
         found = run(options, chosen, tasks)
-        if options.html is not None:
-            write_page(found, options.html)
     if options.json:
         stdout.write(json.dumps(found.as_dict()) + "\n")
         stdout.flush()
@@ -140,6 +139,8 @@ def bench(options: BenchFlags) -> None:
         from foredraft.bench.table import show
 
         show(found, stdout_console(highlight=False), markdown=options.markdown)
+    if options.html is not None:
+        write_page(found, options.html)
     finish(found)
 
 
@@ -151,7 +152,7 @@ def bench_options(options: BenchFlags) -> "BenchOptions":
         raise RequestError("--draft none leaves nothing to compare with plain decoding; choose a drafter")
     own = options.as_run_options()
     own.check()
-    assert own.target_device
+    _ = own.target_device  # raises where --gpu is not usable
     return BenchOptions(
         read_lengths(options.gamma),
         session.sampling_params(own),
@@ -164,8 +165,12 @@ def bench_options(options: BenchFlags) -> "BenchOptions":
     )
 
 
-def read(options: BenchFlags) -> "tuple[Task, ...]":
-    """Raises RequestError where the prompts are not usable, with the line."""
+def read(options: BenchFlags, chosen: "BenchOptions") -> "tuple[Task, ...]":
+    """
+    Raises:
+        RequestError: the prompts are not usable; the message names the line.
+        ForedraftError: what they or the report need is not installed.
+    """
     from foredraft.bench.pipeline import check_tasks
     from foredraft.bench.tasks import bundled_tasks, read_tasks
 
@@ -174,12 +179,11 @@ def read(options: BenchFlags) -> "tuple[Task, ...]":
         from foredraft.bench.plots import check_plots
 
         check_plots()
-    return check_tasks(tasks, bench_options(options))
+    return check_tasks(tasks, chosen)
 
 
 def run(options: BenchFlags, chosen: "BenchOptions", tasks: "tuple[Task, ...]") -> "Bench":
     from foredraft.bench.pipeline import bench as measure
-    from foredraft.cli.console import interruptible
 
     with busy(f"loading {options.model or 'the bundled pair'}"):
         llm = session.open_llm(options.as_run_options())

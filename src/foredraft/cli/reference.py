@@ -1,6 +1,6 @@
 """The flags and the drafters as Markdown tables, embedded in the documentation.
 
-python -m foredraft.cli.reference docs/cli.md docs/tuning.md
+python -m foredraft.cli.reference docs/cli.md docs/tuning.md docs/bench.md
 """
 
 import re
