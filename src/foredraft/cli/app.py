@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand
 
 from foredraft import __version__
+from foredraft.cli.bench import bench
 from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
 from foredraft.cli.doctor import doctor
@@ -20,6 +21,7 @@ COMMANDS = {
     "chat": chat,
     "convert": convert,
     "tune": tune,
+    "bench": bench,
     "doctor": doctor,
     "serve": serve,
     "launch": launch,

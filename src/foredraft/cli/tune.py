@@ -1,15 +1,13 @@
 """`foredraft tune`: which drafter serves a model best, and which of its layers it can draft without."""
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, flag, takes
+from foredraft.cli.progress import progress
 from foredraft.drafters.registry import drafting
 
 if TYPE_CHECKING:
@@ -173,33 +171,3 @@ def why_none(advice: "Advice") -> str:
     if advice.profile is None or advice.doubt is None:
         return "no skip profile was written"
     return f"no skip profile was written: {advice.doubt}; tune again on an idle machine, or give --save-anyway"
-
-
-@contextmanager
-def progress() -> "Iterator[Watcher]":
-    """A bar for each stage on a terminal's stderr; a line for each stage elsewhere."""
-    from foredraft.tuning.options import Watcher
-
-    if not sys.stderr.isatty():
-        yield Watcher(lambda stage, total: note(f"{stage} ..."))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-
-        def stage(name: str, total: int) -> None:
-            bar.add_task(name, total=total or None, text="")
-
-        def tick(text: str) -> None:
-            task = bar.tasks[-1]
-            bar.update(task.id, advance=1, text=text or task.fields["text"])
-
-        yield Watcher(stage, tick)

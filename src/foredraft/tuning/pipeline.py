@@ -112,7 +112,7 @@ class Pipeline:
             if name in self.options.without:
                 continue
             cost = costs.drafts.get(name, DraftCost(0.0, 0.0))
-            found.append(Scored(name, drafter, _acceptance(scorer, drafter), cost))
+            found.append(Scored(name, drafter, acceptance_of(scorer, drafter), cost))
             self.watcher.tick(name)
         scorer.close()
         return found
@@ -185,7 +185,7 @@ class Pipeline:
         return profile.profile_for(self.llm.model, best.skip, {best.name: figures}, found)
 
 
-def _acceptance(scorer: Scorer, drafter: Drafter) -> Acceptance:
+def acceptance_of(scorer: Scorer, drafter: Drafter) -> Acceptance:
     if isinstance(drafter, SelfDrafter):
         return scorer.score(drafter.model)
     if isinstance(drafter, ModelDrafter):

@@ -1,0 +1,66 @@
+"""What `foredraft tune` would have said: acceptance by teacher forcing, costs of steps, and the speed-up they make.
+
+Scored on the texts that plain decoding gave, so nothing of it comes from a run of the drafter that was measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foredraft.bench.measure import Request
+from foredraft.bench.options import BenchOptions
+from foredraft.llm import LLM
+from foredraft.tuning.calibration import CalibrationText, Sample
+from foredraft.tuning.candidates import GAMMAS, wide_passes
+from foredraft.tuning.carousel import measure
+from foredraft.tuning.costs import DraftCost, Turn
+from foredraft.tuning.forecast import forecast
+from foredraft.tuning.pipeline import acceptance_of
+from foredraft.tuning.score import Scorer
+
+TEXTS = 16
+COST_LAPS, COST_SECONDS = 8, 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """`alpha` is E[sum min(p, q)], at temperature 0 the share of equal argmaxes; `speedups[g]` with g drafted."""
+
+    alpha: float
+    cost_ratio: float  # a draft token's price in plain steps
+    speedups: tuple[float, ...]
+
+    def at(self, num_draft_tokens: int | None) -> float | None:
+        """None for lengths that were not looked at, and where a policy decides."""
+        if num_draft_tokens is None or num_draft_tokens >= len(self.speedups):
+            return None
+        return self.speedups[num_draft_tokens]
+
+
+def predict(llm: LLM, requests: Sequence[Request], options: BenchOptions) -> Prediction | None:
+    """None where no text is longer than a token. The LLM must be idle."""
+    text = _text(requests, options)
+    if text is None:
+        return None
+    drafter, most = llm.drafter, llm.model.row_invariance.max_draft_tokens
+    scorer = Scorer(llm.model, text)
+    try:
+        acceptance = acceptance_of(scorer, drafter)
+    finally:
+        scorer.close()
+    turns = [Turn(drafter.name, drafter, min(gamma, most)) for gamma in GAMMAS] + wide_passes(most)
+    costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS)
+    price = costs.drafts.get(drafter.name, DraftCost(0.0, 0.0))
+    found = forecast(acceptance, price, costs.steps, options.params.max_new_tokens)
+    return Prediction(acceptance.alpha, costs.ratio(price), found.by_length)
+
+
+def _text(requests: Sequence[Request], options: BenchOptions) -> CalibrationText | None:
+    """What plain decoding made of some requests, spread over all of them."""
+    long = [it for it in requests if len(it.reference.token_ids) > 1]
+    chosen = [long[i * len(long) // TEXTS] for i in range(TEXTS)] if len(long) > TEXTS else long
+    samples = [
+        Sample((*it.prompt.token_ids, *it.reference.token_ids), len(it.prompt.token_ids), it.place.seed)
+        for it in chosen
+    ]
+    samples.sort(key=lambda it: -it.num_output)
+    return CalibrationText(tuple(samples), options.params) if samples else None
