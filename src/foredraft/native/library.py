@@ -11,11 +11,11 @@ from typing import Any
 from foredraft.errors import ForedraftError
 from foredraft.native.build import NAME
 
-ABI = 1
+ABI = 2
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
-ISAS = ("portable", "avx2", "avx512")  # from the slowest to the fastest
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # as the library numbers them
 
 
 class Format(IntEnum):
@@ -95,6 +95,7 @@ class Library:
 
     functions: ctypes.CDLL
     isas: tuple[str, ...]
+    fastest: str
 
     def isa(self, name: str | None = None) -> int:
         """The number of an instruction set; None is the fastest there is.
@@ -102,7 +103,7 @@ class Library:
         Raises:
             LibraryError: this processor does not have it.
         """
-        name = self.isas[-1] if name is None else name
+        name = self.fastest if name is None else name
         if name not in self.isas:
             raise LibraryError(f"instruction set {name!r} is not here; this processor has {', '.join(self.isas)}")
         return ISAS.index(name)
@@ -132,7 +133,7 @@ def load(path: Path | None = None) -> Library:
     for name, arguments in SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
     functions.foredraft_pack.restype = None
-    return Library(functions, _present(functions.foredraft_isas()))
+    return Library(functions, _present(functions.foredraft_isas()), ISAS[functions.foredraft_fastest_isa()])
 
 
 def _present(bits: int) -> tuple[str, ...]:

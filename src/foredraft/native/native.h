@@ -21,7 +21,7 @@
 
 typedef uint16_t bf16;
 
-enum { ABI = 1 };         /* raise it with every change that native/library.py must follow */
+enum { ABI = 2 };         /* raise it with every change that native/library.py must follow */
 enum { BLOCK = 32 };      /* outputs that are packed together */
 enum { PAGE = 64 };       /* tokens of a page of the cache */
 enum { MAX_DIM = 256 };   /* of a head */
@@ -102,7 +102,7 @@ typedef struct {
 
 extern const kernels kernels_portable;
 #if defined(__x86_64__)
-extern const kernels kernels_avx2, kernels_avx512;
+extern const kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
 
 INLINE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -111,9 +111,10 @@ INLINE int inputs_per_lane(int format) { return 1 << format; }
 
 INLINE int groups_of(const linear *w) { return w->format >= INT8 ? w->inputs / w->group : 0; }
 
-/* Bytes of one row of encoded input: the elements, then for each group its scale and its scaled sum. */
+/* Bytes of one row of encoded input: the elements (to bf16 weights in bf16 or, where the kernels have no use for that,
+ * in fp32), then for each group its scale and its scaled sum. */
 INLINE size_t encoded_bytes(const linear *w) {
-  size_t elements = (size_t)w->inputs * (w->format == F32 ? 4 : w->format == BF16 ? 2 : 1);
+  size_t elements = (size_t)w->inputs * (w->format <= BF16 ? 4 : 1);
   return (elements + (size_t)groups_of(w) * 2 * sizeof(float) + 63) / 64 * 64;
 }
 
