@@ -1,7 +1,7 @@
 """The binding of the C library: where it is, what it takes, and why it is not there. See native.h for the meaning."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -78,8 +78,47 @@ class Model(Structure):
     )
 
 
+class Chain(Structure):
+    _fields_ = (
+        ("survival", c_double),
+        ("seed", c_uint64),
+        ("temperature", c_float),
+        ("slot", c_int32),
+        ("position", c_int32),
+        ("limit", c_int32),
+    )
+
+
+class StopRule(Structure):
+    _fields_ = (
+        ("chances", POINTER(c_double)),
+        ("costs", POINTER(c_double)),
+        ("rate", c_double),
+        ("bins", c_int32),
+        ("sharing", c_int32),
+    )
+
+
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "foredraft_pass": (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int, c_void_p, c_int),
+    "foredraft_chain": (
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_int,
+        c_void_p,
+        c_int,
+        POINTER(Chain),
+        POINTER(StopRule),
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_int,
+    ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
     "foredraft_pack": (c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
 }

@@ -98,6 +98,8 @@ typedef struct {
   void (*product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
   void (*write)(const attention *a, const unit *u);
   void (*attend)(const attention *a, const unit *u);
+  /* A token from logits [count], and how sure of it they are; temperature 0 takes the likeliest. */
+  int32_t (*draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
 } kernels;
 
 extern const kernels kernels_portable;
@@ -126,6 +128,20 @@ INLINE unsigned char *page_of(const attention *a, const unit *u, int page) {
   size_t head = (size_t)a->l->index * a->m->kv_heads + u->head;
   return (unsigned char *)a->pages[(size_t)s->slot * a->max_pages + page] + head * 2 * half_page_bytes(a->m);
 }
+
+/* noise.py's: splitmix64's output function. */
+INLINE uint64_t mix(uint64_t x) {
+  x += 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+/* pass.c */
+const kernels *kernels_of(int isa);
+/* foredraft_pass for who is in the pool already; a row of logits lies every `width`. */
+int run_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted, const unsigned char *const *pages,
+             int max_pages, float *logits, int width);
 
 /* threads.c */
 typedef void (*task)(void *arg, int chunk);

@@ -29,7 +29,7 @@ typedef struct {
   attention attention;
 } pass;
 
-static const kernels *kernels_of(int isa) {
+const kernels *kernels_of(int isa) {
 #if defined(__x86_64__)
   if (isa == 3) return &kernels_avx512_bf16;
   if (isa == 2) return &kernels_avx512;
@@ -229,7 +229,7 @@ static void cut_into_units(pass *p, const span *spans, int count, int32_t *first
   }
 }
 
-static void run(pass *p, const int32_t *wanted, int num_wanted, float *logits) {
+static void run(pass *p, const int32_t *wanted, int num_wanted, float *logits, int width) {
   const model *m = p->m;
   pool_run(embed_chunk, p, (p->rows + ROWS_A_CHUNK - 1) / ROWS_A_CHUNK);
   for (int i = 0; i < m->layers; i++) {
@@ -238,7 +238,7 @@ static void run(pass *p, const int32_t *wanted, int num_wanted, float *logits) {
   }
   if (!num_wanted) return;
   encode((encode_job){p, &m->head, p->x, m->norm, wanted, p->encoded, num_wanted, p->width, m->hidden});
-  product(p->k, &m->head, STORE, p->encoded, num_wanted, logits, m->vocab);
+  product(p->k, &m->head, STORE, p->encoded, num_wanted, logits, width);
 }
 
 static bool all_known(const model *m, const int32_t *tokens, int rows) {
@@ -247,23 +247,27 @@ static bool all_known(const model *m, const int32_t *tokens, int rows) {
   return true;
 }
 
-/* ints: tokens [rows], spans [spans][3], wanted rows [wanted]; pages [slots][max_pages]; logits [wanted][vocab].
- * Returns 0; 1 where there is no memory for it; 2 where a token is none of the vocabulary. */
-EXPORT int foredraft_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted,
-                          const unsigned char *const *pages, int max_pages, float *logits, int threads) {
+int run_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted, const unsigned char *const *pages,
+             int max_pages, float *logits, int width) {
   const span *all = (const span *)(ints + rows);
   pass p = {.m = m, .k = kernels_of(m->isa), .tokens = ints, .rows = rows, .width = round_up(m->hidden, BLOCK)};
   int32_t *first_row;
   if (!all_known(m, ints, rows)) return 2;
+  if (!reserve(&p, &first_row, spans, wanted)) return 1;
+  cut_into_units(&p, all, spans, first_row);
+  p.attention = (attention){m, NULL, all, first_row, pages, max_pages, p.wide, p.mixed};
+  run(&p, ints + rows + 3 * spans, wanted, logits, width);
+  return 0;
+}
+
+/* ints: tokens [rows], spans [spans][3], wanted rows [wanted]; pages [slots][max_pages]; logits [wanted][vocab].
+ * Returns 0; 1 where there is no memory for it; 2 where a token is none of the vocabulary. */
+EXPORT int foredraft_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted,
+                          const unsigned char *const *pages, int max_pages, float *logits, int threads) {
   pool_enter(threads);
-  bool fits = reserve(&p, &first_row, spans, wanted);
-  if (fits) {
-    cut_into_units(&p, all, spans, first_row);
-    p.attention = (attention){m, NULL, all, first_row, pages, max_pages, p.wide, p.mixed};
-    run(&p, ints + rows + 3 * spans, wanted, logits);
-  }
+  int status = run_pass(m, ints, rows, spans, wanted, pages, max_pages, logits, m->vocab);
   pool_leave();
-  return !fits;
+  return status;
 }
 
 /* y [rows][width] = x [rows][count] W^T + b alone, for tests and measurements. x is padded to a multiple of sixteen. */
