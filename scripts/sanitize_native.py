@@ -45,9 +45,11 @@ def work(path: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from foredraft.models.base import Guessing
     from foredraft.models.native import NativeModel
     from foredraft.models.rows import Span, plan
     from foredraft.native.library import load
+    from foredraft.policy import StopRule
     from foredraft.weights.quantize import Quantizer
 
     sizes = {"hidden_size": 44, "intermediate_size": 90, "num_hidden_layers": 2, "vocab_size": 157, "head_dim": 22}
@@ -62,9 +64,12 @@ def work(path: Path) -> None:
                     torch.set_num_threads(threads)
                     tokens = list(range(width))
                     runs.forward(plan([Span(0, 0, tokens, 1), Span(2, 5, tokens, width)], 1, 1))
+                    guessing = [Guessing(temperature, 1, 9) for temperature in (0.0, 0.7)]
+                    rule = StopRule([None, 0.9], [0.9, 0.8], [0.1] * 9, 1.0, 1)
+                    runs.chain([Span(0, width, [1]), Span(1, 0, tokens[:3])], guessing, rule, 150)
                     passes += 1
                 target.cache.release()
-    print(f"{passes} passes, nothing found")
+    print(f"{passes} passes and chains, nothing found")
 
 
 if __name__ == "__main__":

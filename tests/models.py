@@ -95,6 +95,14 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", see
     return model.eval().to(device)
 
 
+def biased(model: PreTrainedModel) -> PreTrainedModel:
+    """Freshly made biases are zeros; these are not."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
 def draws(length: int, seed: int = 0) -> list[int]:
     """Pseudo-random tokens."""
     source = random.Random(seed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
-from models import ROPE, VOCAB, draws, tiny
+from models import ROPE, VOCAB, biased, draws, tiny
 
 from foredraft import LLM, SamplingParams
 from foredraft.errors import ModelError, RequestError
@@ -119,14 +119,6 @@ def native(model: t.PreTrainedModel) -> NativeModel:
 def odd(dtype: torch.dtype) -> t.PreTrainedModel:
     torch.manual_seed(3)
     return biased(t.AutoModelForCausalLM.from_config(ODD, dtype=dtype).eval())
-
-
-def biased(model: t.PreTrainedModel) -> t.PreTrainedModel:
-    """Freshly made biases are zeros; these are not."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
 
 
 def forward(model: NativeModel, *spans: Span) -> torch.Tensor:

@@ -248,6 +248,13 @@ class Drawn(NamedTuple):
     probs: torch.Tensor | None = None  # [V] float32; None: nothing a verifier needs (greedy, coupled)
 
 
+def is_plain(request: Request) -> bool:
+    """Whether its drafts are drawn from temperature and the target's noise alone: nothing processes their scores."""
+    p = request.params
+    processed = p.logit_bias or _penalises(p) or _filters(p) or request.steering.active
+    return not processed and (p.greedy or p.verifier == "coupled")
+
+
 def draw(logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]) -> list[Drawn | None]:
     """One guess for each request after its committed and its drafted tokens. # [b, V] -> b
 

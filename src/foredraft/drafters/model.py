@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from foredraft import sampling
-from foredraft.models.base import CausalModel
+from foredraft import noise, sampling
+from foredraft.models.base import CausalModel, Chains, Guessing
 from foredraft.models.rows import PREFILL_CHUNK, Span, plan
+from foredraft.noise import Stream
 from foredraft.policy import DraftPolicy
 from foredraft.sampling import Drawn
 from foredraft.types import Draft, Request, Verdict
@@ -71,6 +72,10 @@ class Held:
         return held
 
 
+def _guessing(request: Request) -> Guessing:
+    return Guessing(request.params.temperature, noise.fold(request.seed, Stream.TOKEN), request.draft_limit)
+
+
 class ModelDrafter:
     """Drafts with a causal model that shares the target's vocabulary."""
 
@@ -96,6 +101,35 @@ class ModelDrafter:
         chains = {s: Chain(s) for s in requests if s.draft_limit and self._can_draft(s)}
         active = [chain for chain in chains.values() if chain.open]
         spans = [self._catch_up(chain.request) for chain in active]
+        if not self._at_once(active, spans, policy):
+            self._one_by_one(active, spans, policy)
+        return [chains[s].draft(self.name) if s in chains else Draft(source=self.name) for s in requests]
+
+    def _at_once(self, active: list[Chain], spans: list[Span], policy: DraftPolicy) -> bool:
+        """Draw whole chains in one call, where the model can, no scores are processed and the policy has a rule."""
+        rule_of = getattr(policy, "rule", None)
+        if not (rule_of and isinstance(self.model, Chains) and all(sampling.is_plain(c.request) for c in active)):
+            return False
+        requests = [chain.request for chain in active]
+        rule = rule_of(requests, max((request.draft_limit for request in requests), default=0)) if active else None
+        if rule is None:
+            return not active
+        guessing = [_guessing(request) for request in requests]
+        drawn = self.model.chain(spans, guessing, rule, self.vocab_size)
+        for chain, (tokens, confidences) in zip(active, drawn, strict=True):
+            self._take(chain, tokens, confidences)
+        return True
+
+    def _take(self, chain: Chain, tokens: list[int], confidences: list[float]) -> None:
+        for token in tokens[:-1]:  # the last one was drawn and not computed
+            self._hold(chain.request, token)
+        if math.isnan(confidences[-1]):
+            tokens, confidences = tokens[:-1], confidences[:-1]
+            self._give_up(chain.request)
+        chain.tokens += tokens
+        chain.confidences = tuple(confidences)
+
+    def _one_by_one(self, active: list[Chain], spans: list[Span], policy: DraftPolicy) -> None:
         while active:
             guesses = sampling.draw(self._logits(spans), [c.request for c in active], [c.tokens for c in active])
             for chain, drawn in zip(active, guesses, strict=True):
@@ -108,7 +142,6 @@ class ModelDrafter:
                     chain.append(drawn, policy)
             active = [chain for chain in active if chain.open]
             spans = [self._next(chain) for chain in active]
-        return [chains[s].draft(self.name) if s in chains else Draft(source=self.name) for s in requests]
 
     def _can_draft(self, request: Request) -> bool:
         tokens = request.token_ids

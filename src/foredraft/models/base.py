@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from foredraft.errors import ModelError
-from foredraft.models.rows import RowBatch, RowInvariance
+from foredraft.models.rows import RowBatch, RowInvariance, Span
+from foredraft.policy import StopRule
 
 Convert = Callable[[Any], Any]
 """From a linear layer of any format to one that takes its place."""
@@ -81,8 +82,31 @@ class Cache(Protocol):
         ...
 
 
+class Guessing(NamedTuple):
+    """How a text is to be guessed on from: see `Chains`."""
+
+    temperature: float  # 0: the likeliest token, no noise
+    seed: int  # of the noise, 64 bits: `noise.fold` of the request's and of the stream
+    limit: int  # guesses at most
+
+
+@runtime_checkable
+class Chains(Protocol):
+    """A model that guesses whole chains in one call."""
+
+    def chain(
+        self, spans: list[Span], guessing: list[Guessing], rule: StopRule, vocab_size: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Compute the spans, guess a token after each, compute it, and so on until its limit or the rule ends it.
+
+        Returns tokens below `vocab_size` and the confidence in each, a list of each a span. A last confidence that is
+        NaN says that the logits were no numbers; its token means nothing.
+        """
+        ...
+
+
 class CausalModel(Protocol):
-    """A causal language model with a cache that is written at positions."""
+    """A causal language model with a cache that is written at positions. It may have `Chains`' method too."""
 
     config: PreTrainedConfig
     generation_config: GenerationConfig | None

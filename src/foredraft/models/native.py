@@ -5,7 +5,6 @@ cache. Knows nothing of requests, drafts or sampling.
 """
 
 import copy
-import ctypes
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -19,13 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from foredraft.errors import CacheMemoryError, ModelError
+from foredraft.errors import ModelError
 from foredraft.models import decoder
-from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
+from foredraft.models.base import NO_SKIP, Convert, Guessing, SkipSet, unchanged
+from foredraft.models.calls import Call, Rope
 from foredraft.models.pages import PageCache, PageShape
-from foredraft.models.rows import RowBatch, RowInvariance
+from foredraft.models.rows import RowBatch, RowInvariance, Span
 from foredraft.native import library as native
 from foredraft.native.library import BLOCK, MOST_DIM, Library
+from foredraft.policy import StopRule
 from foredraft.weights.packed import (
     FORMATS,
     Packed,
@@ -167,7 +168,7 @@ class NativeModel:
         self.rope = Rope(base.rotary_emb)
         s = self.sizes
         self.cache = PageCache(PageShape(self.num_layers, s.kv_heads, s.dim, self.dtype))
-        self.call = Call(self)
+        self.call = self.prepared()
 
     def _block(self, index: int, layer: Any, consume: bool) -> Block:
         s, a, m = self.sizes, layer.self_attn, layer.mlp
@@ -185,6 +186,17 @@ class NativeModel:
         for linear in chain(*_linears(layer)) if consume else ():
             _empty(linear)
         return made
+
+    def prepared(self) -> Call:
+        """The call of a pass over its blocks as they are now."""
+        s = self.sizes
+        layers = (native.Layer * len(self.blocks))(*(block.struct() for block in self.blocks))
+        struct = native.Model(
+            len(self.blocks), s.hidden, self.vocab_size, s.heads, s.kv_heads, s.head_dim, s.dim,
+            FORMATS[self.dtype], self.isa, self.eps, self.embedding.data_ptr(), layers,
+            self.norm.data_ptr(), self.head.struct(),
+        )  # fmt: skip
+        return Call(self.library, struct, self.rope)
 
     @property
     def instructions(self) -> str:
@@ -216,7 +228,7 @@ class NativeModel:
             other.head = quantized(self.library, self.head, convert)
         elif convert not in (unchanged, for_drafting):  # a draft model's own weights are as fast as any
             raise ModelError(f"the native runtime cannot convert its layers by {convert!r}; use runtime='torch'")
-        other.call = Call(other)
+        other.call = other.prepared()
         return other
 
     def weight_sample(self) -> list[torch.Tensor]:
@@ -239,59 +251,20 @@ class NativeModel:
         self.call(array("i", rows.tokens + spans + rows.wanted), rows, len(spans) // 3, self.cache, logits)
         return logits
 
+    def chain(
+        self, spans: list[Span], guessing: list[Guessing], rule: StopRule, vocab_size: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """See `Chains`."""
+        for span, (_, _, limit) in zip(spans, guessing, strict=True):
+            end = span.start + len(span.tokens) + limit - 1
+            self.cache.extend(span.slot, end)
+            if end > self.call.length:
+                self._lengthen(end)
+        return self.call.chain(spans, guessing, rule, min(vocab_size, self.vocab_size), self.cache)
+
     def _lengthen(self, length: int) -> None:
         self.rope.reserve(length)
         self.call.point_to(self.rope)
-
-
-class Call:
-    """The library's function with all that stays the same from pass to pass."""
-
-    def __init__(self, model: NativeModel) -> None:
-        s = model.sizes
-        self.rope: Rope | None = None
-        self.function = model.library.functions.foredraft_pass
-        self.layers = (native.Layer * len(model.blocks))(*(block.struct() for block in model.blocks))
-        self.struct = native.Model(
-            len(model.blocks), s.hidden, model.vocab_size, s.heads, s.kv_heads, s.head_dim, s.dim,
-            FORMATS[model.dtype], model.isa, model.eps, model.embedding.data_ptr(), self.layers,
-            model.norm.data_ptr(), model.head.struct(),
-        )  # fmt: skip
-        self.address = ctypes.addressof(self.struct)
-        self.point_to(model.rope)
-
-    def point_to(self, rope: "Rope") -> None:
-        self.length, self.tables = rope.length, (rope.cos, rope.sin)
-        self.struct.cos, self.struct.sin = (table.data_ptr() for table in self.tables)
-
-    def __call__(self, ints: "array[int]", rows: RowBatch, spans: int, cache: PageCache, logits: torch.Tensor) -> None:
-        status = self.function(
-            self.address, ints.buffer_info()[0], len(rows.tokens), spans, len(rows.wanted), cache.address,
-            cache.table.shape[1], logits.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        if status == 1:
-            raise CacheMemoryError(f"no memory for a pass of {len(rows.tokens)} rows; lower max_batch_size")
-        if status == 2:
-            outside = next(token for token in rows.tokens if not 0 <= token < self.struct.vocab)
-            raise ModelError(f"token id {outside} is outside the vocabulary of {self.struct.vocab}")
-
-
-class Rope:
-    """Cosines and sines of rotary positions in fp32, tabled on demand with the model's own module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.length = 0
-        self.cos = self.sin = torch.empty(0)
-
-    def reserve(self, length: int) -> None:
-        if length <= self.length:
-            return
-        self.length = max(length, 2 * self.length, 1024)
-        positions = torch.arange(self.length)[None]
-        with torch.inference_mode():
-            tables = self.module(torch.empty(1, 1, 1), positions)
-        self.cos, self.sin = (t[0, :, : t.shape[2] // 2].float().contiguous() for t in tables)
 
 
 def _part(linear: Any) -> Part:

@@ -6,9 +6,9 @@
  */
 #include "tile.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #define ROW_COUNTS(R) R(1) R(2) R(3) R(4) R(5) R(6)
-enum { ROWS = 6, VECS = 4 };
+enum { ROWS = 6, VECS = PAIRS ? 4 : 2 };
 #elif defined(__AVX2__) || defined(__aarch64__)
 #define ROW_COUNTS(R) R(1) R(2) R(3) R(4)
 enum { ROWS = 4, VECS = 1 };
@@ -27,11 +27,16 @@ typedef struct {
   char weight[ROWS][PAGE * sizeof(float)];   /* encoded */
 } bundle;
 
-INLINE void encode_row(const int format, const float *x, int count, char *out) {
+INLINE void convert(const int format, const float *x, int count, char *out) {
   for (int i = 0; i < count; i += 16) {
     if (format == F32) v_store((float *)out + i, v_load(x + i));
     else v_to_bf16((bf16 *)out + i, v_load(x + i));
   }
+}
+
+/* What meets keys or values of this format. */
+INLINE void encode_row(const int format, const float *x, int count, char *out) {
+  convert(PAIRS ? format : F32, x, count, out);
 }
 
 /* One row's scores of a page become weights; what it has summed so far is scaled to its new top. */
@@ -122,8 +127,8 @@ INLINE void put(const int format, const model *m, const float *key, const float 
   const int n = inputs_per_lane(format), dim = m->dim;
   const size_t bytes = LANE / n;
   char codes[2][MAX_DIM * sizeof(float)];
-  encode_row(format, key, dim, codes[0]);
-  encode_row(format, value, dim, codes[1]);
+  convert(format, key, dim, codes[0]);
+  convert(format, value, dim, codes[1]);
   for (int i = 0; i < dim / n; i++) memcpy(page + ((size_t)i * PAGE + token) * LANE, codes[0] + i * LANE, LANE);
   unsigned char *values = page + half_page_bytes(m);
   for (int i = 0; i < dim; i++) {

@@ -19,13 +19,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAME = "_foredraft_native.so"
-COMMON = ("threads.c", "pass.c", "pack.c")
-KERNELS = ("kernels.c", "encode.c", "linear.c", "attention.c")
-AVX512 = ("f", "bw", "vl", "dq", "vnni", "bf16")
+COMMON = ("threads.c", "pass.c", "chain.c", "pack.c")
+KERNELS = ("kernels.c", "encode.c", "linear.c", "attention.c", "draw.c")
+AVX512 = ("-mavx2", "-mfma", *(f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni")))
 X86_SETS: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx2", "-mfma", *(f"-mavx512{name}" for name in AVX512)),
+    "avx512": AVX512,
+    "avx512_bf16": (*AVX512, "-mavx512bf16"),
 }
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")

@@ -67,7 +67,7 @@ void ISA(encode)(const linear *to, const float *x, int count, const float *norm,
     float *scales = (float *)(out + to->inputs);
     for (int g = 0; g < groups_of(to); g++)
       encode_group(&r, g * to->group, to->group, (int8_t *)out + g * to->group, scales + 2 * g);
-  } else if (to->format == BF16) {
+  } else if (to->format == BF16 && PAIRS) {
     for (int i = 0; i < to->inputs; i += 16) v_to_bf16((bf16 *)out + i, value_at(&r, i));
   } else {
     for (int i = 0; i < to->inputs; i += 16) v_store((float *)out + i, value_at(&r, i));

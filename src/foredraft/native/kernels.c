@@ -6,5 +6,6 @@ void ISA(encode)(const linear *to, const float *x, int count, const float *norm,
 void ISA(product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
 void ISA(write)(const attention *a, const unit *u);
 void ISA(attend)(const attention *a, const unit *u);
+int32_t ISA(draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
 
-const kernels ISA(kernels) = {ISA_NAME, ISA(embed), ISA(encode), ISA(product), ISA(write), ISA(attend)};
+const kernels ISA(kernels) = {ISA_NAME, ISA(embed), ISA(encode), ISA(product), ISA(write), ISA(attend), ISA(draw)};

@@ -1,7 +1,7 @@
 """The binding of the C library: where it is, what it takes, and why it is not there. See native.h for the meaning."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -11,11 +11,11 @@ from typing import Any
 from foredraft.errors import ForedraftError
 from foredraft.native.build import NAME
 
-ABI = 1
+ABI = 2
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
-ISAS = ("portable", "avx2", "avx512")  # from the slowest to the fastest
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # as the library numbers them
 
 
 class Format(IntEnum):
@@ -78,8 +78,47 @@ class Model(Structure):
     )
 
 
+class Chain(Structure):
+    _fields_ = (
+        ("survival", c_double),
+        ("seed", c_uint64),
+        ("temperature", c_float),
+        ("slot", c_int32),
+        ("position", c_int32),
+        ("limit", c_int32),
+    )
+
+
+class StopRule(Structure):
+    _fields_ = (
+        ("chances", POINTER(c_double)),
+        ("costs", POINTER(c_double)),
+        ("rate", c_double),
+        ("bins", c_int32),
+        ("sharing", c_int32),
+    )
+
+
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "foredraft_pass": (c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_int, c_void_p, c_int),
+    "foredraft_chain": (
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_int,
+        c_void_p,
+        c_int,
+        POINTER(Chain),
+        POINTER(StopRule),
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_int,
+    ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
     "foredraft_pack": (c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
 }
@@ -95,6 +134,7 @@ class Library:
 
     functions: ctypes.CDLL
     isas: tuple[str, ...]
+    fastest: str
 
     def isa(self, name: str | None = None) -> int:
         """The number of an instruction set; None is the fastest there is.
@@ -102,7 +142,7 @@ class Library:
         Raises:
             LibraryError: this processor does not have it.
         """
-        name = self.isas[-1] if name is None else name
+        name = self.fastest if name is None else name
         if name not in self.isas:
             raise LibraryError(f"instruction set {name!r} is not here; this processor has {', '.join(self.isas)}")
         return ISAS.index(name)
@@ -132,7 +172,7 @@ def load(path: Path | None = None) -> Library:
     for name, arguments in SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
     functions.foredraft_pack.restype = None
-    return Library(functions, _present(functions.foredraft_isas()))
+    return Library(functions, _present(functions.foredraft_isas()), ISAS[functions.foredraft_fastest_isa()])
 
 
 def _present(bits: int) -> tuple[str, ...]:

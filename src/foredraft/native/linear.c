@@ -6,11 +6,18 @@
 
 /* Rows of a tile at most, and how many vectors of outputs it takes for so many rows: with few rows many, or the sums
  * would wait for each other. */
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 enum { FLOAT_ROWS = 8, INT_ROWS = 8 };
-#define FLOAT_TILES(T) T(1, 8) T(1, 2) T(2, 8) T(2, 2) T(3, 4) T(3, 2) T(4, 4) T(4, 2) T(5, 4) T(5, 2) T(6, 4) T(6, 2) T(7, 2) T(8, 2)
+#define ALL_FLOAT_TILES(T) T(1, 8) T(1, 2) T(2, 4) T(2, 2) T(3, 4) T(3, 2) T(4, 4) T(4, 2) T(5, 4) T(5, 2) T(6, 2) T(7, 2) T(8, 2)
 #define INT_TILES(T) T(1, 4) T(1, 2) T(2, 4) T(2, 2) T(3, 4) T(3, 2) T(4, 2) T(5, 2) T(6, 2) T(7, 1) T(8, 1)
-static const int float_vecs[] = {0, 8, 8, 4, 4, 4, 4, 2, 2}, int_vecs[] = {0, 4, 4, 4, 2, 2, 2, 1, 1};
+static const int int_vecs[] = {0, 4, 4, 4, 2, 2, 2, 1, 1};
+#if defined(__AVX512BF16__)
+#define FLOAT_TILES(T) ALL_FLOAT_TILES(T) T(2, 8) T(6, 4)
+static const int float_vecs[] = {0, 8, 8, 4, 4, 4, 4, 2, 2};
+#else /* a widened weight takes two registers */
+#define FLOAT_TILES ALL_FLOAT_TILES
+static const int float_vecs[] = {0, 8, 4, 4, 4, 4, 2, 2, 2};
+#endif
 #elif defined(__AVX2__) || defined(__aarch64__)
 enum { FLOAT_ROWS = 4, INT_ROWS = 2 };
 #define FLOAT_TILES(T) T(1, 4) T(1, 2) T(2, 2) T(3, 1) T(4, 1)
@@ -24,7 +31,7 @@ static const int float_vecs[] = {0, 2, 1}, int_vecs[] = {0, 1, 1};
 #endif
 
 /* What an unsigned code of a weight means: code - zero. AVX2 takes eight bits signed. */
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 enum { ZERO8 = 0, ZERO4 = 8 };
 #else
 enum { ZERO8 = 128, ZERO4 = 8 };
@@ -45,7 +52,7 @@ INLINE void float_product(const int format, const int rows, const int vecs, cons
 /* sum + the four products of bytes in each lane; of weights unsigned (AVX2, eight bits: with the top bit turned). */
 INLINE lanes bytes_dot(const int format, lanes sum, lanes w, lanes x) {
   EACH_PART {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
     (void)format;
     sum.p[i] = (upart)_mm512_dpbusd_epi32((__m512i)sum.p[i], (__m512i)w.p[i], (__m512i)x.p[i]);
 #elif defined(__AVX2__)

@@ -21,7 +21,7 @@
 
 typedef uint16_t bf16;
 
-enum { ABI = 1 };         /* raise it with every change that native/library.py must follow */
+enum { ABI = 2 };         /* raise it with every change that native/library.py must follow */
 enum { BLOCK = 32 };      /* outputs that are packed together */
 enum { PAGE = 64 };       /* tokens of a page of the cache */
 enum { MAX_DIM = 256 };   /* of a head */
@@ -98,11 +98,13 @@ typedef struct {
   void (*product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
   void (*write)(const attention *a, const unit *u);
   void (*attend)(const attention *a, const unit *u);
+  /* A token from logits [count], and how sure of it they are; temperature 0 takes the likeliest. */
+  int32_t (*draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
 } kernels;
 
 extern const kernels kernels_portable;
 #if defined(__x86_64__)
-extern const kernels kernels_avx2, kernels_avx512;
+extern const kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
 
 INLINE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -111,9 +113,10 @@ INLINE int inputs_per_lane(int format) { return 1 << format; }
 
 INLINE int groups_of(const linear *w) { return w->format >= INT8 ? w->inputs / w->group : 0; }
 
-/* Bytes of one row of encoded input: the elements, then for each group its scale and its scaled sum. */
+/* Bytes of one row of encoded input: the elements (to bf16 weights in bf16 or, where the kernels have no use for that,
+ * in fp32), then for each group its scale and its scaled sum. */
 INLINE size_t encoded_bytes(const linear *w) {
-  size_t elements = (size_t)w->inputs * (w->format == F32 ? 4 : w->format == BF16 ? 2 : 1);
+  size_t elements = (size_t)w->inputs * (w->format <= BF16 ? 4 : 1);
   return (elements + (size_t)groups_of(w) * 2 * sizeof(float) + 63) / 64 * 64;
 }
 
@@ -125,6 +128,20 @@ INLINE unsigned char *page_of(const attention *a, const unit *u, int page) {
   size_t head = (size_t)a->l->index * a->m->kv_heads + u->head;
   return (unsigned char *)a->pages[(size_t)s->slot * a->max_pages + page] + head * 2 * half_page_bytes(a->m);
 }
+
+/* noise.py's: splitmix64's output function. */
+INLINE uint64_t mix(uint64_t x) {
+  x += 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+/* pass.c */
+const kernels *kernels_of(int isa);
+/* foredraft_pass for who is in the pool already; a row of logits lies every `width`. */
+int run_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted, const unsigned char *const *pages,
+             int max_pages, float *logits, int width);
 
 /* threads.c */
 typedef void (*task)(void *arg, int chunk);

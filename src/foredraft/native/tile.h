@@ -14,19 +14,26 @@ typedef struct {
   int steps;
 } weights;
 
-/* out [rows][out_stride] = x w, or out + x w; inputs one by one (F32) or in pairs (BF16), from the first to the last. */
+/* out [rows][out_stride] = x w, or out + x w, from the first input to the last. */
 INLINE void tile(const int format, const int rows, const int vecs, const int add, weights w, const char *x,
                  size_t x_stride, float *out, size_t out_stride) {
   vec sum[MOST_TILE_ROWS][MOST_TILE_VECS];
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int v = 0; v < vecs; v++) sum[r][v] = add ? v_load(out + r * out_stride + v * 16) : v_set(0);
-  for (int k = 0; k < w.steps; k++) {
+  const int widen = format == BF16 && !PAIRS;
+  for (int k = 0; k < w.steps; k++, x += (widen ? 2 : 1) * LANE) {
     const char *at = w.start + k * w.step;
-    lanes weight[MOST_TILE_VECS];
-    UNROLL for (int v = 0; v < vecs; v++) weight[v] = l_load(at + v / 2 * w.pair + v % 2 * w.single);
+    lanes weight[MOST_TILE_VECS], second[MOST_TILE_VECS];
+    UNROLL for (int v = 0; v < vecs; v++) {
+      weight[v] = l_load(at + v / 2 * w.pair + v % 2 * w.single);
+      if (widen) second[v] = l_second(weight[v]), weight[v] = l_first(weight[v]);
+    }
     UNROLL for (int r = 0; r < rows; r++) {
-      lanes input = l_repeat(x + r * x_stride + (size_t)k * LANE);
+      lanes input = l_repeat(x + r * x_stride);
       UNROLL for (int v = 0; v < vecs; v++) sum[r][v] = v_dot(format, sum[r][v], weight[v], input);
+      if (!widen) continue;
+      input = l_repeat(x + r * x_stride + LANE);
+      UNROLL for (int v = 0; v < vecs; v++) sum[r][v] = v_dot(format, sum[r][v], second[v], input);
     }
   }
   UNROLL for (int r = 0; r < rows; r++)

@@ -11,7 +11,12 @@
 
 #include "native.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define ISA(name) name##_avx512_bf16
+#define ISA_NAME "avx512_bf16"
+enum { PARTS = 1, WIDTH = 16 };
+#elif defined(__AVX512F__)
 #include <immintrin.h>
 #define ISA(name) name##_avx512
 #define ISA_NAME "avx512"
@@ -30,6 +35,13 @@ enum { PARTS = 2, WIDTH = 8 };
 enum { PARTS = 4, WIDTH = 4 };
 #endif
 
+/* Whether bf16 meets bf16, two pairs at a time; elsewhere inputs stay floats, and weights are widened to meet them. */
+#if defined(__AVX512BF16__)
+enum { PAIRS = 1 };
+#else
+enum { PAIRS = 0 };
+#endif
+
 typedef float part __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t ipart __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t upart __attribute__((vector_size(WIDTH * 4)));
@@ -46,7 +58,7 @@ typedef struct {
 #define EACH_PART UNROLL for (int i = 0; i < PARTS; i++)
 
 INLINE part part_fma(part a, part b, part c) { /* a b + c, rounded once where the processor can */
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
@@ -62,7 +74,7 @@ INLINE part part_choose(ipart mask, part a, part b) {
 }
 
 INLINE part part_max(part a, part b) { /* b where either is not a number */
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
 #elif defined(__AVX2__)
   return _mm256_max_ps(a, b);
@@ -202,19 +214,27 @@ INLINE lanes l_repeat(const void *p) { /* the four bytes there, sixteen times */
   return l_set(x);
 }
 
-/* sum + w x, lane by lane: one product of floats, or two of bf16, the first of the pair first. */
+/* The first and the second bf16 of each lane, as floats. */
+INLINE lanes l_first(lanes a) {
+  EACH_PART a.p[i] <<= 16;
+  return a;
+}
+INLINE lanes l_second(lanes a) {
+  EACH_PART a.p[i] &= 0xffff0000u;
+  return a;
+}
+
+/* sum + w x, lane by lane: one product of floats, or a pair of bf16. */
 INLINE vec v_dot(const int format, vec sum, lanes w, lanes x) {
   EACH_PART {
-    if (format == F32) {
-      sum.p[i] = part_fma((part)w.p[i], (part)x.p[i], sum.p[i]);
-    } else {
 #if defined(__AVX512BF16__)
+    if (format == BF16) {
       sum.p[i] = _mm512_dpbf16_ps(sum.p[i], (__m512bh)w.p[i], (__m512bh)x.p[i]);
-#else
-      sum.p[i] = part_fma((part)(w.p[i] << 16), (part)(x.p[i] << 16), sum.p[i]);
-      sum.p[i] = part_fma((part)(w.p[i] & 0xffff0000u), (part)(x.p[i] & 0xffff0000u), sum.p[i]);
-#endif
+      continue;
     }
+#endif
+    (void)format;
+    sum.p[i] = part_fma((part)w.p[i], (part)x.p[i], sum.p[i]);
   }
   return sum;
 }

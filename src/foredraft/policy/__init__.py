@@ -7,7 +7,7 @@ A policy changes when tokens arrive, never which. `base` says what a policy is a
 from collections.abc import Callable
 
 from foredraft.errors import RequestError
-from foredraft.policy.base import DraftPolicy, StepTimes
+from foredraft.policy.base import DraftPolicy, StepTimes, StopRule
 from foredraft.policy.gain import Gain
 from foredraft.policy.rules import DEFAULT_NUM_DRAFT_TOKENS, Fixed, Heuristic, Threshold
 from foredraft.types import Draft, Request, Verdict
@@ -21,6 +21,7 @@ __all__ = [
     "Heuristic",
     "PerRequest",
     "StepTimes",
+    "StopRule",
     "Threshold",
     "make_policy",
 ]
@@ -37,6 +38,18 @@ class PerRequest:
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return request.num_draft_tokens is not None or self.policy.go_on(request, confidences)
+
+    def rule(self, requests: list[Request], most: int) -> StopRule | None:
+        """`go_on` in numbers, for chains of at most `most` tokens; None where only asking tells."""
+        asking = [request for request in requests if request.num_draft_tokens is None]
+        if not asking or type(self.policy).go_on is Fixed.go_on:
+            return StopRule([None] * len(requests))
+        rule = getattr(self.policy, "rule", None)
+        found: StopRule | None = rule(asking, most) if rule else None
+        if found is None or len(asking) == len(requests):
+            return found
+        own = iter(found.survivals)
+        return found._replace(survivals=[next(own) if r.num_draft_tokens is None else None for r in requests])
 
     def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         if request.num_draft_tokens is None:

@@ -1,5 +1,6 @@
 """The interface of a policy: the engine asks how far to draft, and reports what was accepted and how long it took."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from foredraft.types import Draft, Request, Verdict
@@ -17,8 +18,26 @@ class StepTimes(NamedTuple):
     total: float
 
 
+class StopRule(NamedTuple):
+    """`go_on` in numbers, for whoever draws whole chains without asking after each token.
+
+    A chain goes on while its survival, its first value times `chances` of each token's confidence (in bins of equal
+    width), exceeds rate * costs[depth] / the requests that have gone so far.
+    """
+
+    survivals: list[float | None]  # by request; None: nothing but its limit ends its chain
+    chances: Sequence[float] = (1.0,)
+    costs: Sequence[float] = ()
+    rate: float = 0.0
+    sharing: int = 1  # requests that draft a first token
+
+
 class DraftPolicy(Protocol):
-    """Decides how far to draft, from numbers alone."""
+    """Decides how far to draft, from numbers alone.
+
+    One that also has a method `rule(requests, most) -> StopRule | None` lets drafters draw whole chains at once, which
+    must end where `go_on` would end them.
+    """
 
     def start(self, request: Request) -> int:
         """The most tokens to draft in this step; 0 is plain decoding."""

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
-from foredraft.policy.base import StepTimes
+from foredraft.policy.base import StepTimes, StopRule
 from foredraft.policy.rules import Fixed
 from foredraft.types import Draft, Request, Verdict
 
@@ -100,13 +100,17 @@ class BatchCosts:
         """Tokens per second of the latest steps, drafted or not."""
         return self.emitted.value / self.seconds.value if self.seconds.value else 0.0
 
-    def price(self, index: int, sharing: int) -> float:
-        """Seconds that the draft token at this index adds to a step, divided by the requests that draft it.
+    def cost(self, index: int) -> float:
+        """Seconds that the draft token at this index adds to a step.
 
-        One pass of the drafter serves all of them. Every request is padded to the rows of the longest draft.
+        One pass of the drafter serves all requests. Every request is padded to the rows of the longest draft.
         """
         rows = self.batch if index + 2 > self.free_rows else 0
-        return (self.draft.value + rows * self.rows.slope(0.002)) / max(1, sharing)
+        return self.draft.value + rows * self.rows.slope(0.002)
+
+    def price(self, index: int, sharing: int) -> float:
+        """`cost`, divided by the requests that draft this token."""
+        return self.cost(index) / max(1, sharing)
 
 
 @dataclass(slots=True)
@@ -190,6 +194,14 @@ class Gain(Fixed):
         go_on = survival > costs.rate * costs.price(depth, open.get(depth - 1, 1))
         open[depth] = open.get(depth, 0) + go_on
         return go_on
+
+    def rule(self, requests: list[Request], most: int) -> StopRule | None:
+        if type(self).go_on is not Gain.go_on:
+            return None
+        costs = self._costs()
+        chances = [accepted / seen for accepted, seen in zip(self.bins.accepted, self.bins.seen, strict=True)]
+        survivals: list[float | None] = [self._alpha(request) for request in requests]
+        return StopRule(survivals, chances, list(map(costs.cost, range(most))), costs.rate, self.step.open.get(0, 1))
 
     def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         own = self.alphas[request]
