@@ -9,6 +9,7 @@ from time import perf_counter
 
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.policy import Choice, DraftPolicy, Fixed
 from foredraft.types import Draft, Request, Verdict
 
@@ -117,6 +118,13 @@ class Several:
 def drafters_of(drafter: Drafter) -> list[Drafter]:
     """All that draft: those of several, or the one."""
     return list(drafter.drafters.values()) if isinstance(drafter, Several) else [drafter]
+
+
+def forget_outputs(drafter: Drafter) -> None:
+    """Draft from no earlier request's output from here on: for measurements that ask the same again."""
+    for one in drafters_of(drafter):
+        if isinstance(one, SuffixDrafter):
+            one.memory = None
 
 
 def _may(requests: Iterable[Request], name: str) -> list[Request]:

@@ -85,9 +85,16 @@ class Gain:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
         if step.trying:
             cost = times.drafting + times.batch * now.row_price(0, times.batch)
-            trials.made(elapsed, now.plain.value, cost, well=step.made > 0 and 2 * step.right >= step.made)
+            trials.made(elapsed, now.plain.value, cost, well=self._went_well(step, times.batch))
         elif step.longest:
             trials.paid(elapsed, now.plain.value)
+
+    def _went_well(self, step: Step, batch: int) -> bool:
+        """Whether drafts as good as those of this trial would pay; that they were right is not enough."""
+        right = step.right / step.made if step.made else 0.0
+        now = self.costs.now
+        gain, _ = self.source.worth([right] * batch, now, now.plain_rate)
+        return gain > MARGIN * batch
 
     def forget(self, request: Request) -> None:
         self.source.forget(request)
