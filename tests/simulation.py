@@ -27,6 +27,10 @@ class World:
     batch: int = 1
     share_of_batch: float = 0.1  # what another request adds to a pass
     padded: bool = True  # all requests get the rows of the longest draft
+    min_rows: int = MIN_ROWS  # of a request, whatever it drafts
+    begin_cost: float = 0.0  # of a draft, whatever its length
+    cold_cost: float = 0.0  # of a draft after a step without one: the caches hold little of the drafter
+    first_cost: float = 0.0  # of the first draft of all
 
     def shared(self, batch: int) -> float:
         return 1 + self.share_of_batch * (batch - 1)
@@ -43,6 +47,9 @@ class Kind:
     finds: float = 1.0  # how often it has a draft
     looks_up: bool = False
     catch_up: float = 0.0  # of a token that it has not seen yet
+    begin: float = 0.0  # of a draft
+    cold: float = 0.0  # of a draft after a step without one
+    first: float = 0.0  # of the first draft of all
 
 
 @dataclass
@@ -76,18 +83,27 @@ class Guesser:
         self.world, self.kind, self.source, self.now = world, kind, source, now
         self.alpha = kind.alphas[0]
         self.seen: dict[Request, int] = {}
+        self.last: float | None = None  # the step in which it drafted
 
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
         chains = [Chain(request, self._finds(request)) for request in requests]
         if self.looks_up:
             self.now[0] += self.kind.cost * len(requests)
         self._catch_up(requests)
+        self._warm_up()
         while active := [chain for chain in chains if chain.open]:
             if not self.looks_up:
                 self.now[0] += self.kind.cost * self.world.shared(len(active))
             for chain in active:
                 self._grow(chain, policy)
         return [Draft(tuple(chain.tokens), self.name, confidences=tuple(chain.told)) for chain in chains]
+
+    def _warm_up(self) -> None:
+        """What a draft costs beyond its tokens."""
+        kind, now = self.kind, self.now[1]
+        rested = self.last is not None and self.last < now - 1
+        self.now[0] += kind.begin + (kind.first if self.last is None else kind.cold if rested else 0.0)
+        self.last = now
 
     def _finds(self, request: Request) -> bool:
         return request.draft_limit > 0 and (self.kind.finds == 1 or self.source.random() < self.kind.finds)
@@ -116,7 +132,22 @@ class Guesser:
 def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300) -> list[Clock]:
     """Decode so many tokens per request of the batch with one drafter; a clock for each of the world's phases."""
     return run_with(
-        [Kind("simulated", world.alphas, world.draft_cost, world.knows)], world, policy, tokens, seed, length
+        [
+            Kind(
+                "simulated",
+                world.alphas,
+                world.draft_cost,
+                world.knows,
+                begin=world.begin_cost,
+                cold=world.cold_cost,
+                first=world.first_cost,
+            )
+        ],
+        world,
+        policy,
+        tokens,
+        seed,
+        length,
     )
 
 
@@ -124,7 +155,7 @@ def run_with(
     kinds: Sequence[Kind], world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300
 ) -> list[Clock]:
     """The same with these drafters."""
-    source, now = Random(seed), [0.0]
+    source, now = Random(seed), [0.0, 0]  # seconds of drafting, steps
     guessers = [Guesser(world, kind, source, now) for kind in kinds]
     drafter = guessers[0] if len(guessers) == 1 else Several(guessers, clock=lambda: now[0] * 1e-3)
     clocks = []
@@ -159,6 +190,7 @@ def step(
     clock: Clock,
 ) -> None:
     """One step as the engine makes it."""
+    now[1] += 1
     for request in requests:
         request.draft_limit = policy.start(request)
     began = now[0]
@@ -178,8 +210,8 @@ def step(
         who = draft.source if draft.tokens else "none"
         clock.by[who] = clock.by.get(who, 0) + 1
     count = len(requests)
-    width = max(MIN_ROWS, 1 + max(map(len, drafts.values())))
-    more = (width - MIN_ROWS) * count if world.padded else drafted
+    width = max(world.min_rows, 1 + max(map(len, drafts.values())))
+    more = (width - world.min_rows) * count if world.padded else drafted
     rows = width * count if world.padded else drafted + count
     jitter = 1e-3 * (1 + world.noise * source.uniform(-1, 1))
     verifying = jitter * (world.shared(count) + world.row_cost * more)

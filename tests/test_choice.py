@@ -111,7 +111,8 @@ def costs(batch: int, *, padded: bool = False, row: float = 0.0) -> BatchCosts:
 def source(alpha: float, seconds: float, batch: int) -> Candidate:
     made = Candidate(16)
     made.alpha.all.value = alpha
-    made.add_pass(seconds, batch)
+    made.idle = 0  # as in use
+    made.took(1, seconds, batch)
     return made
 
 
@@ -199,7 +200,7 @@ def test_a_pass_that_something_else_held_up_does_not_ruin_a_drafters_name() -> N
     model.read[request] = 8
     for i in range(8):
         model.round = Round(frozenset([request]), promised=0.7)
-        model.took(50.0 if i == 2 else 0.1, [request], 1)
+        model.drafted(50.0 if i == 2 else 0.1, [request], 1)
         model.learn(request, Draft((1,), "model"), Verdict((0,), 0, "bonus"))
         model.settle(now, 1.0)
     assert model.trust() > 0.9

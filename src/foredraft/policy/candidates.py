@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from foredraft.policy.costs import Average, Costs
 from foredraft.policy.plan import Offer
-from foredraft.policy.source import MARGIN, SOON, Blend, Source
+from foredraft.policy.source import MARGIN, MUCH, SOON, Blend, Source
 from foredraft.types import Draft, Request, Verdict
-
-FEW = 24  # tokens: somewhat more than one draft
 
 
 @dataclass(slots=True)
@@ -22,6 +20,7 @@ class Round:
     seconds: float = 0.0
     reading: float = 0.0  # of these: to catch up on the text
     cold: bool = False  # was there much to catch up on?
+    first: bool = False  # after a rest
     longest: int = 0
     drafted: int = 0
     tested: int = 0
@@ -34,28 +33,19 @@ class Candidate(Source):
     def __init__(self, maximum: int) -> None:
         super().__init__(maximum)
         self.round: Round | None = None  # of this step
-        self.hope = Average(memory=3)  # acceptance in the latest trials
-        self.promised, self.gained = Average(), Average()  # tokens a step
-        self.read: dict[Request, int] = {}  # tokens of a text when it last drafted for it
 
-    def trust(self) -> float:
-        """How much of its promises it kept lately. They leave out that drafts of a batch do not end together."""
-        if self.promised.count < SOON or self.promised.value <= 0:
-            return 1.0
-        return min(2.0, max(0.1, self.gained.value / self.promised.value))
-
-    def took(self, seconds: float, requests: Sequence[Request], longest: int) -> None:
-        """Drafting for these took so long. What catching up on text took says nothing of the next pass."""
-        known = self.seconds(len(requests)) * max(1, longest)
+    def drafted(self, seconds: float, requests: Sequence[Request], longest: int) -> None:
+        """Drafting for these took so long, the longest so many tokens."""
+        length = max(1, longest)
+        known = self.seconds(length, len(requests))
+        behind = max(self.reads(request) for request in requests)
         if self.round is not None:  # twice what is usual is something else that ran
             self.round.seconds, self.round.longest = min(seconds, 2 * known) if known else seconds, longest
-        behind = max(len(request.token_ids) - self.read.get(request, 0) for request in requests)
-        self.read.update((request, len(request.token_ids)) for request in requests)
-        if behind <= FEW:
-            self.add_pass(seconds / max(1, longest), len(requests))
-        elif self.round is not None:
-            self.round.cold, self.round.seconds = True, seconds
-            self.round.reading = max(0.0, seconds - known)
+            self.round.first = self.rested
+            if behind > MUCH:
+                self.round.cold, self.round.seconds = True, seconds
+                self.round.reading = max(0.0, seconds - known)
+        self.took(length, seconds, len(requests), behind=behind)
 
     def learn(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         super().learn(request, draft, verdict)
@@ -65,10 +55,6 @@ class Candidate(Source):
             self.round.drafted += len(draft)
             self.round.tested += min(len(verdict.accepted) + 1, len(draft))
             self.round.right += len(verdict.accepted)
-
-    def forget(self, request: Request) -> None:
-        super().forget(request)
-        self.read.pop(request, None)
 
     def settle(self, costs: Costs, rate: float) -> None:
         """Judge what became of the step before."""
@@ -85,11 +71,14 @@ class Candidate(Source):
                 self.gained.add(done.right - rate * seconds)
             return
         self.hope.add(done.right / done.tested if done.tested else 0.0)
+        cost = seconds - done.reading + done.displaced / rate
+        if done.first and done.right:
+            self.trials.again(costs.elapsed, cost)
+            return
         gain, _ = self.worth([self.hope.value] * count, now, rate)
         well = gain > done.displaced + MARGIN * count
         if well:  # what it did not keep was long ago
             self.promised, self.gained = Average(), Average()
-        cost = seconds - done.reading + done.displaced / rate
         self.trials.made(costs.elapsed, now.plain.value, cost, well=well, reading=done.reading)
 
 

@@ -172,4 +172,4 @@ class Choice:
         if name in self.lookups:
             self.lookups[name].asking.add_cost(seconds / len(requests))
             return
-        self.candidates[name].took(seconds, requests, longest)
+        self.candidates[name].drafted(seconds, requests, longest)

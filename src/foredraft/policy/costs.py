@@ -9,6 +9,8 @@ from foredraft.policy.base import StepTimes
 
 PLAIN_EVERY = 192  # steps; of so many a few are plain, so that the price of plain decoding stays known
 PLAIN_FIRST = 64  # steps before it is measured again; each wait is twice the last
+FEW = 4  # measurements; from then on one that is far too long is not believed
+LEAST = 0.01  # of what a unit costs on average: what one more costs at least
 PLAIN_RUN = 2  # of which the first is not counted: a drafter's weights have pushed the target's out of the caches
 
 
@@ -26,41 +28,53 @@ class Average:
 
     def add_cost(self, value: float) -> None:
         """Add a time; one that is far too long, because something else ran, counts as twice the average."""
-        self.add(min(value, 2 * self.value) if self.count >= 4 and self.value else value)
+        self.add(min(value, 2 * self.value) if self.count >= FEW and self.value else value)
 
 
 @dataclass(slots=True)
-class RowCost:
-    """A line fitted to the seconds of a pass over its rows: least squares, where older passes weigh less.
+class Line:
+    """A line fitted to seconds over a count, the rows of a pass or the tokens of a draft: least squares that forget.
 
-    While all passes are equally wide the slope stays what it was: forgetting it would make drafts look free again.
+    While the counts hardly differ they say little of the slope, and it moves but slowly from what it was. Nothing costs
+    less than nothing: the line never meets zero to the right of it, and never falls.
     """
 
+    before: float | None = None  # the slope until counts have differed; None: half of what a unit costs
     decay: float = 0.99
-    n: float = 0.0  # passes, and sums over them: rows x, seconds y, and their products
+    n: float = 0.0  # points, and sums over them: counts x, seconds y, and their products
     x: float = 0.0
     y: float = 0.0
     xx: float = 0.0
     xy: float = 0.0
-    fitted: float = 0.0  # the slope when rows last differed
 
-    def add(self, rows: int, seconds: float) -> None:
-        decay = self.decay
+    def add(self, count: int, seconds: float, idle: int = 0) -> None:
+        """One more point, after so many steps without any."""
+        if self.n >= FEW:
+            seconds = min(seconds, 2 * self.at(count))  # more is something else that ran
+        tells = self.n > 0 and abs(count - self.x / self.n) > 0.5
+        decay = self.decay ** (idle + 1)
         self.n = decay * self.n + 1.0
-        self.x = decay * self.x + rows
+        self.x = decay * self.x + count
         self.y = decay * self.y + seconds
-        self.xx = decay * self.xx + rows * rows
-        self.xy = decay * self.xy + rows * seconds
+        self.xx = decay * self.xx + count * count
+        self.xy = decay * self.xy + count * seconds
+        if tells:
+            self.before = self.slope
 
-    def slope(self, floor: float) -> float:
-        """Seconds that one more row costs, at least `floor` times the average pass."""
-        n, x, y = self.n, self.x, self.y
-        if not n:
-            return 0.0
-        spread = self.xx - x * x / n
-        if spread > max(0.5, 0.1 * n):
-            self.fitted = (self.xy - x * y / n) / spread
-        return max(self.fitted, floor * y / n)
+    @property
+    def slope(self) -> float:
+        """Seconds that one more costs."""
+        if not self.n:
+            return self.before or 0.0
+        mean, unit = self.y / self.n, self.y / self.x
+        spread, weight = max(0.0, self.xx - self.x * self.x / self.n), 0.05 * self.n
+        before = unit / 2 if self.before is None else self.before
+        slope = (self.xy - self.x * mean + weight * before) / (spread + weight)
+        return min(unit, max(slope, LEAST * unit))
+
+    def at(self, count: int) -> float:
+        """Seconds of so many; 0 while nothing is known."""
+        return self.y / self.n + self.slope * (count - self.x / self.n) if self.n else 0.0
 
 
 @dataclass(slots=True)
@@ -68,7 +82,7 @@ class BatchCosts:
     """What steps of one batch size cost, in seconds, as averages over the steps seen so far."""
 
     batch: int
-    rows: RowCost = field(default_factory=RowCost)
+    rows: Line = field(default_factory=lambda: Line(before=0.0))
     plain: Average = field(default_factory=Average)  # a step without drafts
     free_rows: int = 1  # rows of a request that a step without drafts has anyway
     padded: bool = False  # is every request given the rows of the longest draft?
@@ -76,6 +90,7 @@ class BatchCosts:
     seconds: Average = field(default_factory=lambda: Average(memory=20))
     row: float = 0.0  # seconds that one more row costs
     was_plain: bool = True  # the step before
+    met_drafts: bool = False
     steps: int = 0
 
     def add(self, times: StepTimes) -> None:
@@ -86,10 +101,12 @@ class BatchCosts:
                 self._add_plain(times.total - times.drafting)
         self.was_plain = not times.drafted
         self.padded |= times.rows > times.drafted + times.batch
-        self.rows.add(times.rows, times.total - times.drafting)
+        if self.met_drafts or not times.drafted:  # the first pass with drafts touches memory that is new
+            self.rows.add(times.rows, times.total - times.drafting)
+        self.met_drafts |= times.drafted > 0
         self.emitted.add(times.emitted)
         self.seconds.add_cost(times.total)
-        self.row = self.rows.slope(0.002)
+        self.row = self.rows.slope
 
     def _add_plain(self, seconds: float) -> None:
         """The first steps of all warm caches up: a much faster one soon after makes them forgotten."""
@@ -147,5 +164,5 @@ class Costs:
         self.batch = times.batch
         if times.batch not in self.by_batch:
             near = min(self.by_batch, key=lambda size: abs(size - times.batch))
-            self.by_batch[times.batch] = BatchCosts(times.batch, RowCost(fitted=self.by_batch[near].row))
+            self.by_batch[times.batch] = BatchCosts(times.batch, Line(before=self.by_batch[near].row))
         self.now.add(times)

@@ -1,11 +1,15 @@
 """The default policy: draft one more token while what it is expected to bring exceeds what it costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foredraft.policy.base import StepTimes, StopRule
 from foredraft.policy.costs import PLAIN_EVERY, Costs
-from foredraft.policy.source import MARGIN, Source
+from foredraft.policy.source import MARGIN, MUCH, TRIED, Source
 from foredraft.types import Draft, Request, Verdict
+
+
+ENOUGH = 16  # steps that tell whether drafting gains anything
 
 
 @dataclass(slots=True)
@@ -17,6 +21,7 @@ class Step:
     trying: set[Request] = field(default_factory=set)
     right: int = 0
     made: int = 0
+    behind: int = 0  # tokens of a text that the drafter has to read first, the most of any
 
 
 class Gain:
@@ -24,8 +29,8 @@ class Gain:
 
     The price of a drafted token is what it adds to a step in seconds, at the current rate of tokens; its gain is the
     probability that it and all before it are accepted, from calibrated confidences. If no length gains anything over
-    plain decoding, nothing is drafted except one token now and then, by all requests at once, so that drafting can come
-    back. A plain step now and then keeps the price of plain decoding up to date.
+    plain decoding, nothing is drafted except a few tokens now and then, by all requests at once, so that drafting can
+    come back. A plain step now and then keeps the price of plain decoding up to date.
     """
 
     def __init__(self, maximum: int = 16, plain_every: int = PLAIN_EVERY) -> None:
@@ -41,18 +46,36 @@ class Gain:
             return 0
         self.step.asked.append(request)
         if self._pays(request):
-            return self.source.begin(self.num_draft_tokens)
+            return self._begin(request, self.num_draft_tokens)
         if costs.elapsed < self.source.trials.due:
             return 0
         self.step.trying.add(request)
-        return self.source.begin(1)
+        return self._begin(request, TRIED)
+
+    def _begin(self, request: Request, most: int) -> int:
+        self.step.behind = max(self.step.behind, self.source.reads(request))
+        return self.source.begin(most)
 
     def _pays(self, request: Request) -> bool:
         """Whether drafting pays for this request and those of the step before together, and for it at all."""
         alpha, now = self.source.alpha.of(request), self.costs.now
         alphas = [alpha, *(self.source.alpha.of(other) for other in self.group if other is not request)]
-        gain, _ = self.source.worth(alphas, now, now.plain_rate)
-        return gain > MARGIN * len(alphas) and alpha > now.rate * now.row_price(0, now.batch)
+        gain = self._promise(alphas)
+        return (
+            gain > MARGIN * len(alphas)
+            and self._keeps_its_promise(len(alphas))
+            and alpha > now.rate * now.row_price(0, now.batch)
+        )
+
+    def _promise(self, alphas: Sequence[float]) -> float:
+        """Tokens a step that drafting should gain for requests with these acceptances."""
+        gain, _ = self.source.worth(alphas, self.costs.now, self.costs.now.plain_rate)
+        return gain
+
+    def _keeps_its_promise(self, batch: int) -> bool:
+        """False where steps with drafts were slower than plain ones, whatever is expected of them."""
+        gained = self.source.gained
+        return gained.count < ENOUGH or gained.value > -MARGIN * batch
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return self.source.go_on(request, confidences, self.costs.now)
@@ -74,27 +97,35 @@ class Gain:
             return
         self.costs.add(times)
         step, self.step = self.step, Step()
-        self.source.end_step()
+        first = self.source.rested
         if step.longest:
-            self.source.add_pass(times.drafting / step.longest, times.batch, cold=bool(step.trying))
+            self.source.took(step.longest, times.drafting, times.batch, behind=step.behind)
+            if not first and step.behind <= MUCH:
+                self._compare(times)
+        self.source.end_step()
         if step.asked:
             self.group = step.asked
-        self._plan_trials(step, times)
+        self._plan_trials(step, times, first)
 
-    def _plan_trials(self, step: Step, times: StepTimes) -> None:
+    def _compare(self, times: StepTimes) -> None:
+        """How many more tokens there are than plain decoding makes in this time."""
+        self.source.gained.add(times.emitted - self.costs.now.plain_rate * times.total)
+
+    def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
         if step.trying:
             cost = times.drafting + times.batch * now.row_price(0, times.batch)
-            trials.made(elapsed, now.plain.value, cost, well=self._went_well(step, times.batch))
+            if first and step.right:
+                trials.again(elapsed, cost)
+            else:
+                trials.made(elapsed, now.plain.value, cost, well=self._went_well(step, times.batch))
         elif step.longest:
             trials.paid(elapsed, now.plain.value)
 
     def _went_well(self, step: Step, batch: int) -> bool:
-        """Whether drafts as good as those of this trial would pay; that they were right is not enough."""
-        right = step.right / step.made if step.made else 0.0
-        now = self.costs.now
-        gain, _ = self.source.worth([right] * batch, now, now.plain_rate)
-        return gain > MARGIN * batch
+        """Whether drafts as good as those of the latest trials would pay; that they were right is not enough."""
+        self.source.hope.add(step.right / step.made if step.made else 0.0)
+        return self._promise([self.source.hope.value] * batch) > MARGIN * batch and self._keeps_its_promise(batch)
 
     def forget(self, request: Request) -> None:
         self.source.forget(request)

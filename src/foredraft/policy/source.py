@@ -1,17 +1,20 @@
 """What is known of one drafter: how often it is right, what it asks, whether it pays, and when it is tried again."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from foredraft.policy.base import StopRule
-from foredraft.policy.costs import Average, BatchCosts
+from foredraft.policy.costs import Average, BatchCosts, Line
 from foredraft.types import Draft, Request, Verdict
 
 MARGIN = 0.02  # tokens a step by which a draft has to beat plain decoding
 SHARE = 0.01  # of the time that trials may take
 SOON = 4  # steps between the first trials
+TRIED = 3  # tokens of a trial, at most
+MUCH = 24  # tokens to read: more than one draft
 
 
 @dataclass(slots=True)
@@ -74,17 +77,24 @@ class Trials:
     share: float = SHARE
     wait: float = 0.0  # seconds
     due: float = 0.0  # in seconds of decoding
+    spent: float = 0.0  # seconds, on a trial that goes on
 
     def paid(self, now: float, step: float) -> None:
         """It is used on its own merits; should that end, the first trial comes soon."""
         self.wait = SOON * step
         self.due = now + self.wait
+        self.spent = 0.0
+
+    def again(self, now: float, cost: float) -> None:
+        """Its first draft after a rest was right and cost so much: only another one tells what it costs in use."""
+        self.due, self.spent = now, self.spent + cost
 
     def made(self, now: float, step: float, cost: float, *, well: bool, reading: float = 0.0) -> None:
         """A trial took so many seconds, and some more to read the text since the last one.
 
         The longer the wait, the more there is to read: growing by doubling alone, all would be read in the end.
         """
+        cost, self.spent = cost + self.spent, 0.0
         least, most = SOON * step, (cost + reading) / self.share
         self.wait = least if well else max(least, reading / self.share / 2, min(2 * self.wait, most))
         self.due = now + self.wait
@@ -97,33 +107,56 @@ class Source:
         self.maximum = maximum
         self.bins = ConfidenceBins()
         self.alpha = Blend(Average(0.6, count=8, memory=200))  # acceptance of the next token; at first a guess
-        self.passes: dict[int, Average] = {}  # seconds to draft a token, by the requests that draft it together
+        self.drafting: dict[int, Line] = {}  # seconds over the tokens of a draft, by the requests that draft together
+        self.idle = SOON  # steps since it drafted last
+        self.read: dict[Request, int] = {}  # tokens of a text when it drafted for it last
         self.trials = Trials()
+        self.promised, self.gained = Average(), Average()  # tokens a step
+        self.hope = Average(memory=3)  # acceptance in the latest trials
         self.open: dict[int, int] = {}  # by length: how many drafts of this step go on after so many tokens
         self.kept: dict[int, Average] = {}  # by length: which share of those that came so far did in the latest steps
 
     # --- what it costs ----------------------------------------------------------------------------------------------
 
-    def add_pass(self, seconds: float, sharing: int, *, cold: bool = False) -> None:
-        """Time of a pass that drafted one token. A cold one, which also catches up on text, can only lower it."""
-        known = self.passes.get(sharing)
-        if known is None or (known.count < SOON and 2 * seconds < known.value):  # the first pass reads the prompt
-            known = self.passes[sharing] = Average()
-        if not cold or not known.count or seconds < known.value:
-            known.add_cost(seconds)
+    def reads(self, request: Request) -> int:
+        """How many tokens of a text are new to the drafter, which reads them now."""
+        before, now = self.read.get(request, 0), len(request.token_ids)
+        self.read[request] = now
+        return now - before
 
-    def seconds(self, sharing: int) -> float:
-        """Of a pass that drafts one token for so many requests; 0 while nothing is known."""
-        known = self.passes.get(sharing)
-        if known is None:
-            if not self.passes:
-                return 0.0
-            known = self.passes[min(self.passes, key=lambda size: abs(size - sharing))]
-        return known.value
+    @property
+    def rested(self) -> bool:
+        """Whether so many steps went by without it that the processor's caches hold little of it."""
+        return self.idle >= SOON
+
+    def took(self, length: int, seconds: float, sharing: int, *, behind: int = 0) -> None:
+        """What a draft took, the longest of its step.
+
+        After a rest, or with much text to read first, that says little: it can only lower the price.
+        """
+        line = self.drafting.get(sharing)
+        if self.rested or behind > MUCH:
+            if line is not None and seconds < line.at(length):
+                line.add(length, seconds, self.idle)
+        else:
+            line = self.drafting.setdefault(sharing, Line(decay=0.97))
+            line.add(length, seconds, self.idle)
+        self.idle = -1
+
+    def seconds(self, length: int, sharing: int) -> float:
+        """Of a draft of this length for so many requests together; 0 while nothing is known."""
+        if not length or not self.drafting:
+            return 0.0
+        near = min(self.drafting, key=lambda size: abs(size - sharing))
+        return self.drafting[near].at(length)
+
+    def one_more(self, index: int, sharing: int) -> float:
+        """Seconds that the token at this index adds to drafting; the first has to begin it, and to read what is new."""
+        return self.seconds(index + 1, sharing) - self.seconds(index, sharing)
 
     def price(self, costs: BatchCosts, index: int, sharing: int) -> float:
         """Seconds that the draft token at this index adds to a step, for each of the requests that draft it."""
-        return self.seconds(sharing) / max(1, sharing) + costs.row_price(index, sharing)
+        return self.one_more(index, sharing) / max(1, sharing) + costs.row_price(index, sharing)
 
     # --- what it brings ---------------------------------------------------------------------------------------------
 
@@ -132,21 +165,25 @@ class Source:
 
         One pass serves all of them, and so do the rows of a padded batch, of which so many beyond its own are `paid`.
         """
-        count, price = len(alphas), rate * self.seconds(len(alphas))
+        count = len(alphas)
         rows = rate * costs.row * (costs.batch if costs.padded else count)
         free = max(costs.free_rows, paid + 1 if costs.padded else 0)
-        total, survivals = 0.0, list(alphas)
+        total, best, survivals = 0.0, (0.0, 0), list(alphas)
+        first, more = (rate * self.one_more(index, count) for index in (0, 1))
         for index in range(self.maximum):
-            gain = sum(survivals) - price - (rows if index + 2 > free else 0.0)
-            if gain <= 0:
-                return total, index
+            gain = sum(survivals) - (more if index else first) - (rows if index + 2 > free else 0.0)
+            if index and gain <= 0:
+                break
             total += gain
+            best = max(best, (total, index + 1))
             survivals = [survival * alpha for survival, alpha in zip(survivals, alphas, strict=True)]
-        return total, self.maximum
+        return best
 
     def trust(self) -> float:
-        """Which share of this to believe in."""
-        return 1.0
+        """How much of its promises it kept lately. They leave out that drafts of a batch do not end together."""
+        if self.promised.count < SOON or self.promised.value <= 0:
+            return 1.0
+        return min(2.0, max(0.1, self.gained.value / self.promised.value))
 
     def survival(self, request: Request, confidences: tuple[float, ...]) -> float:
         """How likely all these tokens and one more are accepted."""
@@ -176,12 +213,18 @@ class Source:
         return StopRule(survivals, chances, prices, costs.rate, self.open.get(0, 1))
 
     def _whole_price(self, costs: BatchCosts, depth: int) -> float:
-        """Seconds that a token at this depth costs all that draft it; more, where many usually end before it."""
+        """Seconds that a token at this depth costs all that draft it; more, where many usually end before it.
+
+        Before anything is known of a drafter it gets no further than a trial would.
+        """
+        if not self.drafting and depth >= TRIED:
+            return math.inf
         sharing = max(1, self.open.get(0, 1))
         stay = 0.75 + 0.25 * self.kept[depth].value if sharing > 1 and depth in self.kept else 1.0
         return sharing * self.price(costs, depth, sharing) / stay
 
     def end_step(self) -> None:
+        self.idle += 1
         for depth, count in self.open.items():
             before = self.open.get(depth - 1)
             if before:
@@ -197,3 +240,4 @@ class Source:
 
     def forget(self, request: Request) -> None:
         self.alpha.own.pop(request, None)
+        self.read.pop(request, None)
