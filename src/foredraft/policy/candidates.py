@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from foredraft.policy.costs import Average, Costs
 from foredraft.policy.plan import Offer
-from foredraft.policy.source import MARGIN, MUCH, SOON, Blend, Source
+from foredraft.policy.source import MARGIN, MUCH, Blend, Source
 from foredraft.types import Draft, Request, Verdict
 
 

@@ -8,7 +8,6 @@ from foredraft.policy.costs import PLAIN_EVERY, Costs
 from foredraft.policy.source import MARGIN, MUCH, TRIED, Source
 from foredraft.types import Draft, Request, Verdict
 
-
 ENOUGH = 16  # steps that tell whether drafting gains anything
 
 
