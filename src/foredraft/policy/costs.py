@@ -46,6 +46,10 @@ class Line:
     y: float = 0.0
     xx: float = 0.0
     xy: float = 0.0
+    slope: float = 0.0  # seconds that one more costs
+
+    def __post_init__(self) -> None:
+        self.slope = self.before or 0.0
 
     def add(self, count: int, seconds: float, idle: int = 0) -> None:
         """One more point, after so many steps without any."""
@@ -58,14 +62,11 @@ class Line:
         self.y = decay * self.y + seconds
         self.xx = decay * self.xx + count * count
         self.xy = decay * self.xy + count * seconds
+        self.slope = self._fitted()
         if tells:
             self.before = self.slope
 
-    @property
-    def slope(self) -> float:
-        """Seconds that one more costs."""
-        if not self.n:
-            return self.before or 0.0
+    def _fitted(self) -> float:
         mean, unit = self.y / self.n, self.y / self.x
         spread, weight = max(0.0, self.xx - self.x * self.x / self.n), 0.05 * self.n
         before = unit / 2 if self.before is None else self.before

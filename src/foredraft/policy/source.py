@@ -100,6 +100,9 @@ class Trials:
         self.due = now + self.wait
 
 
+NOTHING = Line()  # is known of what drafting takes
+
+
 class Source:
     """One drafter as a policy sees it."""
 
@@ -143,20 +146,16 @@ class Source:
             line.add(length, seconds, self.idle)
         self.idle = -1
 
+    def line(self, sharing: int) -> Line:
+        """Of drafts for so many requests together, or as nearly as known."""
+        known = self.drafting.get(sharing)
+        if known is None and self.drafting:
+            known = self.drafting[min(self.drafting, key=lambda size: abs(size - sharing))]
+        return known or NOTHING
+
     def seconds(self, length: int, sharing: int) -> float:
         """Of a draft of this length for so many requests together; 0 while nothing is known."""
-        if not length or not self.drafting:
-            return 0.0
-        near = min(self.drafting, key=lambda size: abs(size - sharing))
-        return self.drafting[near].at(length)
-
-    def one_more(self, index: int, sharing: int) -> float:
-        """Seconds that the token at this index adds to drafting; the first has to begin it, and to read what is new."""
-        return self.seconds(index + 1, sharing) - self.seconds(index, sharing)
-
-    def price(self, costs: BatchCosts, index: int, sharing: int) -> float:
-        """Seconds that the draft token at this index adds to a step, for each of the requests that draft it."""
-        return self.one_more(index, sharing) / max(1, sharing) + costs.row_price(index, sharing)
+        return self.line(sharing).at(length) if length else 0.0
 
     # --- what it brings ---------------------------------------------------------------------------------------------
 
@@ -169,7 +168,8 @@ class Source:
         rows = rate * costs.row * (costs.batch if costs.padded else count)
         free = max(costs.free_rows, paid + 1 if costs.padded else 0)
         total, best, survivals = 0.0, (0.0, 0), list(alphas)
-        first, more = (rate * self.one_more(index, count) for index in (0, 1))
+        line = self.line(count)
+        first, more = rate * line.at(1), rate * line.slope  # the first has to begin it, and to read what is new
         for index in range(self.maximum):
             gain = sum(survivals) - (more if index else first) - (rows if index + 2 > free else 0.0)
             if index and gain <= 0:
@@ -213,7 +213,7 @@ class Source:
         return StopRule(survivals, chances, prices, costs.rate, self.open.get(0, 1))
 
     def _whole_price(self, costs: BatchCosts, depth: int) -> float:
-        """Seconds that a token at this depth costs all that draft it; more, where many usually end before it.
+        """Seconds that a token at this depth, not the first, costs all that draft it; more, where many end before it.
 
         Before anything is known of a drafter it gets no further than a trial would.
         """
@@ -221,7 +221,7 @@ class Source:
             return math.inf
         sharing = max(1, self.open.get(0, 1))
         stay = 0.75 + 0.25 * self.kept[depth].value if sharing > 1 and depth in self.kept else 1.0
-        return sharing * self.price(costs, depth, sharing) / stay
+        return (self.line(sharing).slope + sharing * costs.row_price(depth, sharing)) / stay
 
     def end_step(self) -> None:
         self.idle += 1
