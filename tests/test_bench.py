@@ -32,7 +32,7 @@ from foredraft.bench.result import Bench
 from foredraft.bench.sandbox import Limits, run_program
 from foredraft.bench.tasks import Task, bundled_tasks, read_tasks, spread
 from foredraft.cli.app import app
-from foredraft.cli.bench import check_writable
+from foredraft.cli.files import check_writable
 from foredraft.drafters.memory import SuffixMemory
 from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.errors import ForedraftError, RequestError

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand
 
 from foredraft import __version__
+from foredraft.cli.audit import audit
 from foredraft.cli.bench import bench
 from foredraft.cli.chat import chat
 from foredraft.cli.convert import convert
@@ -22,6 +23,7 @@ COMMANDS = {
     "convert": convert,
     "tune": tune,
     "bench": bench,
+    "audit": audit,
     "doctor": doctor,
     "serve": serve,
     "launch": launch,

@@ -1,9 +1,7 @@
 """`foredraft bench`: what speculation gives on this machine, for one model and one's own prompts."""
 
 import json
-import os
 import sys
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +10,11 @@ import typer
 
 from foredraft.cli import session
 from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.files import check_writable, write_whole
 from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, RunOptions, flag, takes
 from foredraft.cli.progress import progress
 from foredraft.drafters.registry import DRAFTERS, with_profile
-from foredraft.errors import ForedraftError, RequestError
+from foredraft.errors import RequestError
 
 if TYPE_CHECKING:
     from foredraft.bench.options import BenchOptions
@@ -196,28 +195,10 @@ def run(options: BenchFlags, chosen: "BenchOptions", tasks: "tuple[Task, ...]") 
         return measure(llm, tasks, chosen, name=name, drafter=drafter, watcher=watcher)
 
 
-def check_writable(path: Path) -> None:
-    """Raises ForedraftError where a file cannot be written; leaves nothing behind."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.expanduser().parent, prefix=f".{path.name}"):
-            pass
-    except OSError as error:
-        raise ForedraftError(f"{path} cannot be written: {error.strerror}; nothing was run") from error
-    if path.expanduser().is_dir():
-        raise ForedraftError(f"{path} cannot be written: it is a folder; nothing was run")
-
-
 def write_page(found: "Bench", path: Path) -> None:
-    """Whole or not at all."""
     from foredraft.bench.page import page
 
-    path = path.expanduser()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page(found), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(page(found), path)
     note(f"report: {path}")
 
 

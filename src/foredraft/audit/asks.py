@@ -1,0 +1,118 @@
+"""The requests of an audit: ragged prompts, settings that differ, and when each request comes and goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import torch
+from transformers import LogitsProcessor
+
+from foredraft.audit.options import AuditOptions
+from foredraft.errors import ForedraftError
+from foredraft.llm import LLM
+from foredraft.structured import Structured
+from foredraft.types import Request, SamplingParams
+
+LENGTHS = (3, 17, 40, 130, 250, 257, 300, 420)  # of prompts, in tokens; those behind 256 cross a chunk's border
+TEXTS = (
+    "User: I need a table for two in Oakland tonight.\nAssistant:",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total",
+    "Once upon a time there was a little fox. The fox lived in the forest with its mother, and the fox liked to play.",
+    "The first item is red, the second item is blue, the third item is green, the fourth item is",
+)
+
+
+class EveryOther(LogitsProcessor):
+    """A processor that looks at its prefix: after an even number of tokens only odd ids, and the other way round."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, input_ids.shape[1] % 2 :: 2] = -torch.inf
+        return scores
+
+
+SETTINGS: dict[str, SamplingParams] = {
+    "greedy": SamplingParams(logprobs=1),
+    "sampled": SamplingParams(temperature=0.8, top_p=0.95),
+    "greedy, penalties": SamplingParams(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
+    "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request: what it asks, and when it comes (after so many passes) or goes (after so many tokens)."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams  # with a seed, which no two requests of an audit share
+    setting: str = ""
+    num_draft_tokens: int | None = 0
+    arrives: int = 0
+    leaves: int | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.params.seed or 0
+
+    def alone(self) -> "Ask":
+        """The same request without drafts, from beginning to end."""
+        return replace(self, num_draft_tokens=0, arrives=0, leaves=None)
+
+    def request(self, llm: LLM) -> Request:
+        """As the library makes it, with the model's ends of text, stop strings and grammar."""
+        return llm.job(self.prompt, self.params, self.num_draft_tokens).request
+
+
+def prompts(llm: LLM, options: AuditOptions) -> list[tuple[int, ...]]:
+    """Texts where there is a tokenizer, and random words that repeat, so that lookups find something."""
+    room = llm.max_model_len - options.tokens
+    if room < 2:
+        raise ForedraftError(
+            f"a context of {llm.max_model_len} tokens has no room for outputs of {options.tokens}; audit fewer tokens"
+        )
+    found = [tuple(llm.encode(text)[:room]) for text in TEXTS] if llm._tokenizer is not None else []
+    drawn = [_words(length, llm.model.vocab_size, Random(f"{options.seed} {length}")) for length in LENGTHS]
+    mixed = [prompt for pair in zip(found, drawn, strict=False) for prompt in pair] + drawn[len(found) :]
+    return [prompt[:room] for prompt in mixed[: options.prompts]]
+
+
+def _words(length: int, vocab: int, source: Random) -> tuple[int, ...]:
+    words = [[source.randrange(vocab) for _ in range(source.randint(2, 6))] for _ in range(9)]
+    return tuple([token for _ in range(length) for token in source.choice(words)][:length])
+
+
+FORM = SamplingParams(structured=Structured.regex(r"([a-z]{1,8} ){2}(yes|no|perhaps), [0-9]{1,4}"))
+
+
+def settings(llm: LLM, options: AuditOptions) -> dict[str, SamplingParams]:
+    """Those of every audit, output under a grammar where it can be had here, and the user's own."""
+    found = dict(SETTINGS)
+    try:
+        llm.job([0], FORM)
+        found["greedy, grammar"] = FORM
+    except ForedraftError:  # no tokenizer, no compiler, a vocabulary that cannot spell it
+        pass
+    return found | {f"yours {i}": own for i, own in enumerate(options.own, 1)}
+
+
+def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
+    """Every prompt in every setting, each with a seed and a length of its own."""
+    pairs = [
+        (prompt, name, params) for prompt in prompts(llm, options) for name, params in settings(llm, options).items()
+    ]
+    return [
+        Ask(prompt, replace(params, seed=options.seed * 100_000 + i, max_new_tokens=options.tokens - i % 4), name)
+        for i, (prompt, name, params) in enumerate(pairs)
+    ]
+
+
+def ordered(asks: Sequence[Ask], order: str, length: int | None, seed: int) -> list[Ask]:
+    """These requests as one crowd: shuffled, with drafts of this length, and arrivals as the order says."""
+    source = Random(f"{seed} {order} {length}")
+    crowd = [replace(ask, num_draft_tokens=length) for ask in source.sample(asks, len(asks))]
+    if order == "together":
+        return crowd
+    crowd = [replace(ask, arrives=source.randint(0, 2 * len(crowd))) for ask in crowd]
+    if order == "leaving":
+        return [replace(ask, leaves=source.randint(1, 12) if i % 4 == 0 else None) for i, ask in enumerate(crowd)]
+    return crowd

@@ -1,0 +1,62 @@
+"""A case as text, to be replayed by a command: what `foredraft audit --case` reads."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from foredraft.audit.asks import SETTINGS, Ask, EveryOther
+from foredraft.audit.exact import Case
+from foredraft.errors import RequestError
+from foredraft.structured import Structured
+from foredraft.types import SamplingParams
+
+FORMAT = 1
+ASK = ("setting", "num_draft_tokens", "arrives", "leaves")
+DEFAULTS = SamplingParams()
+
+
+def dumps(case: Case) -> str:
+    """One line of JSON. A processor of the user's own is not in it; the audit's is, by the name of its setting."""
+    asks = [{"prompt": list(ask.prompt), "params": _params(ask.params)} | _timing(ask) for ask in case.asks]
+    found = {"format": FORMAT, "batch": case.batch, "index": case.index, "asks": asks}
+    return json.dumps(found, separators=(",", ":"))
+
+
+def _timing(ask: Ask) -> dict[str, Any]:
+    return {name: getattr(ask, name) for name in ASK if getattr(ask, name) != getattr(Ask((), DEFAULTS), name)}
+
+
+def _params(params: SamplingParams) -> dict[str, Any]:
+    names = [spec.name for spec in fields(params) if spec.name not in ("processors", "structured")]
+    found = {name: getattr(params, name) for name in names if getattr(params, name) != getattr(DEFAULTS, name)}
+    if isinstance(params.structured, Structured):
+        found["structured"] = {"kind": params.structured.kind, "source": params.structured.source}
+    return found
+
+
+def loads(text: str) -> Case:
+    """Raises RequestError where this is no case."""
+    try:
+        found = json.loads(text)
+        if found["format"] != FORMAT:
+            raise ValueError(f"format {found['format']}, and this release reads format {FORMAT}")
+        asks = tuple(_ask(it) for it in found["asks"])
+        case = Case(asks, int(found["batch"]), int(found["index"]))
+        _ = case.ask
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise RequestError(f"the case is not usable ({problem}); copy the whole line that the audit printed") from error
+    return case
+
+
+def _ask(found: Mapping[str, Any]) -> Ask:
+    params = dict(found["params"])
+    if "structured" in params:
+        params["structured"] = Structured(params["structured"]["kind"], params["structured"]["source"])
+    setting = found.get("setting", "")
+    own = SETTINGS.get(setting)
+    if own is not None and any(isinstance(processor, EveryOther) for processor in own.processors):
+        params["processors"] = (EveryOther(),)
+    timing = {name: found[name] for name in ASK if name in found}
+    return Ask(tuple(map(int, found["prompt"])), SamplingParams(**params), **timing)

@@ -1,0 +1,121 @@
+"""What rejection sampling draws, against the exact probabilities of every continuation.
+
+Three candidates a place and four places make 81 continuations, whose probabilities the target alone gives. Counts of
+many draws are held against them by Pearson's chi-square test. All seeds are fixed: an audit repeated is the same audit.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from foredraft.audit.asks import Ask
+from foredraft.audit.options import AuditOptions
+from foredraft.audit.play import PLAIN, Subject, play
+from foredraft.llm import LLM
+from foredraft.sampling import process
+from foredraft.types import SamplingParams
+
+PARAMS = SamplingParams(temperature=1.0, top_k=3, ignore_eos=True, verifier="rejection")
+PLACES = 4  # tokens; the first is the prompt's, the others are drafted or follow a draft
+DRAFTED = 2
+TOGETHER = 16  # draws that run at once
+EXPECTED = 5.0  # counts below this share a cell, as the test's approximation asks for
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The target's distributions after a prompt and each continuation that its own filters allow."""
+
+    prompt: Path
+    following: Mapping[Path, Mapping[int, float]]  # by continuation: probability of each token
+
+    @property
+    def continuations(self) -> dict[Path, float]:
+        """The probability of each of whole length."""
+        found: dict[Path, float] = {(): 1.0}
+        for _ in range(PLACES):
+            found = {(*path, t): chance * p for path, chance in found.items() for t, p in self.following[path].items()}
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """One test. It fails where `p_value` is below `threshold`."""
+
+    samples: int
+    cells: int
+    p_value: float
+    threshold: float
+    drafted: int
+    accepted: int
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and self.p_value >= self.threshold
+
+
+def make_tree(llm: LLM, prompt: Path) -> Tree:
+    """By plain decoding of one token after each continuation."""
+    following: dict[Path, dict[int, float]] = {}
+    level: list[Path] = [()]
+    for _ in range(PLACES):
+        following.update(zip(level, _next(llm, prompt, level), strict=True))
+        level = [(*path, token) for path in level for token in following[path]]
+    return Tree(prompt, following)
+
+
+def _next(llm: LLM, prompt: Path, paths: Sequence[Path]) -> list[dict[int, float]]:
+    params = replace(PARAMS, max_new_tokens=1, seed=0)
+    asks = [Ask((*prompt, *path), params) for path in paths]
+    outcomes = play(llm, PLAIN, asks, 1, torch.Tensor.clone)
+    return [_chances(outcome.notes[0]) for outcome in outcomes]
+
+
+def _chances(logits: torch.Tensor) -> dict[int, float]:
+    chances = process(logits.cpu()[None], [], [()], 0, PARAMS).double().softmax(-1)[0]
+    return {int(token): float(chances[token]) for token in chances.nonzero().flatten()}
+
+
+def draws(llm: LLM, subject: Subject, tree: Tree, options: AuditOptions) -> tuple[Counter[Path], int, int, str]:
+    """Continuations counted, tokens drafted and accepted, and the first error."""
+    params = replace(PARAMS, max_new_tokens=PLACES)
+    first = 1_000_000 * (options.seed + 1)
+    asks = [Ask(tree.prompt, replace(params, seed=first + i), num_draft_tokens=DRAFTED) for i in range(options.samples)]
+    outcomes = play(llm, subject, asks, TOGETHER, lambda logits: None)
+    error = next((outcome.error for outcome in outcomes if outcome.error), "")
+    drafted, accepted = (sum(getattr(it, name) for it in outcomes) for name in ("drafted", "accepted"))
+    return Counter(outcome.tokens for outcome in outcomes), drafted, accepted, error
+
+
+def test(llm: LLM, subject: Subject, tree: Tree, options: AuditOptions, threshold: float) -> Tested:
+    """Draw as often as the options say, and compare. An impossible continuation has probability 0."""
+    seen, drafted, accepted, error = draws(llm, subject, tree, options)
+    p_value, cells = chi_square(seen, tree.continuations)
+    return Tested(options.samples, cells, p_value, threshold, drafted, accepted, error)
+
+
+def chi_square(seen: Mapping[Path, int], chances: Mapping[Path, float]) -> tuple[float, int]:
+    """The probability of counts at least as far from expectation, and over how many cells."""
+    total = sum(seen.values())
+    if any(path not in chances for path in seen):
+        return 0.0, len(chances)
+    common = [path for path, chance in chances.items() if chance * total >= EXPECTED]
+    pairs = [(seen.get(path, 0), chances[path] * total) for path in common]
+    rest = total - sum(expected for _, expected in pairs)
+    if len(common) < len(chances):
+        pairs.append((total - sum(count for count, _ in pairs), max(rest, 1e-9)))
+    statistic = sum((count - expected) ** 2 / expected for count, expected in pairs)
+    freedom = torch.tensor((len(pairs) - 1) / 2, dtype=torch.float64)
+    tail = torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64))
+    return (float(tail) if len(pairs) > 1 else 1.0), len(pairs)
+
+
+def wide_prompt(llm: LLM, prompts: Sequence[Path]) -> Tree:
+    """Of these prompts the one whose continuations are least certain: there a wrong distribution shows soonest."""
+    trees = [make_tree(llm, prompt) for prompt in prompts]
+    return max(trees, key=lambda tree: -sum(chance**2 for chance in tree.continuations.values()))

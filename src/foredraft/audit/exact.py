@@ -1,0 +1,116 @@
+"""Tokens and logits of drafted requests against the same requests alone and without drafts, bit for bit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from foredraft.audit.asks import Ask, ordered
+from foredraft.audit.options import AuditOptions
+from foredraft.audit.play import PLAIN, Outcome, Subject, play
+from foredraft.llm import LLM
+
+Reference = dict[int, Outcome]  # by seed
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Requests that run beside each other, and which of them is looked at."""
+
+    asks: tuple[Ask, ...]
+    batch: int
+    index: int
+
+    @property
+    def ask(self) -> Ask:
+        return self.asks[self.index]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a request first departs from plain decoding."""
+
+    what: str  # tokens, logits, logprobs, end, error, counts
+    position: int  # in the output
+    expected: str
+    got: str
+    case: Case
+
+
+@dataclass(slots=True)
+class Compared:
+    """What was compared for one drafter, and what differed."""
+
+    runs: int = 0
+    requests: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    differences: list[Difference] = field(default_factory=list)
+
+
+def reference(llm: LLM, asks: Sequence[Ask]) -> Reference:
+    """Every request alone, without drafts."""
+    return {ask.seed: play(llm, PLAIN, [ask.alone()], 1)[0] for ask in asks}
+
+
+def compare(
+    llm: LLM,
+    subject: Subject,
+    asks: Sequence[Ask],
+    truth: Reference,
+    options: AuditOptions,
+    tick: Callable[[str], None] = lambda text: None,
+) -> Compared:
+    """Play the requests at every draft length, in every batch size and order."""
+    found = Compared()
+    for length, batch, order in grid(options, llm.model.row_invariance.max_draft_tokens):
+        compare_run(llm, subject, ordered(asks, order, length, options.seed), batch, truth, found)
+        tick(f"{'policy' if length is None else length} drafted, {batch} at once, {order}")
+    return found
+
+
+def grid(options: AuditOptions, most: int) -> list[tuple[int | None, int, str]]:
+    """Draft length, batch size, order. One request at a time has no order, and wide passes may not be exact here."""
+    lengths = [length for length in options.lengths if length is None or length <= most]
+    return [
+        (length, batch, order)
+        for length, batch, order in product(lengths, options.batches, options.orders)
+        if batch > 1 or order == options.orders[0]
+    ]
+
+
+def compare_run(llm: LLM, subject: Subject, asks: Sequence[Ask], batch: int, truth: Reference, found: Compared) -> None:
+    outcomes = play(llm, subject, asks, batch)
+    found.runs += 1
+    for index, (ask, outcome) in enumerate(zip(asks, outcomes, strict=True)):
+        found.requests += 1
+        found.tokens += len(outcome.tokens)
+        found.drafted += outcome.drafted
+        found.accepted += outcome.accepted
+        difference = first_difference(truth[ask.seed], outcome, Case(tuple(asks), batch, index))
+        if difference is not None:
+            found.differences.append(difference)
+
+
+def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference | None:
+    """None where all that there is agrees. One that left early has to agree as far as it came."""
+    if got.error != expected.error:
+        return Difference("error", len(got.tokens), expected.error or "none", got.error or "none", case)
+    count = len(got.tokens)
+    for what, truth, found in (
+        ("tokens", expected.tokens, got.tokens),
+        ("logits", expected.notes, got.notes),
+        ("logprobs", expected.logprobs, got.logprobs),
+    ):
+        for position, pair in enumerate(zip(truth, found, strict=False)):
+            if pair[0] != pair[1]:
+                return Difference(what, position, _shown(pair[0]), _shown(pair[1]), case)
+    left = case.ask.leaves is not None and got.reason == "abort"
+    if count > len(expected.tokens) or (not left and (count, got.reason) != (len(expected.tokens), expected.reason)):
+        whole = f"{len(expected.tokens)} tokens, {expected.reason}"
+        return Difference("end", min(count, len(expected.tokens)), whole, f"{count} tokens, {got.reason}", case)
+    return None if got.counted else Difference("counts", count, "as many as there are tokens", "others", case)
+
+
+def _shown(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,152 @@
+"""An audit from beginning to end: references, drafters, controls, and where something failed its smallest case."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+import torch
+
+from foredraft import profile
+from foredraft.audit import distribution
+from foredraft.audit.asks import Ask, asks
+from foredraft.audit.controls import CONTROLS, Control
+from foredraft.audit.distribution import Tree, wide_prompt
+from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
+from foredraft.audit.options import AuditOptions
+from foredraft.audit.play import Subject
+from foredraft.audit.result import Audit, Checked, Failure, Planted, Setting
+from foredraft.audit.shrink import smallest
+from foredraft.audit.subjects import Audited, fingerprint
+from foredraft.diagnosis import machine
+from foredraft.llm import LLM
+from foredraft.tuning.options import Watcher
+
+PACKAGES = ("foredraft", "torch", "transformers")
+CONTROL_BATCH, CONTROL_LENGTH = 3, 4
+
+
+def audit(
+    llm: LLM,
+    audited: Sequence[Audited],
+    options: AuditOptions | None = None,
+    *,
+    name: str = "",
+    left_out: Mapping[str, str] | None = None,
+    watcher: Watcher | None = None,
+) -> Audit:
+    """Compare, test and plant. The LLM must be idle, and drafts as before afterwards.
+
+    Ctrl-C (KeyboardInterrupt) keeps what was found; what is incomplete cannot pass.
+
+    Args:
+        audited: the drafters, as `subjects.find` makes them.
+        name, left_out: for the report: the target's name, and the drafters that cannot draft for it.
+    """
+    run = Run(llm, options or AuditOptions(), watcher or Watcher())
+    try:
+        run.prepare()
+        for it in audited:
+            run.check(it)
+        run.plant()
+        complete = True
+    except KeyboardInterrupt:
+        complete = False
+    return Audit(
+        setting(llm, name),
+        run.options,
+        llm.model.row_invariance.exact,
+        tuple(run.checked),
+        left_out or {},
+        tuple(run.controls),
+        run.failure,
+        complete,
+    )
+
+
+@dataclass(slots=True)
+class Run:
+    """What there is so far."""
+
+    llm: LLM
+    options: AuditOptions
+    watcher: Watcher
+    asks: list[Ask] = field(default_factory=list)
+    truth: Reference = field(default_factory=dict)
+    tree: Tree | None = None
+    checked: list[Checked] = field(default_factory=list)
+    controls: list[Planted] = field(default_factory=list)
+    failure: Failure | None = None
+    tests: int = 1
+
+    def prepare(self) -> None:
+        """Plain decoding of every request, and exact probabilities."""
+        self.watcher.stage("plain decoding", 0)
+        self.asks = asks(self.llm, self.options)
+        self.truth = reference(self.llm, self.asks)
+        brief = sorted({ask.prompt for ask in self.asks}, key=len)[:2]  # every draw reads it
+        self.tree = wide_prompt(self.llm, brief)
+
+    def threshold(self, tests: int) -> float:
+        """Of one test, so that all of them together raise a false alarm as seldom as promised (Bonferroni)."""
+        return self.options.alarm / max(1, tests)
+
+    def check(self, it: Audited) -> None:
+        most = self.llm.model.row_invariance.max_draft_tokens
+        self.watcher.stage(it.name, len(grid(self.options, most)) + 1)
+        subject, found, tested = Subject(it.drafter), Compared(), None
+        try:
+            found = compare(self.llm, subject, self.asks, self.truth, self.options, self.watcher.tick)
+            tested = self._test(Subject(it.drafter, "fixed" if not hasattr(it.drafter, "drafters") else None))
+            self.watcher.tick("distribution")
+        finally:
+            complete = tested is not None
+            digest = fingerprint(self.llm, it.drafter)
+            self.checked.append(Checked(it.name, digest, found, tested, complete))
+        if found.differences and self.failure is None:
+            self.watcher.stage(f"{it.name}: looking for the smallest case", 0)
+            self.failure = Failure(it.name, it.flag, smallest(self.llm, subject, found.differences[0]))
+
+    def _test(self, subject: Subject) -> distribution.Tested:
+        assert self.tree is not None
+        return distribution.test(self.llm, subject, self.tree, self.options, self.threshold(self.tests))
+
+    def plant(self) -> None:
+        self.watcher.stage("controls", len(CONTROLS))
+        for control in CONTROLS:
+            self.controls.append(self._planted(control))
+            self.watcher.tick(control.name)
+
+    def _planted(self, control: Control) -> Planted:
+        if control.needs_grammar and not any(ask.params.structured for ask in self.asks):
+            return Planted(control.name, control.kind, None, "no grammar can be had for this model here")
+        if control.kind == "exact":
+            return self._planted_exactly(control)
+        assert self.tree is not None
+        found = self._test(control.drawing_subject(self.tree, self.llm.model.vocab_size))
+        return Planted(control.name, control.kind, not found.passed, found.error or f"p = {found.p_value:.1e}")
+
+    def _planted_exactly(self, control: Control) -> Planted:
+        found = Compared()
+        subject = control.exact_subject(self.truth, self.llm.model.vocab_size)
+        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self.asks]
+        compare_run(self.llm, subject, crowd, CONTROL_BATCH, self.truth, found)
+        differing = len(found.differences)
+        kinds = ", ".join(sorted({difference.what for difference in found.differences}))
+        by = f"{differing} of {found.requests} requests ({kinds})" if differing else "nothing differed"
+        return Planted(control.name, control.kind, differing > 0, by)
+
+
+def setting(llm: LLM, name: str) -> Setting:
+    model, about = llm.model, machine.look()
+    return Setting(
+        name,
+        profile.model_hash(model),
+        str(model.dtype).removeprefix("torch."),
+        torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        getattr(model, "runtime", "torch"),
+        about.processor,
+        torch.get_num_threads(),
+        about.system,
+        {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+    )

@@ -1,0 +1,147 @@
+"""Requests played through an engine, and what is kept of each: tokens, digests of their logits, how it ended."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from foredraft.audit.asks import Ask
+from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.drafters.several import Several
+from foredraft.engine import Engine
+from foredraft.llm import LLM
+from foredraft.models.base import CausalModel
+from foredraft.models.rows import RowBatch
+from foredraft.policy import DraftPolicy, make_policy
+from foredraft.runner import Runner
+from foredraft.types import Request, StepOutput, TokenLogprobs
+
+
+class Recorder:
+    """A target that notes the logits of every position it computes, by request; the last pass over it counts."""
+
+    def __init__(self, model: CausalModel, note: Callable[[torch.Tensor], Any]) -> None:
+        self._model, self._note = model, note
+        self._running: Sequence[Request] = ()
+        self.notes: defaultdict[Request, dict[int, Any]] = defaultdict(dict)
+        self.passes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def watch(self, engine: Engine) -> None:
+        self._running = engine.scheduler.running
+        watch = getattr(self._model, "watch", None)  # a planted bug may have to know too
+        if watch is not None:
+            watch(engine)
+
+    def forward(self, rows: RowBatch) -> torch.Tensor:
+        self.passes += 1
+        logits = self._model.forward(rows)
+        owner = {request.slot: request for request in self._running}
+        for row, values in zip(rows.wanted, logits, strict=True):
+            self.notes[owner[rows.slots[row]]][rows.positions[row]] = self._note(values)
+        return logits
+
+    def of(self, request: Request) -> list[Any]:
+        """What was noted for the logits that decided each output token; None where there were none."""
+        positions = range(request.prompt_len - 1, len(request.token_ids) - 1)
+        return [self.notes[request].get(position) for position in positions]
+
+
+def digest(logits: torch.Tensor) -> bytes:
+    """Of every bit of a row of logits."""
+    return hashlib.blake2b(logits.detach().cpu().contiguous().view(torch.uint8).numpy().data, digest_size=12).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request."""
+
+    tokens: tuple[int, ...]
+    notes: tuple[Any, ...]  # of the logits behind each token
+    logprobs: tuple[TokenLogprobs, ...]
+    reason: str
+    error: str
+    drafted: int
+    accepted: int
+    counted: bool  # do its statistics agree with its tokens?
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is audited: who drafts, by which policy, on which engine and target. Planted bugs replace a part of it."""
+
+    drafter: Drafter = field(default_factory=NoDrafter)
+    policy: str | None = None
+    engine: type[Engine] = Engine
+    target: Callable[[CausalModel], CausalModel] = lambda model: model
+
+    def make_policy(self) -> DraftPolicy:
+        return make_policy(self.policy, several=isinstance(self.drafter, Several))
+
+
+PLAIN = Subject()
+
+
+def play(
+    llm: LLM, subject: Subject, asks: Sequence[Ask], batch: int, note: Callable[[torch.Tensor], Any] = digest
+) -> list[Outcome]:
+    """Run the requests to their ends, `batch` at once; what happens to one is an outcome, never raised."""
+    target = Recorder(subject.target(llm.model), note)
+    cache, before = llm.model.cache, llm.model.cache.max_slots
+    cache.max_slots = batch
+    try:
+        engine = subject.engine(
+            target,
+            subject.drafter,
+            subject.make_policy(),
+            max_batch_size=batch,
+            max_model_len=llm.max_model_len,
+        )
+        target.watch(engine)
+        with llm.engine.using(subject.drafter, engine.policy.policy):  # whom the library checks requests against
+            requests = [ask.request(llm) for ask in asks]
+        _drive(Runner(engine), target, requests, asks)
+        return [_outcome(request, target) for request in requests]
+    finally:
+        cache.max_slots = before
+
+
+def _drive(runner: Runner, target: Recorder, requests: Sequence[Request], asks: Sequence[Ask]) -> None:
+    """Submit each request when its time has come, and cancel those that leave."""
+    waiting = sorted(zip(asks, requests, strict=True), key=lambda pair: pair[0].arrives)
+    while waiting or runner.has_work:
+        while waiting and (waiting[0][0].arrives <= target.passes or not runner.has_work):
+            ask, request = waiting.pop(0)
+            runner.submit(request, partial(_leave, runner, request, ask.leaves))
+        arrives = waiting[0][0].arrives if waiting else None
+        runner.run_until(partial(_reached, runner, target, arrives))
+
+
+def _reached(runner: Runner, target: Recorder, passes: int | None) -> bool:
+    return not runner.has_work or (passes is not None and target.passes >= passes)
+
+
+def _leave(runner: Runner, request: Request, leaves: int | None, output: StepOutput) -> None:
+    if leaves is not None and request.num_output >= leaves and not output.finish_reason:
+        runner.cancel(request)
+
+
+def _outcome(request: Request, target: Recorder) -> Outcome:
+    stats, tokens = request.stats, tuple(request.output_ids)
+    counted = stats.output_tokens == len(tokens) and stats.accepted == sum(request.from_draft) <= stats.drafted
+    return Outcome(
+        tokens,
+        tuple(target.of(request)),
+        tuple(request.logprobs),
+        request.finish_reason or "",
+        "" if request.error is None else f"{type(request.error).__name__}: {request.error}",
+        stats.drafted,
+        stats.accepted,
+        counted,
+    )

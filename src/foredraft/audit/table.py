@@ -1,0 +1,80 @@
+"""An audit as tables for a terminal."""
+
+import shlex
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from foredraft.audit.result import Audit, Checked, Planted
+
+
+def show(found: Audit, console: Console, command: str) -> None:
+    """`command` is what the user typed as far as it loads the models; a case is added to it."""
+    it = found.setting
+    console.print(f"{it.model} ({it.model_hash}), {it.dtype}, {it.device}, {it.runtime} runtime")
+    console.print(drafters(found))
+    for name, reason in found.left_out.items():
+        console.print(f"left out: {name}: {reason}", style="dim", soft_wrap=True)
+    if found.controls:
+        console.print(controls(found))
+    _conclude(found, console, command)
+
+
+def drafters(found: Audit) -> Table:
+    table = Table(title="Drafting against plain decoding", title_justify="left")
+    table.add_column("drafter")
+    for name in ("runs", "requests", "tokens", "accepted", "differences", "p (rejection)"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for it in found.checked:
+        table.add_row(*_row(it))
+    return table
+
+
+def _row(it: Checked) -> tuple[str | Text, ...]:
+    found = it.compared
+    share = f"{found.accepted / found.drafted:.0%}" if found.drafted else "-"
+    p = "-" if it.tested is None else it.tested.error or f"{it.tested.p_value:.3f}"
+    state = Text("equal", "green") if it.passed else Text("not done" if not it.complete else "FAILED", "red")
+    numbers = (found.runs, found.requests, found.tokens)
+    return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), p, state)
+
+
+def controls(found: Audit) -> Table:
+    table = Table(title="Planted bugs", title_justify="left")
+    for name in ("bug", "check", "", "by"):
+        table.add_column(name)
+    for it in found.controls:
+        table.add_row(it.name, it.kind, _verdict(it), it.by)
+    return table
+
+
+def _verdict(it: Planted) -> Text:
+    if it.caught is None:
+        return Text("not planted", "yellow")
+    return Text("caught", "green") if it.caught else Text("MISSED", "red")
+
+
+def _conclude(found: Audit, console: Console, command: str) -> None:
+    caught = sum(it.caught is True for it in found.controls)
+    planted = sum(it.caught is not None for it in found.controls)
+    if found.failure is not None:
+        difference = found.failure.difference
+        console.print(
+            f"first difference: {found.failure.drafter}, {difference.what} at output position {difference.position}: "
+            f"plain decoding has {difference.expected}, drafting {difference.got}. It repeats with",
+            style="red",
+            soft_wrap=True,
+        )
+        flags = f"--draft {shlex.quote(found.failure.flag)} --case {shlex.quote(found.failure.case)}"
+        console.print(f"{command} {flags}", soft_wrap=True, markup=False, highlight=False)
+    words = {
+        "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference",
+        "failed": "FAILED: drafting changes something here",
+        "controls missed": f"FAILED: only {caught} of {planted} planted bugs were caught, so equality proves nothing",
+        "interrupted": "INTERRUPTED: what is incomplete cannot pass",
+    }
+    console.print(words[found.status], style="bold green" if found.status == "passed" else "bold red")
+    for guarantee in found.guarantees:
+        console.print(f"here {guarantee}", soft_wrap=True)

@@ -1,0 +1,199 @@
+"""`foredraft audit`: evidence that drafting changes nothing, for one's own model, on this machine."""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foredraft.cli import session
+from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.files import check_writable, write_whole
+from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, RunOptions, flag, takes
+from foredraft.cli.progress import progress
+from foredraft.drafters.registry import DRAFTERS
+from foredraft.errors import RequestError
+
+if TYPE_CHECKING:
+    from foredraft import LLM
+    from foredraft.audit.exact import Difference
+    from foredraft.audit.options import AuditOptions
+    from foredraft.audit.result import Audit
+    from foredraft.audit.subjects import Audited
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFlags:
+    model: Annotated[
+        str | None,
+        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
+    ] = None
+    draft: Annotated[
+        list[str] | None,
+        flag(
+            "--draft",
+            "--draft-model",
+            help=f"Whom to audit: {', '.join(name for name in DRAFTERS if name != 'none')}, auto, or a draft model's "
+            "folder or hub name; may be given several times. Default: all that need no preparation, and auto.",
+            panel=MODEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
+    ] = "auto"
+    weight_format: Annotated[
+        str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
+    ] = None
+    runtime: Annotated[
+        str, flag("--runtime", help="native (a C library, on CPUs), torch, or auto: the fastest.", panel=MODEL)
+    ] = "auto"
+    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    trust_remote_code: Annotated[
+        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
+    ] = False
+    gpu: Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)] = None
+    quick: Annotated[
+        bool, flag("--quick", help="Fewer prompts, lengths and samples: less than a minute.", panel=DRAFTING)
+    ] = False
+    case: Annotated[
+        str | None,
+        flag("--case", help="Replay one case that an audit printed, and nothing else.", panel=DRAFTING),
+    ] = None
+    seed: Annotated[int, flag("--seed", help="Same seed, same audit.", panel=SAMPLING)] = 0
+    temperature: Annotated[
+        float | None,
+        flag(
+            "--temperature", help="With the flags below: audit these settings too; 0 decodes greedily.", panel=SAMPLING
+        ),
+    ] = None
+    top_k: Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)] = 0
+    top_p: Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)] = 1.0
+    min_p: Annotated[
+        float, flag("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.", panel=SAMPLING)
+    ] = 0.0
+    json_schema: Annotated[
+        Path | None, flag("--json-schema", help="Audit JSON of the schema in this file too.", panel=SAMPLING)
+    ] = None
+    regex: Annotated[str | None, flag("--regex", help="Audit output of this pattern too.", panel=SAMPLING)] = None
+    grammar: Annotated[
+        Path | None, flag("--grammar", help="Audit output of the Lark grammar in this file too.", panel=SAMPLING)
+    ] = None
+    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    output: Annotated[Path | None, flag("--output", help="Write that JSON object to a file.", panel=OUTPUT)] = None
+
+    def as_run_options(self) -> RunOptions:
+        """What loads the target, without a drafter: each is lent to it in turn."""
+        shared = {spec.name for spec in fields(RunOptions)} & {spec.name for spec in fields(AuditFlags)}
+        values = {name: getattr(self, name) for name in shared - {"draft", "temperature"}}
+        return RunOptions(**values, draft="none", temperature=self.temperature or 0.0)
+
+    @property
+    def names_settings(self) -> bool:
+        given = (self.json_schema, self.regex, self.grammar, self.temperature)
+        return any(it is not None for it in given) or (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+
+
+@takes(AuditFlags)
+def audit(options: AuditFlags) -> None:
+    """Prove on this machine that drafting changes no token; planted bugs show that the proof would notice."""
+    with only_result() as stdout:
+        if options.output is not None:
+            check_writable(options.output)
+        with busy("importing torch and transformers"):
+            chosen = audit_options(options)
+        with busy(f"loading {options.model or 'the bundled pair'}"):
+            llm = session.open_llm(options.as_run_options())
+            audited, left_out = drafters(options, llm)
+        interruptible()
+        if options.case is not None:
+            replay(options, llm, audited)
+            return
+        found = run(options, chosen, llm, audited, left_out)
+    text = json.dumps(found.as_dict())
+    if options.output is not None:
+        write_whole(text + "\n", options.output)
+        note(f"certificate: {options.output}")
+    if options.json:
+        stdout.write(text + "\n")
+        stdout.flush()
+    else:
+        from foredraft.audit.table import show
+
+        show(found, stdout_console(highlight=False), command(options))
+    finish(found)
+
+
+def audit_options(options: AuditFlags) -> "AuditOptions":
+    """Raises RequestError for values out of range, or that contradict each other."""
+    from foredraft.audit.options import AuditOptions
+
+    own = options.as_run_options()
+    own.check()
+    _ = own.target_device  # raises where --gpu is not usable
+    mine = (session.sampling_params(own),) if options.names_settings else ()
+    if options.quick:
+        return AuditOptions.quick(options.seed, mine)
+    return AuditOptions(seed=options.seed, own=mine)
+
+
+def drafters(options: AuditFlags, llm: "LLM") -> "tuple[list[Audited], dict[str, str]]":
+    from foredraft.audit.subjects import find
+    from foredraft.models.load import LoadOptions
+
+    own = options.as_run_options()
+    load = LoadOptions(options.dtype, own.target_device, None, options.trust_remote_code, options.runtime)
+    return find(llm, options.draft or [], load, bundled=options.model is None)
+
+
+def run(
+    options: AuditFlags, chosen: "AuditOptions", llm: "LLM", audited: "list[Audited]", left_out: dict[str, str]
+) -> "Audit":
+    from foredraft.audit.pipeline import audit as prove
+
+    name = Path(options.model).name if options.model else "the bundled target"
+    with progress() as watcher:
+        return prove(llm, audited, chosen, name=name, left_out=left_out, watcher=watcher)
+
+
+def replay(options: AuditFlags, llm: "LLM", audited: "list[Audited]") -> None:
+    """One case again; leaves with an error code where it still fails, and never says that anything passed."""
+    from foredraft.audit import casefile, shrink
+    from foredraft.audit.play import Subject
+
+    if len(audited) != 1:
+        raise RequestError("--case needs the one --draft that it was found with; copy the whole line")
+    assert options.case is not None
+    found = shrink.replay(llm, Subject(audited[0].drafter), casefile.loads(options.case))
+    if found is None:
+        note("no difference in this case; run the audit without --case for all of them")
+        return
+    note(_told(found))
+    raise typer.Exit(FAILURE)
+
+
+def _told(found: "Difference") -> str:
+    where = f"{found.what} at output position {found.position}"
+    return f"different: {where}: plain decoding has {found.expected}, drafting {found.got}"
+
+
+def command(options: AuditFlags) -> str:
+    """What was typed, as far as it decides what is loaded."""
+    names = ("model", "dtype", "weight_format", "runtime", "device", "gpu")
+    default = AuditFlags()
+    given = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(getattr(options, name)))}"
+        for name in names
+        if getattr(options, name) != getattr(default, name)
+    ]
+    return " ".join(["foredraft audit", *given, *(["--trust-remote-code"] if options.trust_remote_code else [])])
+
+
+def finish(found: "Audit") -> None:
+    sys.stdout.flush()
+    if found.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if found.status != "passed":
+        raise typer.Exit(FAILURE)
