@@ -1,6 +1,6 @@
 """The requests of an audit: ragged prompts, settings that differ, and when each request comes and goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -13,6 +13,7 @@ from foredraft.llm import LLM
 from foredraft.structured import Structured
 from foredraft.types import Request, SamplingParams
 
+STOPPING = 50_000  # what seeds of requests with a stop begin at
 LENGTHS = (3, 17, 40, 130, 250, 257, 300, 420)  # of prompts, in tokens; those behind 256 cross a chunk's border
 TEXTS = (
     "User: I need a table for two in Oakland tonight.\nAssistant:",
@@ -104,6 +105,17 @@ def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
         Ask(prompt, replace(params, seed=options.seed * 100_000 + i, max_new_tokens=options.tokens - i % 4), name)
         for i, (prompt, name, params) in enumerate(pairs)
     ]
+
+
+def stopping(asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]], setting: str = "greedy") -> list[Ask]:
+    """Requests in this setting that end in the middle, at a token that the same request without a stop has there."""
+    found = []
+    for ask in asks:
+        output = outputs[ask.seed]
+        if ask.setting == setting and len(output) > 3:
+            params = replace(ask.params, seed=STOPPING + ask.seed, stop_token_ids=(output[2 * len(output) // 3],))
+            found.append(replace(ask, params=params, setting=f"{setting}, stop"))
+    return found
 
 
 def ordered(asks: Sequence[Ask], order: str, length: int | None, seed: int) -> list[Ask]:

@@ -20,6 +20,8 @@ from foredraft.types import SamplingParams
 PARAMS = SamplingParams(temperature=1.0, top_k=3, ignore_eos=True, verifier="rejection")
 PLACES = 4  # tokens; the first is the prompt's, the others are drafted or follow a draft
 DRAFTED = 2
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+CERTAIN = 0.55  # of the likeliest of three
 TOGETHER = 16  # draws that run at once
 EXPECTED = 5.0  # counts below this share a cell, as the test's approximation asks for
 
@@ -31,7 +33,17 @@ class Tree:
     """The target's distributions after a prompt and each continuation that its own filters allow."""
 
     prompt: Path
+    temperature: float
     following: Mapping[Path, Mapping[int, float]]  # by continuation: probability of each token
+
+    @property
+    def params(self) -> SamplingParams:
+        return replace(PARAMS, temperature=self.temperature)
+
+    @property
+    def certainty(self) -> float:
+        """The mean probability of the likeliest token."""
+        return sum(max(chances.values()) for chances in self.following.values()) / len(self.following)
 
     @property
     def continuations(self) -> dict[Path, float]:
@@ -60,30 +72,39 @@ class Tested:
 
 
 def make_tree(llm: LLM, prompt: Path) -> Tree:
+    """At a temperature that leaves the candidates a choice: there a wrong distribution shows soonest."""
+    for temperature in TEMPERATURES:
+        tree = tree_at(llm, prompt, temperature)
+        if tree.certainty <= CERTAIN:
+            break
+    return tree
+
+
+def tree_at(llm: LLM, prompt: Path, temperature: float) -> Tree:
     """By plain decoding of one token after each continuation."""
     following: dict[Path, dict[int, float]] = {}
     level: list[Path] = [()]
     for _ in range(PLACES):
-        following.update(zip(level, _next(llm, prompt, level), strict=True))
+        following.update(zip(level, _next(llm, prompt, level, temperature), strict=True))
         level = [(*path, token) for path in level for token in following[path]]
-    return Tree(prompt, following)
+    return Tree(prompt, temperature, following)
 
 
-def _next(llm: LLM, prompt: Path, paths: Sequence[Path]) -> list[dict[int, float]]:
-    params = replace(PARAMS, max_new_tokens=1, seed=0)
+def _next(llm: LLM, prompt: Path, paths: Sequence[Path], temperature: float) -> list[dict[int, float]]:
+    params = replace(PARAMS, temperature=temperature, max_new_tokens=1, seed=0)
     asks = [Ask((*prompt, *path), params) for path in paths]
     outcomes = play(llm, PLAIN, asks, 1, torch.Tensor.clone)
-    return [_chances(outcome.notes[0]) for outcome in outcomes]
+    return [_chances(outcome.notes[0], params) for outcome in outcomes]
 
 
-def _chances(logits: torch.Tensor) -> dict[int, float]:
-    chances = process(logits.cpu()[None], [], [()], 0, PARAMS).double().softmax(-1)[0]
+def _chances(logits: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    chances = process(logits.cpu()[None], [], [()], 0, params).double().softmax(-1)[0]
     return {int(token): float(chances[token]) for token in chances.nonzero().flatten()}
 
 
 def draws(llm: LLM, subject: Subject, tree: Tree, options: AuditOptions) -> tuple[Counter[Path], int, int, str]:
     """Continuations counted, tokens drafted and accepted, and the first error."""
-    params = replace(PARAMS, max_new_tokens=PLACES)
+    params = replace(tree.params, max_new_tokens=PLACES)
     first = 1_000_000 * (options.seed + 1)
     asks = [Ask(tree.prompt, replace(params, seed=first + i), num_draft_tokens=DRAFTED) for i in range(options.samples)]
     outcomes = play(llm, subject, asks, TOGETHER, lambda logits: None)
@@ -113,9 +134,3 @@ def chi_square(seen: Mapping[Path, int], chances: Mapping[Path, float]) -> tuple
     freedom = torch.tensor((len(pairs) - 1) / 2, dtype=torch.float64)
     tail = torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64))
     return (float(tail) if len(pairs) > 1 else 1.0), len(pairs)
-
-
-def wide_prompt(llm: LLM, prompts: Sequence[Path]) -> Tree:
-    """Of these prompts the one whose continuations are least certain: there a wrong distribution shows soonest."""
-    trees = [make_tree(llm, prompt) for prompt in prompts]
-    return max(trees, key=lambda tree: -sum(chance**2 for chance in tree.continuations.values()))

@@ -9,9 +9,9 @@ import torch
 
 from foredraft import profile
 from foredraft.audit import distribution
-from foredraft.audit.asks import Ask, asks
+from foredraft.audit.asks import Ask, asks, stopping
 from foredraft.audit.controls import CONTROLS, Control
-from foredraft.audit.distribution import Tree, wide_prompt
+from foredraft.audit.distribution import Tree, make_tree
 from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import Subject
@@ -23,7 +23,7 @@ from foredraft.llm import LLM
 from foredraft.tuning.options import Watcher
 
 PACKAGES = ("foredraft", "torch", "transformers")
-CONTROL_BATCH, CONTROL_LENGTH = 3, 4
+CONTROL_BATCH, CONTROL_LENGTH, CONTROL_REQUESTS = 3, 4, 12
 
 
 def audit(
@@ -43,7 +43,7 @@ def audit(
         audited: the drafters, as `subjects.find` makes them.
         name, left_out: for the report: the target's name, and the drafters that cannot draft for it.
     """
-    run = Run(llm, options or AuditOptions(), watcher or Watcher())
+    run = Run(llm, options or AuditOptions(), watcher or Watcher(), tests=len(audited))
     try:
         run.prepare()
         for it in audited:
@@ -77,19 +77,22 @@ class Run:
     checked: list[Checked] = field(default_factory=list)
     controls: list[Planted] = field(default_factory=list)
     failure: Failure | None = None
-    tests: int = 1
+    tests: int = 1  # of distributions, of sound drafters
 
     def prepare(self) -> None:
         """Plain decoding of every request, and exact probabilities."""
         self.watcher.stage("plain decoding", 0)
-        self.asks = asks(self.llm, self.options)
-        self.truth = reference(self.llm, self.asks)
-        brief = sorted({ask.prompt for ask in self.asks}, key=len)[:2]  # every draw reads it
-        self.tree = wide_prompt(self.llm, brief)
+        whole = asks(self.llm, self.options)
+        self.truth = reference(self.llm, whole)
+        stops = stopping(whole, {seed: outcome.tokens for seed, outcome in self.truth.items()})
+        self.truth |= reference(self.llm, stops)
+        self.asks = stops + whole
+        self.tree = make_tree(self.llm, min((ask.prompt for ask in self.asks), key=len))  # every draw reads it
 
-    def threshold(self, tests: int) -> float:
+    @property
+    def threshold(self) -> float:
         """Of one test, so that all of them together raise a false alarm as seldom as promised (Bonferroni)."""
-        return self.options.alarm / max(1, tests)
+        return self.options.alarm / max(1, self.tests)
 
     def check(self, it: Audited) -> None:
         most = self.llm.model.row_invariance.max_draft_tokens
@@ -109,7 +112,7 @@ class Run:
 
     def _test(self, subject: Subject) -> distribution.Tested:
         assert self.tree is not None
-        return distribution.test(self.llm, subject, self.tree, self.options, self.threshold(self.tests))
+        return distribution.test(self.llm, subject, self.tree, self.options, self.threshold)
 
     def plant(self) -> None:
         self.watcher.stage("controls", len(CONTROLS))
@@ -129,7 +132,7 @@ class Run:
     def _planted_exactly(self, control: Control) -> Planted:
         found = Compared()
         subject = control.exact_subject(self.truth, self.llm.model.vocab_size)
-        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self.asks]
+        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self.asks[:CONTROL_REQUESTS]]
         compare_run(self.llm, subject, crowd, CONTROL_BATCH, self.truth, found)
         differing = len(found.differences)
         kinds = ", ".join(sorted({difference.what for difference in found.differences}))

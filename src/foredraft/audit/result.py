@@ -9,7 +9,7 @@ from foredraft.audit.distribution import Tested
 from foredraft.audit.exact import Compared, Difference
 from foredraft.audit.options import AuditOptions
 
-Status = Literal["passed", "failed", "controls missed", "interrupted"]
+Status = Literal["passed", "failed", "controls missed", "nothing drafted", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        return self.complete and not self.compared.differences and self.tested is not None and self.tested.passed
+        equal = self.compared.drafted > 0 and not self.compared.differences
+        return self.complete and equal and self.tested is not None and self.tested.passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class Audit:
             return "interrupted"
         if not self.controls or any(it.caught is False for it in self.controls):
             return "controls missed"
-        return "passed" if all(it.passed for it in self.checked) else "failed"
+        return "passed" if all(it.passed for it in self.checked) else "nothing drafted"
 
     @property
     def guarantees(self) -> tuple[str, ...]:

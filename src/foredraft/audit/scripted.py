@@ -53,14 +53,16 @@ class AllRight(HalfRight):
 class Sketch(Scripted):
     """Draws from the tree's own candidates, the least likely most often: some are refused, and q is known."""
 
+    peak = 0.7  # what the least likely candidate gets beyond its equal share
+
     def __init__(self, tree: Tree, vocab_size: int) -> None:
         self.tree, self.vocab_size = tree, vocab_size
 
     def q(self, path: tuple[int, ...]) -> torch.Tensor:
         chances = self.tree.following[path]
         q = torch.zeros(self.vocab_size)
-        q[torch.tensor(list(chances))] = 0.75 / len(chances)
-        q[min(chances, key=lambda token: chances[token])] += 0.25
+        q[torch.tensor(list(chances))] = (1 - self.peak) / len(chances)
+        q[min(chances, key=lambda token: chances[token])] += self.peak
         return q
 
     def draft(self, request: Request) -> Draft:
@@ -77,6 +79,8 @@ class Sketch(Scripted):
 class Argmaxed(Sketch):
     """Drafts the likeliest token and says that it was drawn."""
 
+    peak = 0.25
+
     def draft(self, request: Request) -> Draft:
         drawn = super().draft(request)
         if drawn.probs is None:
@@ -90,6 +94,8 @@ class Argmaxed(Sketch):
 
 class Choosy(Sketch):
     """Throws a token away where it was unsure of it, after it was drawn."""
+
+    peak = 0.25
 
     def draft(self, request: Request) -> Draft:
         drawn = super().draft(request)

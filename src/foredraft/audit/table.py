@@ -24,7 +24,7 @@ def show(found: Audit, console: Console, command: str) -> None:
 def drafters(found: Audit) -> Table:
     table = Table(title="Drafting against plain decoding", title_justify="left")
     table.add_column("drafter")
-    for name in ("runs", "requests", "tokens", "accepted", "differences", "p (rejection)"):
+    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differences", "p (rejection)"):
         table.add_column(name, justify="right")
     table.add_column("")
     for it in found.checked:
@@ -36,9 +36,16 @@ def _row(it: Checked) -> tuple[str | Text, ...]:
     found = it.compared
     share = f"{found.accepted / found.drafted:.0%}" if found.drafted else "-"
     p = "-" if it.tested is None else it.tested.error or f"{it.tested.p_value:.3f}"
-    state = Text("equal", "green") if it.passed else Text("not done" if not it.complete else "FAILED", "red")
-    numbers = (found.runs, found.requests, found.tokens)
-    return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), p, state)
+    numbers = (found.runs, found.requests, found.tokens, found.drafted)
+    return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), p, _state(it))
+
+
+def _state(it: Checked) -> Text:
+    if it.passed:
+        return Text("equal", "green")
+    if not it.complete:
+        return Text("not done", "yellow")
+    return Text("FAILED" if it.compared.drafted else "never drafted", "red")
 
 
 def controls(found: Audit) -> Table:
@@ -73,6 +80,7 @@ def _conclude(found: Audit, console: Console, command: str) -> None:
         "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference",
         "failed": "FAILED: drafting changes something here",
         "controls missed": f"FAILED: only {caught} of {planted} planted bugs were caught, so equality proves nothing",
+        "nothing drafted": "FAILED: a drafter never drafted, so nothing was shown of it",
         "interrupted": "INTERRUPTED: what is incomplete cannot pass",
     }
     console.print(words[found.status], style="bold green" if found.status == "passed" else "bold red")

@@ -1,6 +1,6 @@
 """The flags and the drafters as Markdown tables, embedded in the documentation.
 
-python -m foredraft.cli.reference docs/cli.md docs/tuning.md docs/bench.md
+python -m foredraft.cli.reference docs/cli.md docs/tuning.md docs/bench.md docs/audit.md
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 
 import typer
 
+from foredraft.cli.audit import AuditFlags
 from foredraft.cli.bench import BenchFlags
 from foredraft.cli.doctor import DoctorOptions
 from foredraft.cli.launch import LaunchOptions, ListOptions, TerminateOptions
@@ -24,6 +25,7 @@ TABLES: dict[str, type] = {
     "chat": ChatOptions,
     "tune": TuneFlags,
     "bench": BenchFlags,
+    "audit": AuditFlags,
     "doctor": DoctorOptions,
     "serve": ServeOptions,
     "launch": LaunchOptions,

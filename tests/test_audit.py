@@ -1,0 +1,309 @@
+"""The audit: it passes where all is sound, every planted bug is caught, and what fails is told in its smallest form."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from scipy import stats
+from typer.testing import CliRunner
+
+import foredraft.engine
+from foredraft import LLM, SamplingParams
+from foredraft.audit import Audit, AuditOptions, audit, casefile, shrink
+from foredraft.audit.asks import SETTINGS, Ask, asks, ordered
+from foredraft.audit.controls import CONTROLS
+from foredraft.audit.distribution import chi_square, make_tree
+from foredraft.audit.exact import Case, first_difference, grid, reference
+from foredraft.audit.play import PLAIN, Outcome, Subject, play
+from foredraft.audit.subjects import Audited, find
+from foredraft.audit.table import show
+from foredraft.cli.app import app
+from foredraft.cli.console import stdout_console
+from foredraft.drafters.ngram import NgramDrafter
+from foredraft.errors import ModelError, RequestError
+from foredraft.models.load import LoadOptions
+from foredraft.tuning.options import Watcher
+from foredraft.types import TokenLogprobs
+from foredraft.verify import verify
+
+BRIEF = AuditOptions((3,), (3,), ("leaving",), 3, 20, 500)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(tiny("llama"), "none", max_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def bundled() -> LLM:
+    return LLM(draft="none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ngram() -> Audited:
+    return Audited("ngram", "ngram", NgramDrafter())
+
+
+@pytest.fixture(scope="module")
+def found(bundled: LLM) -> Audit:
+    """Every drafter that the bundled pair has, and every control."""
+    audited, left_out = find(bundled, [], LoadOptions(), bundled=True)
+    return audit(bundled, audited, BRIEF, name="the bundled target", left_out=left_out)
+
+
+def test_all_drafters_of_the_bundled_pair_pass(found: Audit) -> None:
+    assert [it.drafter for it in found.checked] == [
+        "ngram", "suffix", "int4", "int8", "skip", "int4+skip", "model", "auto",
+    ]  # fmt: skip
+    assert found.left_out == {}
+    for it in found.checked:
+        assert it.passed and it.compared.differences == [] and it.compared.tokens > 50, it.drafter
+        refused = it.compared.drafted - it.compared.accepted
+        assert refused > 0 or it.drafter in ("ngram", "int8"), it.drafter  # so the rewind was seen
+        assert it.tested and it.tested.p_value >= it.tested.threshold == BRIEF.alarm / 8
+
+
+def test_every_planted_bug_is_caught(found: Audit) -> None:
+    assert len(found.controls) == len(CONTROLS) >= 12
+    assert [it.name for it in found.controls if it.caught is not True] == []
+    assert found.status == "passed" and len(found.guarantees) == 2
+
+
+def test_the_certificate_names_hashes_and_no_paths(found: Audit) -> None:
+    text = json.dumps(found.as_dict())
+    assert str(Path.home()) not in text and "/work" not in text
+    read = json.loads(text)
+    assert read["status"] == "passed" and len(read["setting"]["model_hash"]) == 16
+    assert [it["model_hash"] != "" for it in read["drafters"]] == [it["drafter"] == "model" for it in read["drafters"]]
+    assert set(read["setting"]["versions"]) == {"foredraft", "torch", "transformers", "python"}
+
+
+def test_the_tables_have_every_drafter_and_control(found: Audit, capsys: pytest.CaptureFixture[str]) -> None:
+    show(found, stdout_console(width=200), "foredraft audit")
+    shown = capsys.readouterr().out
+    assert all(it.drafter in shown for it in found.checked) and all(it.name in shown for it in found.controls)
+    assert f"PASSED: {len(CONTROLS)} of {len(CONTROLS)} planted bugs caught" in shown and "bit for bit" in shown
+
+
+def test_without_controls_nothing_passes(found: Audit) -> None:
+    assert replace(found, controls=()).status == "controls missed"
+    missed = (*found.controls[1:], replace(found.controls[0], caught=False))
+    assert replace(found, controls=missed).status == "controls missed"
+    assert replace(found, complete=False).status == "interrupted"
+    assert replace(found, controls=()).guarantees == ()
+    idle = replace(found.checked[0], compared=replace(found.checked[0].compared, drafted=0))
+    assert replace(found, checked=(idle,)).status == "nothing drafted"
+    unlikely = replace(found.checked[0], tested=replace(found.checked[0].tested, p_value=1e-9))  # type: ignore[type-var]
+    assert replace(found, checked=(unlikely,)).status == "failed"
+
+
+def test_models_without_a_tokenizer_are_audited_without_a_grammar(llm: LLM) -> None:
+    found = audit(llm, [ngram()], BRIEF)
+    assert found.status == "passed"
+    assert [it.name for it in found.controls if it.caught is None] == ["the grammar forgets the draft before a row"]
+
+
+def test_a_third_party_model_passes(shared: Path) -> None:
+    llm = LLM(shared / "models" / "stories3M", "none")
+    audited, _ = find(llm, ["suffix", "int8"], LoadOptions(), bundled=False)
+    assert audit(llm, audited, BRIEF).status == "passed"
+
+
+# What fails
+
+
+def one_too_many(draft, logits, request):  # type: ignore[no-untyped-def]
+    """The first bug that everyone has had."""
+    verdict = verify(draft, logits, request)
+    return replace(verdict, accepted=tuple(range(min(len(verdict.accepted) + 1, len(draft)))))
+
+
+def test_a_bug_in_the_installed_copy_fails_with_a_command(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audited, _ = find(llm, ["int4"], LoadOptions(), bundled=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(foredraft.engine, "verify", one_too_many)
+        found = audit(llm, audited, BRIEF)
+        assert found.status == "failed" and found.failure
+        case = casefile.loads(found.failure.case)
+        assert (len(case.asks), case.batch, case.ask.num_draft_tokens) == (1, 1, 1)
+        assert len(case.ask.prompt) < 17 and case.ask.params.max_new_tokens <= BRIEF.tokens
+        assert shrink.replay(llm, Subject(audited[0].drafter), case)
+    assert shrink.replay(llm, Subject(audited[0].drafter), case) is None  # the bug has gone
+    show(found, stdout_console(width=100), "foredraft audit --model here")
+    shown = capsys.readouterr().out
+    assert "foredraft audit --model here --draft int4 --case '{" in shown and "FAILED: drafting changes" in shown
+
+
+def test_an_interrupt_keeps_what_was_compared(llm: LLM) -> None:
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    found = audit(llm, [ngram()], BRIEF, watcher=Watcher(tick=interrupt))
+    assert found.status == "interrupted" and found.guarantees == () and not found.checked[0].complete
+    assert llm.generate([1, 2, 3], SamplingParams(max_new_tokens=2)).finish_reason == "length"  # usable afterwards
+
+
+TRUTH = Outcome((5, 6), (b"a", b"b"), (TokenLogprobs(5, -1.0), TokenLogprobs(6, -2.0)), "length", "", 0, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what", "position"),
+    [
+        ({"tokens": (5, 7)}, "tokens", 1),
+        ({"notes": (b"a", b"c")}, "logits", 1),
+        ({"notes": (None, b"b")}, "logits", 0),
+        ({"logprobs": (TokenLogprobs(5, 0.0), TokenLogprobs(6, -2.0))}, "logprobs", 0),
+        ({"tokens": (5, 6, 7), "notes": (b"a", b"b", b"c")}, "end", 2),
+        ({"tokens": (5,), "notes": (b"a",)}, "end", 1),
+        ({"reason": "stop"}, "end", 2),
+        ({"error": "ValueError: no"}, "error", 2),
+        ({"counted": False}, "counts", 2),
+    ],
+)
+def test_whatever_differs_is_a_difference(changed: dict[str, Any], what: str, position: int) -> None:
+    case = Case((Ask((1,), SamplingParams(seed=0)),), 1, 0)
+    assert first_difference(TRUTH, TRUTH, case) is None
+    difference = first_difference(TRUTH, replace(TRUTH, **changed), case)
+    assert difference and (difference.what, difference.position) == (what, position)
+
+
+def test_who_leaves_early_agrees_as_far_as_he_came() -> None:
+    left = Case((Ask((1,), SamplingParams(seed=0), leaves=1),), 1, 0)
+    assert first_difference(TRUTH, replace(TRUTH, tokens=(5,), notes=(b"a",), reason="abort"), left) is None
+    assert first_difference(TRUTH, replace(TRUTH, tokens=(6,), notes=(b"a",), reason="abort"), left)
+
+
+# What it asks
+
+
+def test_requests_are_ragged_and_have_seeds_of_their_own(llm: LLM) -> None:
+    made = asks(llm, AuditOptions())
+    assert len({ask.seed for ask in made}) == len(made) == 8 * len(SETTINGS)
+    assert max(len(ask.prompt) for ask in made) > 256  # beyond a chunk's border
+    assert len({ask.params.max_new_tokens for ask in made}) == 4
+    crowd = ordered(made, "leaving", 3, 0)
+    assert sorted(ask.seed for ask in crowd) == sorted(ask.seed for ask in made)
+    assert any(ask.leaves for ask in crowd) and any(ask.arrives for ask in crowd)
+    assert {ask.num_draft_tokens for ask in crowd} == {3}
+
+
+def test_drafts_wider_than_what_is_exact_are_left_out() -> None:
+    assert {length for length, _, _ in grid(AuditOptions(), 4)} == {1, 2, 4, None}
+    assert [order for _, batch, order in grid(AuditOptions(), 4) if batch == 1] == ["together"] * 4
+
+
+def test_settings_of_ones_own_are_audited(llm: LLM) -> None:
+    own = SamplingParams(temperature=0.3, min_p=0.1)
+    made = asks(llm, replace(BRIEF, own=(own,)))
+    assert {ask.params.min_p for ask in made if ask.setting == "yours 1"} == {0.1}
+
+
+def test_a_case_survives_being_printed(llm: LLM) -> None:
+    made = tuple(replace(ask, arrives=i, leaves=3 if i else None) for i, ask in enumerate(asks(llm, BRIEF)))
+    case = Case(made, 3, 2)
+    read = casefile.loads(casefile.dumps(case))
+    stripped = [replace(ask, params=replace(ask.params, processors=())) for ask in (*case.asks, *read.asks)]
+    assert stripped[: len(made)] == stripped[len(made) :] and (read.batch, read.index) == (3, 2)
+    truth, again = (play(llm, PLAIN, it.asks, 3) for it in (case, read))
+    assert [it.tokens for it in truth] == [it.tokens for it in again]  # processors included
+
+
+def test_the_tree_has_every_continuation(llm: LLM) -> None:
+    tree = make_tree(llm, (1, 2, 3))
+    assert len(tree.continuations) == 81 and sum(tree.continuations.values()) == pytest.approx(1)
+    (plain,) = play(llm, PLAIN, [Ask((1, 2, 3), SamplingParams(max_new_tokens=1, seed=0))], 1, torch.Tensor.clone)
+    assert max(tree.following[()], key=tree.following[()].__getitem__) == plain.tokens[0]
+
+
+def test_chi_square_is_scipys() -> None:
+    source = random.Random(0)
+    chances = {(i,): chance for i, chance in enumerate((0.4, 0.3, 0.2, 0.1))}
+    seen = Counter((i,) for i in source.choices(range(4), (0.4, 0.3, 0.2, 0.1), k=500))
+    expected = stats.chisquare([seen[path] for path in chances], [500 * chance for chance in chances.values()]).pvalue
+    assert chi_square(seen, chances) == (pytest.approx(expected), 4)
+    assert chi_square(seen + Counter({(9,): 1}), chances)[0] == 0.0  # impossible
+    rare = {(0,): 0.999, (1,): 0.0005, (2,): 0.0005}
+    assert chi_square(Counter({(0,): 499, (1,): 1}), rare)[1] == 2  # the rare ones share a cell
+
+
+def test_references_are_plain(llm: LLM) -> None:
+    made = asks(llm, BRIEF)[:2]
+    truth = reference(llm, [replace(ask, num_draft_tokens=4, arrives=3, leaves=1) for ask in made])
+    assert all(outcome.drafted == 0 and len(outcome.tokens) >= 9 for outcome in truth.values())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompts": 1}, "prompts=1 is not usable"),
+        ({"samples": 10}, "samples=10 is not usable"),
+        ({"alarm": 0.0}, "alarm=0.0 is not usable"),
+        ({"lengths": (0,)}, r"lengths=\(0,\) is not usable"),
+        ({"batches": ()}, r"batches=\(\) is not usable"),
+        ({"orders": ("sideways",)}, "choose from together, staggered, leaving"),
+        ({"own": (SamplingParams(temperature=1.0, verifier="rejection"),)}, "every audit tests its distribution"),
+    ],
+)
+def test_options_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        replace(BRIEF, **values)
+
+
+def test_drafters_that_cannot_be_audited_are_named(llm: LLM) -> None:
+    for names, message in ((["none"], "nothing to audit"), (["ngram", "ngram"], "twice"), (["ngrm"], "'ngram'")):
+        with pytest.raises(RequestError, match=message):
+            find(llm, names, LoadOptions(), bundled=False)
+    with pytest.raises(ModelError, match="profile"):
+        find(llm, ["skip"], LoadOptions(), bundled=False)
+    audited, left_out = find(llm, [], LoadOptions(), bundled=False)
+    assert "model" not in [it.name for it in audited] and "skip" in left_out
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format":9}', '{"format":1,"batch":1,"index":3,"asks":[]}'])
+def test_a_case_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="the case is not usable"):
+        casefile.loads(text)
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(app, ["audit", *map(str, args)], prog_name="foredraft", catch_exceptions=False)
+
+
+def test_the_command_refuses_before_it_loads(tmp_path: Path) -> None:
+    done = run("--output", tmp_path / "missing" / "certificate.json")
+    assert done.exit_code == 1 and "nothing was run" in done.stderr
+    assert run("--draft", "none").exit_code == 2
+    assert run("--gpu", "x").exit_code == 2
+    assert run("--case", "{}", "--draft", "ngram").exit_code == 2
+    assert run("--case", "{}").exit_code == 2  # which drafter?
+
+
+def test_the_command_writes_its_certificate(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    path = tmp_path / "certificate.json"
+    done = run("--model", tmp_path / "model", "--draft", "ngram", "--quick", "--json", "--output", path)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(path.read_text())
+    assert json.loads(done.stdout)["drafters"][0]["passed"]
+    case = casefile.dumps(Case((Ask((1, 2), SamplingParams(seed=1, max_new_tokens=4), "", 2),), 1, 0))
+    again = run("--model", tmp_path / "model", "--draft", "ngram", "--case", case)
+    assert again.exit_code == 0 and "no difference in this case" in again.stderr and "PASSED" not in again.output
