@@ -248,19 +248,22 @@ class Drawn(NamedTuple):
     probs: torch.Tensor | None = None  # [V] float32; None: nothing a verifier needs (greedy, coupled)
 
 
-def draw(logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]) -> list[Drawn | None]:
+def draw(
+    logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids], *, one_hot: bool = False
+) -> list[Drawn | None]:
     """One guess for each request after its committed and its drafted tokens. # [b, V] -> b
 
     The target's own processing, and for `coupled` the target's own noise, so that both tend to choose alike; for
-    `rejection` a draw from q with noise of its own, new in every block (keyed by where the block starts).
+    `rejection` a draw from q with noise of its own, new in every block (keyed by where the block starts); with
+    `one_hot`, for a drafter that cannot hand q over, the likeliest token.
     None where the request's own processor fails on this prefix, which is an error only if the text ever gets there.
     """
     groups = _alike(requests)
     if len(groups) == 1:
-        return _draw_alike(logits, requests, drafted)
+        return _draw_alike(logits, requests, drafted, one_hot)
     guesses: list[Drawn | None] = [None] * len(requests)
     for rows in groups:
-        own = _draw_alike(logits[rows], [requests[row] for row in rows], [drafted[row] for row in rows])
+        own = _draw_alike(logits[rows], [requests[row] for row in rows], [drafted[row] for row in rows], one_hot)
         for row, guess in zip(rows, own, strict=True):
             guesses[row] = guess
     return guesses
@@ -280,7 +283,7 @@ def _alike(requests: abc.Sequence[Request]) -> list[list[int]]:
 
 
 def _draw_alike(
-    logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]
+    logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids], one_hot: bool
 ) -> list[Drawn | None]:
     """`draw` for requests that one call can process, with one transfer to the host. # [b, V] -> b"""
     first, params = requests[0], requests[0].params
@@ -290,7 +293,7 @@ def _draw_alike(
         if not first.steering.active:
             raise
         return [None]
-    if params.greedy:  # any of several equals will do: it is a guess
+    if params.greedy or (one_hot and params.verifier == "rejection"):  # any of several equals will do: it is a guess
         return [Drawn(token, chance) for token, chance in zip(*best(probabilities(scores)), strict=True)]
     starts = [len(request.token_ids) for request in requests]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
