@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foredraft.drafters.translated import TranslatingDrafter
 from foredraft.llm import LLM
 from foredraft.models.base import CausalModel
 from foredraft.models.decoder import Attention, Decoder
@@ -68,6 +69,7 @@ class Serving:
     cache_bytes_per_token: int
     memory: dict[str, int]
     seconds_to_load: float
+    vocabulary: str | None = None  # what a draft model with other tokens shares with the target
 
 
 def look() -> Torch:
@@ -107,6 +109,7 @@ def describe(llm: LLM, model: str | None, draft: str, seconds: float) -> Serving
         llm.model.cache.bytes_per_token,
         llm.memory,
         seconds,
+        str(llm.drafter.overlap) if isinstance(llm.drafter, TranslatingDrafter) else None,
     )
 
 

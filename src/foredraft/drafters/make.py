@@ -96,7 +96,9 @@ def _translating(
 
 def _from_object(model: PreTrainedModel, context: DraftContext) -> Drafter:
     size = model.config.get_text_config(decoder=True).vocab_size
-    _check_size(size, context, "an object comes without a tokenizer to compare; give the draft by its folder or hub name")
+    _check_size(
+        size, context, "an object comes without a tokenizer to compare; give the draft by its folder or hub name"
+    )
     return _drafting_with(load_model(model, context.options), context)
 
 

@@ -4,6 +4,9 @@ What is committed is decoded and spelled in the draft's tokens; what is drafted 
 way of Timor et al., arXiv 2502.05202). Where a token is drawn, those that both vocabularies have are known by the
 target's ids, so that the coupled verifier's noise is the same on both sides. Any proposal is exact: it is verified in
 the target's tokens, and a bad translation only gets refused.
+
+For the verifier `rejection`, and where few tokens are shared, the draft's likeliest token is taken instead of a draw: a
+one-hot q. A draw would not do for `rejection`, as no q over the target's tokens is known.
 """
 
 import math
@@ -19,9 +22,10 @@ from foredraft.models.base import CausalModel
 from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy
 from foredraft.sampling import Drawn
-from foredraft.types import Draft, Request
+from foredraft.types import Draft, Request, VerifierName
 
 WINDOW = 10  # draft tokens at the end of a text that are spelled anew when it goes on
+COUPLED_FROM = 0.5  # share of the target's tokens from which on its noise helps; at 0.1 the likeliest token does better
 PER_TOKEN = 4  # draft tokens that a target token may take, on average over a draft
 
 
@@ -158,6 +162,9 @@ class TranslatingDrafter(ModelDrafter):
         super().__init__(model, by.target_size, name)
         self.by = by
         self.columns = by.columns.to(model.device)
+        self.overlap = by.overlap
+        coupled = self.overlap.of_target >= COUPLED_FROM
+        self.argmax: tuple[VerifierName, ...] = ("rejection",) if coupled else ("rejection", "coupled")
         self.readings: dict[Request, Reading] = {}
 
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
@@ -197,7 +204,7 @@ class TranslatingDrafter(ModelDrafter):
             if rows:
                 own = [passages[i] for i in rows]
                 paths = [(*passage.lead, *passage.path) for passage in own]
-                drawn = sampling.draw(scores[rows, :width], [p.request for p in own], paths, one_hot=True)
+                drawn = sampling.draw(scores[rows, :width], [p.request for p in own], paths, argmax=self.argmax)
                 for row, guess in zip(rows, drawn, strict=True):
                     guesses[row] = None if steered and _nothing_left(guess, logits[row]) else guess
         return guesses

@@ -1,6 +1,7 @@
 """Whether a draft model's tokens are the target's tokens, and which of them they share."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -30,17 +31,27 @@ def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """How many tokens two vocabularies have in common, and how many each has."""
+    """How many tokens write the same text in two vocabularies, and how many texts the tokens of each write."""
 
     shared: int
     draft: int
     target: int
 
+    @property
+    def of_draft(self) -> float:
+        return self.shared / max(1, self.draft)
+
+    @property
+    def of_target(self) -> float:
+        return self.shared / max(1, self.target)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"of_draft": self.of_draft, "of_target": self.of_target}
+
     def __str__(self) -> str:
-        of_draft, of_target = (self.shared / max(1, size) for size in (self.draft, self.target))
         return (
-            f"{self.shared:,} tokens in common, {of_draft:.1%} of the draft's {self.draft:,} and {of_target:.1%} of "
-            f"the target's {self.target:,}"
+            f"{self.shared:,} tokens in common, {self.of_draft:.1%} of the draft's {self.draft:,} and "
+            f"{self.of_target:.1%} of the target's {self.target:,}"
         )
 
 
@@ -76,7 +87,7 @@ class Translation:
     @property
     def overlap(self) -> Overlap:
         shared = len(self.draft.ids.keys() & self.target.ids.keys())
-        return Overlap(shared, *(len([p for p in speller.pieces if p]) for speller in (self.draft, self.target)))
+        return Overlap(shared, len(self.draft.ids), len(self.target.ids))
 
 
 def _speller(whose: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Speller:

@@ -1,4 +1,4 @@
-"""What tokenizers say of themselves in no public way but their serialised state: decoders, and what goes before a text."""
+"""What tokenizers say of themselves in no public way but their state: decoders, and what they put before a text."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+
+NOTHING_BEFORE: dict[str, dict[str, Any]] = {
+    "Metaspace": {"prepend_scheme": "never"},
+    "ByteLevel": {"add_prefix_space": False},
+}
 
 
 def decoder_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
@@ -33,5 +38,4 @@ def _as_it_stands(step: dict[str, Any] | None) -> dict[str, Any] | None:
         parts = next(name for name in ("normalizers", "pretokenizers") if name in step)
         kept = [other for other in map(_as_it_stands, step[parts]) if other is not None]
         return step | {parts: kept} if kept else None
-    settings = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-    return step | settings.get(step["type"], {})
+    return step | NOTHING_BEFORE.get(step["type"], {})
