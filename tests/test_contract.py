@@ -16,6 +16,7 @@ import pytest
 import torch
 from fakes import Ask, Oracle, RandomDrafter, Recorder, Wrong, play
 from models import SOMETIMES_INEXACT, tiny
+from tokenizers_of_bytes import of_size
 from transformers import LogitsProcessor
 
 from foredraft import profile
@@ -24,6 +25,8 @@ from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import NoDrafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.several import Several
+from foredraft.drafters.translated import TranslatingDrafter
+from foredraft.drafters.vocabulary import Translation
 from foredraft.engine import Engine
 from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_target
@@ -35,9 +38,11 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "models"
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "my_drafter.py"
 TINY, REAL = ("llama", "qwen3"), ("stories3M", "tinystories-656k")
 DTYPES = ("bfloat16", "float32")
-NEW = ("model", "oracle", "wrong", "random", "example", "several")  # beside those that have a name in the registry
+# beside those that have a name in the registry
+NEW = ("model", "translated", "oracle", "wrong", "random", "example", "several")
 DRAFTERS = (*REGISTERED, *NEW)
-SELDOM_RIGHT = ("none", "ngram", "random", "example", "skip", "int4+skip")  # the set to skip here is not a chosen one
+# the set to skip here is not a chosen one
+SELDOM_RIGHT = ("none", "ngram", "translated", "random", "example", "skip", "int4+skip")
 BATCHES = {"bfloat16": (1, 2, 3, 5, 8), "float32": (1, 3, 8)}
 LENGTHS = {"tiny": (1, 3, 40, 130, 250, 257, 380, 600), "real": (1, 3, 40, 120, 130, 256, 257, 420)}
 NEW_TOKENS = {"tiny": 44, "real": 16}
@@ -82,6 +87,7 @@ class Case:
         vocab = self.target.vocab_size
         made = {
             "model": lambda: ModelDrafter(self.draft_model, vocab),
+            "translated": self.translating,
             "oracle": lambda: Oracle(self.tokens),
             "wrong": lambda: Wrong(self.tokens, vocab),
             "random": lambda: RandomDrafter(vocab),
@@ -93,6 +99,12 @@ class Case:
     def several(self) -> Several:
         others = (self.drafter("model"), RandomDrafter(self.target.vocab_size))
         return Several([self.registered("suffix"), self.registered("int8"), *others])
+
+    def translating(self) -> TranslatingDrafter:
+        """The draft model again, as if a few of its tokens were others."""
+        size = self.target.vocab_size
+        order = [*range(8, 16), *range(8), *range(16, size)]
+        return TranslatingDrafter(self.draft_model, Translation(of_size(size), size, of_size(size, order), size))
 
     def registered(self, name: str):
         """By the library's own list; what is left out of a skipping self-draft comes from a file."""

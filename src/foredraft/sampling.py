@@ -18,7 +18,7 @@ from foredraft import noise
 from foredraft.errors import NumericsError, RequestError
 from foredraft.noise import Stream
 from foredraft.steering import Steering
-from foredraft.types import Request, SamplingParams, TokenLogprobs
+from foredraft.types import Request, SamplingParams, TokenLogprobs, VerifierName
 
 Ids = abc.Sequence[int]
 _CANDIDATES = 64  # how many of the likeliest tokens a filter looks at first; a full sort is 50 times dearer
@@ -255,19 +255,26 @@ def is_plain(request: Request) -> bool:
     return not processed and (p.greedy or p.verifier == "coupled")
 
 
-def draw(logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]) -> list[Drawn | None]:
+def draw(
+    logits: torch.Tensor,
+    requests: abc.Sequence[Request],
+    drafted: abc.Sequence[Ids],
+    *,
+    argmax: abc.Collection[VerifierName] = (),
+) -> list[Drawn | None]:
     """One guess for each request after its committed and its drafted tokens. # [b, V] -> b
 
     The target's own processing, and for `coupled` the target's own noise, so that both tend to choose alike; for
     `rejection` a draw from q with noise of its own, new in every block (keyed by where the block starts).
+    For the verifiers in `argmax` the likeliest token: a one-hot q, for a drafter that cannot hand over another.
     None where the request's own processor fails on this prefix, which is an error only if the text ever gets there.
     """
     groups = _alike(requests)
     if len(groups) == 1:
-        return _draw_alike(logits, requests, drafted)
+        return _draw_alike(logits, requests, drafted, argmax)
     guesses: list[Drawn | None] = [None] * len(requests)
     for rows in groups:
-        own = _draw_alike(logits[rows], [requests[row] for row in rows], [drafted[row] for row in rows])
+        own = _draw_alike(logits[rows], [requests[row] for row in rows], [drafted[row] for row in rows], argmax)
         for row, guess in zip(rows, own, strict=True):
             guesses[row] = guess
     return guesses
@@ -287,7 +294,10 @@ def _alike(requests: abc.Sequence[Request]) -> list[list[int]]:
 
 
 def _draw_alike(
-    logits: torch.Tensor, requests: abc.Sequence[Request], drafted: abc.Sequence[Ids]
+    logits: torch.Tensor,
+    requests: abc.Sequence[Request],
+    drafted: abc.Sequence[Ids],
+    argmax: abc.Collection[VerifierName],
 ) -> list[Drawn | None]:
     """`draw` for requests that one call can process, with one transfer to the host. # [b, V] -> b"""
     first, params = requests[0], requests[0].params
@@ -297,7 +307,7 @@ def _draw_alike(
         if not first.steering.active:
             raise
         return [None]
-    if params.greedy:  # any of several equals will do: it is a guess
+    if params.greedy or params.verifier in argmax:  # any of several equals will do: it is a guess
         return [Drawn(token, chance) for token, chance in zip(*best(probabilities(scores)), strict=True)]
     starts = [len(request.token_ids) for request in requests]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]

@@ -69,6 +69,8 @@ def _serving(s: "Serving") -> Lines:
     yield "drafter", f"{s.drafter}: {_served(s.draft)}" if s.draft else s.drafter
     if s.reasons:
         yield "chosen among", "; ".join(f"{name}: {why}" for name, why in s.reasons.items())
+    if s.vocabulary:
+        yield "vocabulary", f"another: {s.vocabulary}"
     yield "probe", s.probe
     weights, added = s.memory["target_weights"], s.memory["draft_weights"]
     yield "weights", size(weights) + (f", and {size(added)} to draft with" if added else "")

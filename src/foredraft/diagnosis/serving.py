@@ -14,6 +14,7 @@ from torch import nn
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.registry import split
 from foredraft.drafters.several import Several, drafters_of
+from foredraft.drafters.translated import TranslatingDrafter
 from foredraft.llm import LLM
 from foredraft.models.base import CausalModel
 from foredraft.models.decoder import Attention, Decoder
@@ -72,6 +73,7 @@ class Serving:
     cache_bytes_per_token: int
     memory: dict[str, int]
     seconds_to_load: float
+    vocabulary: str | None = None  # what a draft model with other tokens shares with the target
 
 
 def look() -> Torch:
@@ -113,6 +115,7 @@ def describe(llm: LLM, model: str | None, draft: str, seconds: float) -> Serving
         llm.model.cache.bytes_per_token,
         llm.memory,
         seconds,
+        str(llm.drafter.overlap) if isinstance(llm.drafter, TranslatingDrafter) else None,
     )
 
 

@@ -1,6 +1,7 @@
 """How a name, a path or a model becomes a drafter."""
 
 import difflib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foredraft.drafters.base import Drafter, NoDrafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.registry import DRAFTERS, with_profile
-from foredraft.drafters.vocabulary import check_same_vocabulary
+from foredraft.drafters.translated import TranslatingDrafter
+from foredraft.drafters.vocabulary import Translation, first_difference
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.base import CausalModel
 from foredraft.models.load import LoadOptions, load_model, load_tokenizer
@@ -39,7 +41,7 @@ def make_drafter(spec: DraftSpec, context: DraftContext) -> Drafter:
     Raises:
         ModelError: no model is there.
         RequestError: nothing of that name; the nearest known name is suggested.
-        VocabularyMismatchError: the draft model has other tokens.
+        VocabularyMismatchError: the draft model has other tokens, which cannot be translated.
     """
     if (context.profile is not None or context.force_profile) and spec not in with_profile():
         raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(with_profile())}")
@@ -75,19 +77,44 @@ def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
     except ModelError as error:
         names = ", ".join(DRAFTERS)
         raise type(error)(f"draft={str(source)!r}: {error} (drafters by name: {names})") from error
-    if context.tokenizer is not None:
-        check_same_vocabulary(context.tokenizer, load_tokenizer(source, context.options))
-    return _drafting_with(model, context)
+    if context.tokenizer is None:
+        _check_size(model.vocab_size, context, "the target came without a tokenizer to compare; pass tokenizer=...")
+        return _drafting_with(model, context)
+    tokenizer = load_tokenizer(source, context.options)
+    difference = first_difference(context.tokenizer, tokenizer)
+    return _drafting_with(model, context) if difference is None else _translating(model, tokenizer, context, difference)
+
+
+def _translating(
+    model: CausalModel, tokenizer: PreTrainedTokenizerBase, context: DraftContext, difference: str
+) -> Drafter:
+    target = context.target
+    assert context.tokenizer is not None
+    try:
+        by = Translation(context.tokenizer, target.vocab_size, tokenizer, model.vocab_size)
+    except VocabularyMismatchError as error:
+        raise VocabularyMismatchError(
+            f"{difference}, and drafts cannot be translated: {error}; use a draft with the target's tokenizer"
+        ) from error
+    logging.getLogger("foredraft").warning(
+        "the draft model has another vocabulary, so drafts are translated by way of text: %s", by.overlap
+    )
+    return TranslatingDrafter(model.variant(for_drafting), by)
 
 
 def _from_object(model: PreTrainedModel, context: DraftContext) -> Drafter:
-    size, wanted = model.config.get_text_config(decoder=True).vocab_size, context.target.vocab_size
-    if size != wanted:
-        raise VocabularyMismatchError(
-            f"the draft model has {size} tokens and the target {wanted}, and an object comes without a tokenizer to "
-            "compare; give the draft by its folder or hub name"
-        )
+    size = model.config.get_text_config(decoder=True).vocab_size
+    _check_size(
+        size, context, "an object comes without a tokenizer to compare; give the draft by its folder or hub name"
+    )
     return _drafting_with(load_model(model, context.options), context)
+
+
+def _check_size(size: int, context: DraftContext, advice: str) -> None:
+    """All that can be compared of two vocabularies where a tokenizer is missing."""
+    wanted = context.target.vocab_size
+    if size != wanted:
+        raise VocabularyMismatchError(f"the draft model has {size} tokens and the target {wanted}, and {advice}")
 
 
 def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:

@@ -165,15 +165,20 @@ class ModelDrafter:
         self.model.cache.clear(request.slot)
 
     def _catch_up(self, request: Request) -> Span:
-        """Compute the committed tokens that the cache lacks, but for the last chunk, which the first pass computes."""
+        """Compute the committed tokens that the cache lacks, but for the last chunk; it ends with the forced tokens."""
         tokens = request.token_ids
         start = min(self.held[request].advance(tokens), len(tokens) - 1)
+        self.held[request].drafted += request.lead
+        span = self._feed(request.slot, start, tokens)
+        return Span(span.slot, span.start, [*span.tokens, *request.lead])
+
+    def _feed(self, slot: int, start: int, tokens: list[int]) -> Span:
+        """Compute the tokens from `start` on, but for the last chunk, which the first pass computes."""
         while len(tokens) - start > PREFILL_CHUNK:
             chunk = tokens[start : start + PREFILL_CHUNK]
-            self.model.forward(plan([Span(request.slot, start, chunk, 0)], 1, self.key_multiple))
+            self.model.forward(plan([Span(slot, start, chunk, 0)], 1, self.key_multiple))
             start += PREFILL_CHUNK
-        self.held[request].drafted += request.lead
-        return Span(request.slot, start, [*tokens[start:], *request.lead])
+        return Span(slot, start, tokens[start:])
 
     def _next(self, chain: Chain) -> Span:
         self._hold(chain.request, chain.tokens[-1])

@@ -4,6 +4,7 @@ Knows tokenizers, and nothing of models, caches or drafts.
 """
 
 import codecs
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from foredraft.upstream.tokenizers import decoder_state
 
 REPLACEMENT = "\ufffd"
 MAX_WAITING = 8  # tokens a window may hold back: the bytes of one character, and some to spare
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # as sentencepiece writes a bare byte
 CONTEXT = 6  # tokens of the prompt that a window decodes along
 
 
@@ -49,6 +51,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes] | 
     """The bytes of each token; None where the tokenizer does not work in bytes."""
     scheme = _byte_scheme(tokenizer)
     return None if scheme is None else _piece_of(tokenizer, scheme[0])
+
+
+def start_spaces(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Spaces that the first token of a text begins with and its text has not."""
+    scheme = _byte_scheme(tokenizer)
+    return 0 if scheme is None else scheme[1]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -154,7 +162,7 @@ def _byte_level(token: str) -> bytes:
 
 
 def _byte_fallback(token: str, replacements: Sequence[tuple[str, str]]) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if BYTE_TOKEN.fullmatch(token):
         return bytes.fromhex(token[3:5])
     for old, new in replacements:
         token = token.replace(old, new)

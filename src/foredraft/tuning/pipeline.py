@@ -11,6 +11,7 @@ from foredraft.drafters.base import Drafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.registry import DRAFTERS
 from foredraft.drafters.self_draft import SelfDrafter
+from foredraft.drafters.translated import TranslatingDrafter
 from foredraft.llm import LLM
 from foredraft.models.load import LoadOptions
 from foredraft.tuning.acceptance import Acceptance
@@ -30,7 +31,7 @@ from foredraft.tuning.forecast import forecast
 from foredraft.tuning.machine import UNWATCHED, Load, LoadMeter
 from foredraft.tuning.options import TuneOptions, Watcher
 from foredraft.tuning.ranking import Advice, Row
-from foredraft.tuning.score import Scorer
+from foredraft.tuning.score import DEPTH, Scorer
 from foredraft.tuning.search import optuna
 from foredraft.tuning.skipping import SkipSearches
 from foredraft.types import SamplingParams
@@ -135,7 +136,9 @@ class Pipeline:
         predicted = forecast(it.acceptance, it.cost, costs.steps, self.options.tokens)
         error = costs.errors.get(SEARCHES.get(it.name, it.name), 0.0)
         memory = added_memory(it.drafter)
-        return Row(it.name, it.acceptance.alpha, costs.ratio(it.cost), predicted, memory, it.skip, cost_error=error)
+        overlap = it.drafter.overlap if isinstance(it.drafter, TranslatingDrafter) else None
+        ratio = costs.ratio(it.cost)
+        return Row(it.name, it.acceptance.alpha, ratio, predicted, memory, it.skip, cost_error=error, overlap=overlap)
 
     def _measured(
         self, candidates: Mapping[str, Candidate], prompts: Prompts
@@ -188,6 +191,8 @@ class Pipeline:
 def acceptance_of(scorer: Scorer, drafter: Drafter) -> Acceptance:
     if isinstance(drafter, SelfDrafter):
         return scorer.score(drafter.model)
+    if isinstance(drafter, TranslatingDrafter):
+        return scorer.score_drafter(drafter, DEPTH)
     if isinstance(drafter, ModelDrafter):
         return scorer.score_model(drafter.model)
     return scorer.score_drafter(drafter)

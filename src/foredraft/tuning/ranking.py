@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from foredraft.drafters.vocabulary import Overlap
 from foredraft.models.base import SkipSet
 from foredraft.profile import Profile
 from foredraft.tuning.confirm import Confirmation
@@ -32,6 +33,7 @@ class Row:
     skip: SkipSet | None = None
     measured: Confirmation | None = None
     cost_error: float = 0.0  # relative, of the timings that the price comes from
+    overlap: Overlap | None = None  # of vocabularies, where the drafter has one of its own
 
     @property
     def speedup(self) -> float:
@@ -123,4 +125,5 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "skip": row.skip and asdict(row.skip),
         "measured": measured,
         "disagrees": row.disagrees,
+        "vocabulary": row.overlap and row.overlap.as_dict(),
     }

@@ -12,7 +12,7 @@ from rich.text import Text
 from foredraft.errors import ForedraftError
 from foredraft.tuning.carousel import REPEATS
 from foredraft.tuning.fitting import WIDE
-from foredraft.tuning.ranking import Advice, Row
+from foredraft.tuning.ranking import WORTH, Advice, Row
 
 HEADERS = ("drafter", "alpha", "cost", "+-", "length", "per pass", "predicted", "measured", "range", "MiB", "tokens")
 
@@ -40,6 +40,7 @@ def lines(advice: Advice) -> Iterator[str]:
         if row.skip is not None:
             skipped = f"attention {_list(row.skip.attention)}, MLP {_list(row.skip.mlp)}"
             yield f"{row.name} leaves out {len(row.skip)} sub-layers: {skipped}"
+    yield from _vocabularies(advice)
     yield from _warnings(advice)
     best = advice.recommended
     if best is None:
@@ -50,6 +51,16 @@ def lines(advice: Advice) -> Iterator[str]:
             f"recommended: {best.name}, {best.forecast.gamma} tokens a draft, "
             f"{best.speedup:.2f} times plain decoding ({kind})"
         )
+
+
+def _vocabularies(advice: Advice) -> Iterator[str]:
+    """What drafters with tokens of their own share with the target, and whether that is enough."""
+    for row in advice.rows:
+        if row.overlap is None:
+            continue
+        yield f"{row.name} has another vocabulary: {row.overlap}"
+        if row.speedup < WORTH:
+            yield f"WARNING: {row.name}: so little agreement by way of text cannot pay; look for a draft that shares more"
 
 
 def _warnings(advice: Advice) -> Iterator[str]:
