@@ -1,5 +1,6 @@
-"""Small tokenizers made on the spot: trained BPEs of two kinds, and one with as many tokens as a model happens to have."""
+"""Small tokenizers made on the spot: trained BPEs of two kinds, and one with as many tokens as a model has."""
 
+import json
 from itertools import product
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -41,7 +42,9 @@ def byte_fallback(merges: int = 40) -> PreTrainedTokenizerFast:
     )
     trained.train_from_iterator(TEXT, trainer)
     trained.pre_tokenizer = None
-    fresh = Tokenizer.from_str(trained.to_str())
+    state = json.loads(trained.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # bytes are tokens like any, not control tokens
+    fresh = Tokenizer.from_str(json.dumps(state))
     fresh.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -12,7 +12,7 @@ from foredraft.drafters.base import Drafter
 from foredraft.drafters.make import DraftContext, DraftSpec, check_name, make_drafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.registry import AUTO, DRAFTERS, with_profile
-from foredraft.drafters.self_draft import skip_set
+from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.several import Several, drafters_of
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel
@@ -109,7 +109,7 @@ def _told_apart(drafters: list[Drafter], listed: str) -> list[Drafter]:
     names: set[str] = set()
     models = 0
     for drafter in drafters:
-        if type(drafter) is ModelDrafter:
+        if isinstance(drafter, ModelDrafter) and not isinstance(drafter, SelfDrafter):
             models += 1
             drafter.name = "model" if models == 1 else f"model-{models}"
         if drafter.name in names:

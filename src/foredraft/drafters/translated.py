@@ -32,7 +32,7 @@ PER_TOKEN = 4  # draft tokens that a target token may take, on average over a dr
 class Reading:
     """One request's committed text in the draft's tokens, and what the draft's cache holds of it."""
 
-    __slots__ = ("_begun", "_open", "_read", "cached", "ids", "stable")
+    __slots__ = ("_begun", "_dropped", "_open", "_read", "cached", "ids", "stable")
 
     def __init__(self, start: Sequence[int]) -> None:
         self.ids = list(start)
@@ -41,6 +41,7 @@ class Reading:
         self._open = 0  # how many ids at the end are of one text, without a control token
         self._read = 0  # tokens of the request that are in `ids`
         self._begun = False
+        self._dropped = 0  # spaces that the target's tokens begin a text with and the text has not
 
     def follow(self, tokens: Sequence[int], by: Translation) -> None:
         """Read on, up to the end of the request's `tokens`."""
@@ -63,8 +64,9 @@ class Reading:
 
     def _write(self, text: bytes, by: Translation) -> None:
         if not self._begun:
-            text = _without_spaces(text, by.target.start_spaces)
-            text = b" " * by.draft.start_spaces + text if text else b""
+            bare = _without_spaces(text, by.target.start_spaces - self._dropped)
+            self._dropped += len(text) - len(bare)
+            text = b" " * by.draft.start_spaces + bare if bare else b""
         if not text:
             return
         self._begun = True
@@ -225,5 +227,5 @@ class TranslatingDrafter(ModelDrafter):
 
 
 def _nothing_left(guess: Drawn | None, logits: torch.Tensor) -> bool:
-    """Whether a grammar or processor allows nothing that the draft knows, rather than its logits [V] being no numbers."""
+    """Whether a grammar or processor allows nothing that the draft knows, while its logits [V] are numbers."""
     return guess is not None and math.isnan(guess.confidence) and math.isfinite(float(logits.amax()))

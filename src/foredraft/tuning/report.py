@@ -60,7 +60,7 @@ def _vocabularies(advice: Advice) -> Iterator[str]:
             continue
         yield f"{row.name} has another vocabulary: {row.overlap}"
         if row.speedup < WORTH:
-            yield f"WARNING: {row.name}: so little agreement by way of text cannot pay; look for a draft that shares more"
+            yield f"WARNING: {row.name}: so little agreement by way of text cannot pay; use a draft that shares more"
 
 
 def _warnings(advice: Advice) -> Iterator[str]:
