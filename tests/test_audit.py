@@ -112,7 +112,8 @@ def test_without_controls_nothing_passes(found: Audit) -> None:
 
 
 def test_models_without_a_tokenizer_are_audited_without_a_grammar(llm: LLM) -> None:
-    found = audit(llm, [ngram()], BRIEF)
+    audited, _ = find(llm, ["int4"], LoadOptions(), bundled=False)
+    found = audit(llm, audited, BRIEF)
     assert found.status == "passed"
     assert [it.name for it in found.controls if it.caught is None] == ["the grammar forgets the draft before a row"]
 
@@ -300,7 +301,7 @@ def test_the_command_refuses_before_it_loads(tmp_path: Path) -> None:
 def test_the_command_writes_its_certificate(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
     path = tmp_path / "certificate.json"
-    done = run("--model", tmp_path / "model", "--draft", "ngram", "--quick", "--json", "--output", path)
+    done = run("--model", tmp_path / "model", "--draft", "int4", "--quick", "--json", "--output", path)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(path.read_text())
     assert json.loads(done.stdout)["drafters"][0]["passed"]

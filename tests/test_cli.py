@@ -535,7 +535,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path: Path) -> None:
 
 def test_the_documented_flags_are_current() -> None:
     found = set()
-    for name in ("docs/cli.md", "docs/tuning.md", "docs/bench.md"):
+    for name in ("docs/cli.md", "docs/tuning.md", "docs/bench.md", "docs/audit.md"):
         document = (ROOT / name).read_text(encoding="utf-8")
         found |= {match[2] for match in reference.MARKED.finditer(document)}
         assert reference.embed(document) == document, f"run: python -m foredraft.cli.reference {name}"
