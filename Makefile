@@ -6,7 +6,7 @@ VENV := .venv
 TORCH ?= cpu
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3 python,$(call usable,$(name))))
-BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/demo.py benchmarks/widen.py,$(wildcard benchmarks/*.py)))
+BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/demo.py benchmarks/widen.py benchmarks/other_vocabulary.py,$(wildcard benchmarks/*.py)))
 
 # $(call usable,NAME): NAME where it runs, is 3.11 or newer and can make virtual environments; else nothing.
 usable = $(shell $(1) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(1))

@@ -273,7 +273,7 @@ def test_tuning_says_what_is_shared_and_that_it_cannot_pay(folders):
 
 
 def test_a_draft_folder_without_a_tokenizer(folders, tmp_path):
-    with pytest.raises(ModelError, match="has no tokenizer that loads .*; add its tokenizer files"):
+    with pytest.raises(ModelError, match=r"has no tokenizer that loads .*; add its tokenizer files"):
         LLM(folders[0], save(tmp_path / "bare", None, 100, 0))
 
 
