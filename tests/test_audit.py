@@ -142,7 +142,7 @@ def test_a_bug_in_the_installed_copy_fails_with_a_command(
         found = audit(llm, audited, BRIEF)
         assert found.status == "failed" and found.failure
         case = casefile.loads(found.failure.case)
-        assert (len(case.asks), case.batch, case.ask.num_draft_tokens) == (1, 1, 1)
+        assert (len(case.asks), case.batch) == (1, 1) and case.ask.num_draft_tokens in (1, 2, 3)
         assert len(case.ask.prompt) < 17 and case.ask.params.max_new_tokens <= BRIEF.tokens
         assert shrink.replay(llm, Subject(audited[0].drafter), case)
     assert shrink.replay(llm, Subject(audited[0].drafter), case) is None  # the bug has gone

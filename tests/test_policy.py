@@ -285,6 +285,16 @@ def test_comes_back_when_acceptance_recovers(batch):
     assert phases[2].drafted / phases[2].steps / batch > 2
 
 
+@pytest.mark.parametrize("policy", [Gain(), Choice()])
+def test_drafters_need_not_ask_at_every_depth(policy):
+    """One that drafts by way of text may ask of three tokens when the others have ended after one."""
+    first, second = fresh(), fresh()
+    for request in (first, second):
+        policy.start(request)
+    for request, confidences in ((first, (0.0,)), (second, (0.0,)), (second, (1.0, 1.0)), (first, (1.0, 1.0, 1.0))):
+        policy.go_on(request, confidences)
+
+
 def test_nothing_is_kept_of_a_request_that_ended():
     policy = Gain()
     run(World(), policy, tokens=2000, length=50)

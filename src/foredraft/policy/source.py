@@ -200,7 +200,7 @@ class Source:
     def go_on(self, request: Request, confidences: tuple[float, ...], costs: BatchCosts) -> bool:
         """Whether the next token's expected gain exceeds its price, shared with those likely to draft it too."""
         depth = len(confidences)
-        price = self._whole_price(costs, depth) / self.open.get(depth - 1, 1)
+        price = self._whole_price(costs, depth) / max(1, self.open.get(depth - 1, 1))  # not all ask at every depth
         go_on = self.survival(request, confidences) > costs.rate * price
         self.open[depth] = self.open.get(depth, 0) + go_on
         return go_on
