@@ -43,7 +43,7 @@ NEW = ("model", "translated", "oracle", "wrong", "random", "example", "several")
 DRAFTERS = (*REGISTERED, *NEW)
 # the set to skip here is not a chosen one
 SELDOM_RIGHT = ("none", "ngram", "translated", "random", "example", "skip", "int4+skip")
-BATCHES = {"bfloat16": (1, 2, 3, 5, 8), "float32": (1, 3, 8)}
+BATCHES = {"bfloat16": (1, 2, 5, 8), "float32": (1, 3)}
 LENGTHS = {"tiny": (1, 3, 40, 130, 250, 257, 380, 600), "real": (1, 3, 40, 120, 130, 256, 257, 420)}
 NEW_TOKENS = {"tiny": 44, "real": 16}
 WALKS_AWAY = 2  # requests of each run that are aborted on the way
