@@ -150,6 +150,7 @@ class Ask:
     arrives: int = 0
     leaves: int | None = None  # aborted before this step
     stop_token_ids: frozenset[int] = frozenset()
+    memory: str | None = ""
 
 
 def new_request(ask: Ask, stop_rule=lambda token: False) -> Request:
@@ -160,6 +161,7 @@ def new_request(ask: Ask, stop_rule=lambda token: False) -> Request:
         stop_rule=stop_rule,
         num_draft_tokens=ask.num_draft_tokens,
         stop_token_ids=ask.stop_token_ids,
+        memory=ask.memory,
     )
 
 

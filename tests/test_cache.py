@@ -8,7 +8,7 @@ from models import tiny
 
 from foredraft import LLM
 from foredraft.errors import CacheMemoryError
-from foredraft.models.cache import GRANULE, LayerShape, SlotCache
+from foredraft.models.cache import GRANULE, LEAST, LayerShape, SlotCache
 from foredraft.models.load import LoadOptions, load_target
 from foredraft.models.rows import Span, plan
 
@@ -97,7 +97,7 @@ def test_growth_doubles_and_keeps_what_was_written():
     cache = make()
     values = [float(i) for i in range(LENGTH)]
     write(cache, 0, 0, values)
-    assert (cache.slots, cache.length) == (1, GRANULE)
+    assert (cache.slots, cache.length) == (1, LEAST)
     cache.reserve(1, GRANULE + 1)
     assert (cache.slots, cache.length) == (1, 2 * GRANULE)
     cache.reserve(2, 2 * GRANULE + 1)
@@ -171,7 +171,7 @@ def test_a_growth_that_does_not_fit_changes_nothing(monkeypatch):
         return zeros(*args, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", second_fails)
-    with pytest.raises(CacheMemoryError, match=r"0\.00 GiB on cpu for 2 sequences of 512 tokens.*lower max_model"):
+    with pytest.raises(CacheMemoryError, match=r"0\.00 GiB on cpu for 2 sequences of 128 tokens.*lower max_model"):
         cache.reserve(2, 10)
-    assert (cache.slots, cache.length) == (1, GRANULE)
+    assert (cache.slots, cache.length) == (1, LEAST)
     check(cache, {0: [1.0, 2.0]})

@@ -8,18 +8,20 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from fakes import Ask, Oracle, RandomDrafter, Recorder, Wrong, play
+from fakes import Ask, Oracle, RandomDrafter, Recorder, Scripted, Wrong, play
 from models import SOMETIMES_INEXACT, tiny
 from tokenizers_of_bytes import of_size
 from transformers import LogitsProcessor
 
 from foredraft import profile
+from foredraft.admission import CacheLimits
 from foredraft.drafters import DRAFTERS as REGISTERED
 from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import NoDrafter
@@ -30,6 +32,8 @@ from foredraft.drafters.vocabulary import Translation
 from foredraft.engine import Engine
 from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_target
+from foredraft.models.pages import PAGE, PageCache
+from foredraft.models.rows import Span, plan
 from foredraft.native import library
 from foredraft.policy import Choice, Gain
 from foredraft.types import SamplingParams
@@ -116,11 +120,11 @@ class Case:
             path = profile.save(profile.profile_for(self.target, skip, {}, profile.HowFound()), Path(folder) / "p.json")
             return make_drafter(name, replace(context, profile=path))
 
-    def engine(self, drafter, batch: int) -> Engine:
+    def engine(self, drafter, batch: int, limits: CacheLimits | None = None) -> Engine:
         self.target.cache.max_slots = batch
         limit = self.target.max_positions
         policy = Choice() if isinstance(drafter, Several) else Gain()
-        engine = Engine(self.target, drafter, policy, max_batch_size=batch, max_model_len=limit)
+        engine = Engine(self.target, drafter, policy, max_batch_size=batch, max_model_len=limit, limits=limits)
         self.target.watch(engine)
         return engine
 
@@ -266,3 +270,110 @@ def test_planted_bug_a_pass_that_depends_on_its_width_is_found():
     with pytest.raises(AssertionError):
         for request in play(c.engine(c.drafter("random"), 3), run):
             check(c, request)
+
+
+# --- prompts that begin alike: the native runtime computes what they share once -------------------------------------
+
+ALIKE = 5 * PAGE  # tokens that all of them begin with
+TAILS = (1, 1, 1, 2, 50, PAGE, PAGE + 1, 200)  # and those of their own; the first three are one prompt
+OTHERS = 2  # more of that prompt, that may not share
+KEEPING = (1000, 3)  # pages of ended texts: all, or next to none
+
+
+@cache
+def alike(name: str, dtype: str) -> Case:
+    """Requests whose prompts begin alike, one of which goes on from another's answer; and what each gives alone."""
+    c = case(name, dtype, "native")
+    source = Random(name)
+    words = [source.randrange(3, c.target.vocab_size) for _ in range(60)]
+    start = [source.choice(words) for _ in range(ALIKE)]
+    tails = [[source.choice(words) for _ in range(length)] for length in TAILS]
+    prompts = [start + tails[i if i > 2 else 0] for i in range(len(TAILS))]
+    asks = [Ask(prompt, replace(SETTINGS[i], max_new_tokens=20), seed=100 + i) for i, prompt in enumerate(prompts)]
+    asks += [replace(asks[0], seed=200 + i, memory=(None, "another")[i]) for i in range(OTHERS)]
+    made = replace(c, asks=asks, tokens={}, logits={})
+    for ask in asks:
+        compute_alone(made, ask)
+    answered = made.tokens[asks[4].seed]
+    made.asks.append(Ask(answered + tails[4], SamplingParams(max_new_tokens=20), seed=300, arrives=40))
+    compute_alone(made, made.asks[-1])
+    return made
+
+
+def compute_alone(c: Case, ask: Ask) -> None:
+    c.target.cache.release()
+    (alone,) = play(c.engine(NoDrafter(), 1), [replace(ask, arrives=0, num_draft_tokens=0)])
+    assert alone.stats.prefix_tokens == alone.stats.prefix_queries == 0
+    c.tokens[ask.seed] = alone.token_ids
+    c.logits[ask.seed] = c.target.committed(alone)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bfloat16"), ("qwen3", "float32")])
+def test_prompts_that_begin_alike_keep_the_contract_too(name, dtype, drafter):
+    c = alike(name, dtype)
+    made = c.drafter(drafter)
+    for pages, batch in product(KEEPING, (1, 3, 8)):
+        c.target.cache.release()
+        kept = pages * PAGE * c.target.cache.bytes_per_token
+        engine = c.engine(made, batch, CacheLimits(2**40, kept))
+        asks = [
+            replace(ask, num_draft_tokens=(i + batch) % 8 + 1, arrives=ask.arrives or i // 3, leaves=leaves(i, batch))
+            for i, ask in enumerate(c.asks)
+        ]
+        requests = play(engine, asks)
+        for request in requests:
+            check(c, request)
+        assert all(request.stats.prefix_tokens == 0 for request in requests if request.memory != "")
+        taken = [request.stats.prefix_tokens for request in requests if request.memory == ""]
+        assert all(tokens % PAGE == 0 for tokens in taken)
+        if pages == KEEPING[0]:  # all but the first, and one that may have left before it began
+            assert sum(taken) >= (len(taken) - 2) * ALIKE and taken[-1] == ALIKE + PAGE
+        assert not any(cache.used for cache in engine.caches())
+        assert all(cache.kept_bytes <= kept for cache in engine.caches())
+
+
+def leaves(i: int, batch: int) -> int | None:
+    """The first one, which computes what the others share, leaves while it does; and one on the way."""
+    return {0: batch % 2 + 1, 5: 9}.get(i)
+
+
+class Scribbler(Scripted):
+    """Writes junk over the beginning of one request's text, over and over."""
+
+    def __init__(self, model, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    def tokens(self, request):
+        if request.seed == self.seed:
+            self.model.forward(plan([Span(request.slot, 3, [7, 7, 7], 0)], 1, 1))
+        return []
+
+
+def scribbled(c: Case) -> None:
+    """Everybody but the one whose text is written over must have what it has alone."""
+    c.target.cache.release()
+    engine = c.engine(Scribbler(c.target._model, c.asks[3].seed), 8, CacheLimits(2**40, 2**30))
+    requests = play(engine, [replace(ask, num_draft_tokens=4) for ask in c.asks])
+    assert requests[0].stats.target_passes and requests[3].stats.prefix_tokens
+    for request in requests:
+        if request.seed != c.asks[3].seed:
+            check(c, request)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_who_writes_a_shared_page_writes_a_copy():
+    scribbled(alike("llama", "bfloat16"))
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_planted_bug_a_shared_page_that_is_written_is_found(monkeypatch):
+    def without_a_copy(self, slot):
+        self.shared[slot] -= PAGE
+
+    monkeypatch.setattr(PageCache, "_own", without_a_copy)
+    c = alike("llama", "bfloat16")
+    with pytest.raises(AssertionError):
+        scribbled(c)
+    c.target.cache.release()

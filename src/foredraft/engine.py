@@ -13,10 +13,11 @@ from time import perf_counter
 import torch
 
 from foredraft import sampling
+from foredraft.admission import Admission, CacheLimits
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter, NoDrafter, check_draft
 from foredraft.errors import ForedraftError, NumericsError, RequestError
-from foredraft.models.base import CausalModel
+from foredraft.models.base import Cache, CausalModel
 from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy, PerRequest, StepTimes
 from foredraft.scheduler import Scheduler, chunk_end
@@ -43,19 +44,31 @@ class Engine:
     """
 
     def __init__(
-        self, target: CausalModel, drafter: Drafter, policy: DraftPolicy, *, max_batch_size: int, max_model_len: int
+        self,
+        target: CausalModel,
+        drafter: Drafter,
+        policy: DraftPolicy,
+        *,
+        max_batch_size: int,
+        max_model_len: int,
+        limits: CacheLimits | None = None,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.policy = PerRequest(policy)
         self.max_model_len = max_model_len
-        self.scheduler = Scheduler(max_batch_size)
+        self.admission = Admission(limits or CacheLimits(), max_model_len, self.caches)
+        self.scheduler = Scheduler(max_batch_size, fits=self.admission.fits)
         self.stats = SpecStats()  # of the requests that have ended
         self.recomputed: set[Request] = set()  # whose next pass tells whether drafts spoilt the last one
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def caches(self) -> list[Cache]:
+        """The target's, and those that drafters have of their own."""
+        return [self.target.cache, *getattr(self.drafter, "caches", ())]
 
     def use(self, drafter: Drafter | None = None, policy: DraftPolicy | None = None) -> None:
         """Draft with another drafter, or by another policy, from here on.
@@ -79,6 +92,8 @@ class Engine:
             self.drafter, self.policy = before
 
     def add(self, request: Request) -> None:
+        """Let a request wait for its turn. Raises RequestError where the caches could never hold it."""
+        self.admission.check(request)
         request.arrived = request.arrived or perf_counter()
         self._mind_processors(request)
         self.scheduler.add(request)
@@ -116,6 +131,7 @@ class Engine:
         `error`, and the others never notice. If the whole step fails (the model, the cache's memory, the drafter), all
         that took part end with that error.
         """
+        self._admit()
         requests = self.scheduler.next_batch()
         if not requests:
             return []
@@ -127,6 +143,26 @@ class Engine:
             if output.finish_reason:
                 self._finish(output.request, output.finish_reason)
         return outputs
+
+    def _admit(self) -> None:
+        """Let in who fits, and take over what others have computed of prompts."""
+        if self.scheduler.admit():
+            self.admission.settle(self.scheduler.running)
+        cache = self.target.cache
+        self.scheduler.page = cache.page if cache.sharing else 0
+        for request in self.scheduler.running:
+            if not request.decoding:
+                self._take_over(request)
+
+    def _take_over(self, request: Request) -> None:
+        """Take pages over up to the last token, which is left to compute."""
+        cache, stats = self.target.cache, request.stats
+        if not request.cached and cache.page and cache.sharing and request.memory is not None:
+            stats.prefix_queries = request.prompt_len
+        held = cache.adopt(request.slot, request.token_ids[:-1], request.memory)
+        if held > request.cached:
+            stats.prefix_tokens += held - request.cached
+            request.cached = held
 
     def _run(self, requests: list[Request]) -> list[StepOutput]:
         clock = Clock()
@@ -140,6 +176,8 @@ class Engine:
         logits = self.target.forward(rows)
         clock.verified = perf_counter()
         outputs = self._commit_all(requests, drafts, spans, logits)
+        for request in requests:
+            self.target.cache.publish(request.slot, request.token_ids, request.cached, request.memory)
         self._account(requests, outputs, clock)
         if len(outputs) == len(requests):
             self._teach(outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
@@ -275,9 +313,11 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Free all that a request holds, and add its counters to the totals."""
-        if request.phase is Phase.RUNNING:
-            self.target.cache.free(request.slot)
+        was_running = request.phase is Phase.RUNNING
         self.scheduler.retire(request)
+        if was_running:
+            self.admission.settle(self.scheduler.running)
+            self.target.cache.free(request.slot)
         self.recomputed.discard(request)
         request.finish_reason = reason
         request.stats.seconds_total = perf_counter() - request.arrived

@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foredraft.admission import CacheLimits
 from foredraft.drafters.base import Drafter
 from foredraft.drafters.listed import automatic, check_asked, check_place, make_drafters
 from foredraft.drafters.make import DraftContext, DraftSpec
@@ -59,6 +60,10 @@ class LLM:
         tokenizer: by default the target's own; needed for text with a model object.
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
         max_batch_size: sequences that run at once; others wait.
+        cache_bytes: what the caches of target and drafters may take together; a request that does not fit beside those
+            that run waits. None: 90 % of what is free once the models are loaded.
+        prefix_cache: whether a prompt that begins like an earlier text takes over what was computed of that (native
+            runtime; never changes a token): True, False, or how many of `cache_bytes` ended texts may hold on to.
         weight_format: "int4" or "int8" rounds the target's linear layers on loading; None leaves them as they are.
         runtime: "auto" is native (a C library, on CPUs) where model and machine allow it, else torch; or one of them.
         policy: how far to draft: "gain" (default), "fixed", "heuristic", "threshold", or a DraftPolicy.
@@ -87,6 +92,8 @@ class LLM:
         max_model_len: int | None = None,
         max_batch_size: int = 8,
         policy: str | DraftPolicy | None = None,
+        cache_bytes: int | None = None,
+        prefix_cache: bool | int = True,
         weight_format: str | None = None,
         runtime: str = "auto",
         require_exact: bool = False,
@@ -115,7 +122,12 @@ class LLM:
         self.model.cache.max_slots = max_batch_size
         self.model.cache.max_length = round_up(self.max_model_len, GRANULE)
         self.engine = Engine(
-            self.model, drafter, chosen_policy, max_batch_size=max_batch_size, max_model_len=self.max_model_len
+            self.model,
+            drafter,
+            chosen_policy,
+            max_batch_size=max_batch_size,
+            max_model_len=self.max_model_len,
+            limits=CacheLimits.of(cache_bytes, prefix_cache, self.model.device),
         )
         self.runner = Runner(self.engine)
         self.eos_token_ids = frozenset(_eos_ids(self.model.config, self.model.generation_config, tokenizer))
@@ -134,12 +146,14 @@ class LLM:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the target's weights, of what drafting adds to them, and of both caches as they are now."""
+        """Bytes of the target's weights, of what drafting adds to them, of both caches for what runs now, and of what
+        ended texts left in them."""
         return {
             "target_weights": self.model.weight_bytes,
             "draft_weights": getattr(self.drafter, "weight_bytes", 0),
             "target_cache": self.model.cache.nbytes,
             "draft_cache": getattr(self.drafter, "cache_bytes", 0),
+            "prefix_cache": sum(cache.kept_bytes for cache in self.engine.caches()),
         }
 
     @overload

@@ -5,6 +5,7 @@ Prompts are cut into chunks at fixed positions, so that what a request computes 
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 
 from foredraft.models.rows import PREFILL_CHUNK
 from foredraft.types import Phase, Request
@@ -15,8 +16,15 @@ PREFILL_BUDGET = 2 * PREFILL_CHUNK  # tokens of prompts in one step, so that new
 class Scheduler:
     """First come, first served, up to `max_batch_size` at once; a request keeps its slot until it ends."""
 
-    def __init__(self, max_batch_size: int, prefill_budget: int = PREFILL_BUDGET) -> None:
+    def __init__(
+        self,
+        max_batch_size: int,
+        prefill_budget: int = PREFILL_BUDGET,
+        fits: Callable[[list[Request], Request], bool] = lambda running, request: True,
+    ) -> None:
         self.prefill_budget = prefill_budget
+        self.fits = fits
+        self.page = 0  # tokens that a prompt takes over at once where another one has computed them; 0: it never does
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.free_slots = list(range(max_batch_size))
@@ -29,31 +37,53 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def next_batch(self) -> list[Request]:
-        """Whose turn it is: all that decode, and prompts in the order of arrival while the budget allows.
-
-        Newcomers are admitted while slots are free, to the lowest ones first, so that a batch is dense.
-        """
-        while self.waiting and self.free_slots:
-            self._admit(self.waiting.popleft())
+        """Whose turn it is: all that decode, and prompts in the order of arrival while the budget allows."""
+        self.admit()
         prompts = self._prompts()
         return [request for request in self.running if request.decoding or request in prompts]
 
-    def _admit(self, request: Request) -> None:
-        request.slot = heapq.heappop(self.free_slots)
-        request.phase = Phase.RUNNING
-        self.running.append(request)
+    def admit(self) -> bool:
+        """Let newcomers in while slots are free and they fit, to the lowest slots first, so that a batch is dense.
+
+        Who does not fit waits, and all behind it. Returns whether anybody came in.
+        """
+        before = len(self.running)
+        while self.waiting and self.free_slots and self.fits(self.running, self.waiting[0]):
+            request = self.waiting.popleft()
+            request.slot = heapq.heappop(self.free_slots)
+            request.phase = Phase.RUNNING
+            self.running.append(request)
+        return len(self.running) > before
 
     def _prompts(self) -> set[Request]:
-        """Whose next chunk is computed in this step; the first to have come always, so that nobody starves."""
+        """Whose next chunk is computed in this step; the first to have come always, so that nobody starves.
+
+        Who could take its next page over from another that computes it in this step waits for that.
+        """
         chosen: set[Request] = set()
         used = 0
         for request in self.running:
-            if not request.decoding:
-                used += chunk_end(request) - request.cached
-                if chosen and used > self.prefill_budget:
-                    break
-                chosen.add(request)
+            if request.decoding or any(self._computes_for(other, request) for other in chosen):
+                continue
+            used += chunk_end(request) - request.cached
+            if chosen and used > self.prefill_budget:
+                break
+            chosen.add(request)
         return chosen
+
+    def _computes_for(self, other: Request, request: Request) -> bool:
+        """Whether another's next chunk has the next page of a request's prompt."""
+        start, end = request.cached, request.cached + self.page
+        return (
+            self.page > 0
+            and start % self.page == 0
+            and other.cached <= start
+            and request.memory is not None
+            and other.memory == request.memory
+            and end < len(request.token_ids)
+            and end <= chunk_end(other)
+            and other.token_ids[:end] == request.token_ids[:end]
+        )
 
     def retire(self, request: Request) -> None:
         """End a request, running or still waiting, and free its slot."""

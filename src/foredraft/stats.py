@@ -25,6 +25,8 @@ class SpecStats:
     """What speculation did. Times are seconds; a *pass* is one forward of the target that produced tokens."""
 
     prompt_tokens: int = 0
+    prefix_queries: int = 0  # of these, looked up among what other texts had computed
+    prefix_tokens: int = 0  # of these, found there and not computed again
     output_tokens: int = 0
     target_passes: int = 0
     drafts: int = 0  # passes that had at least one draft token to check

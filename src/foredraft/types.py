@@ -179,7 +179,7 @@ class Request:
     drafter: str | None = None  # of several drafters the one to use; None: as the policy chooses
     may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
-    memory: str | None = ""  # whose earlier outputs it may draft from, and adds its own to; None: nobody's
+    memory: str | None = ""  # whose outputs it drafts from, and whose keys and values it shares; None: nobody's
     started: float = 0.0  # perf_counter at its first step
     arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step

@@ -47,6 +47,7 @@ class Memory:
     target_cache: int
     draft_cache: int
     peak: int | None
+    prefix_cache: int = 0
 
 
 @dataclass(frozen=True, slots=True)

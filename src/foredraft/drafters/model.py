@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from foredraft import noise, sampling
-from foredraft.models.base import CausalModel, Chains, Guessing
+from foredraft.models.base import Cache, CausalModel, Chains, Guessing
 from foredraft.models.rows import PREFILL_CHUNK, Span, plan
 from foredraft.noise import Stream
 from foredraft.policy import DraftPolicy
@@ -98,6 +98,11 @@ class ModelDrafter:
         """What drafting adds to the target's cache."""
         return self.model.cache.nbytes
 
+    @property
+    def caches(self) -> list[Cache]:
+        """Those that drafting adds to the target's."""
+        return [self.model.cache]
+
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
         chains = {s: Chain(s) for s in requests if s.draft_limit and self._can_draft(s)}
         active = [chain for chain in chains.values() if chain.open]
@@ -167,7 +172,7 @@ class ModelDrafter:
     def _catch_up(self, request: Request) -> Span:
         """Compute the committed tokens that the cache lacks, but for the last chunk; it ends with the forced tokens."""
         tokens = request.token_ids
-        start = min(self.held[request].advance(tokens), len(tokens) - 1)
+        start = min(self._held(request), len(tokens) - 1)
         self.held[request].drafted += request.lead
         span = self._feed(request.slot, start, tokens)
         return Span(span.slot, span.start, [*span.tokens, *request.lead])
@@ -179,6 +184,15 @@ class ModelDrafter:
             self.model.forward(plan([Span(slot, start, chunk, 0)], 1, self.key_multiple))
             start += PREFILL_CHUNK
         return Span(slot, start, tokens[start:])
+
+    def _held(self, request: Request) -> int:
+        """How many of the request's tokens the cache holds, those of a new one that others have computed included."""
+        cache, tokens = self.model.cache, request.token_ids
+        held = self.held[request].advance(tokens)
+        if not held:
+            return cache.adopt(request.slot, tokens[:-1], request.memory)
+        cache.publish(request.slot, tokens, held, request.memory)
+        return held
 
     def _next(self, chain: Chain) -> Span:
         self._hold(chain.request, chain.tokens[-1])
@@ -199,6 +213,9 @@ class ModelDrafter:
         pass
 
     def forget(self, request: Request) -> None:
-        if self.held.pop(request, None) is not None:
+        if request in self.held:
+            if request.error is None and request not in self.given_up:  # else what it computed may not be there
+                self._held(request)  # the next text may begin like this one
+            del self.held[request]
             self.model.cache.free(request.slot)
         self.given_up.discard(request)

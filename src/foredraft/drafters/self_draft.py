@@ -11,7 +11,7 @@ from pathlib import Path
 from foredraft import profile
 from foredraft.drafters.model import ModelDrafter
 from foredraft.errors import ModelError
-from foredraft.models.base import NO_SKIP, CausalModel, SkipSet, unchanged
+from foredraft.models.base import NO_SKIP, Cache, CausalModel, SkipSet, unchanged
 from foredraft.models.rows import Span
 from foredraft.types import Request
 from foredraft.weights.quantize import Quantizer, WeightFormat
@@ -37,6 +37,10 @@ class SelfDrafter(ModelDrafter):
     @property
     def cache_bytes(self) -> int:
         return 0
+
+    @property
+    def caches(self) -> list[Cache]:
+        return []
 
     def _catch_up(self, request: Request) -> Span:
         return Span(request.slot, request.cached, [*request.token_ids[request.cached :], *request.lead])

@@ -10,6 +10,7 @@ from time import perf_counter
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter
 from foredraft.drafters.suffix import SuffixDrafter
+from foredraft.models.base import Cache
 from foredraft.policy import Choice, DraftPolicy, Fixed
 from foredraft.types import Draft, Request, Verdict
 
@@ -50,6 +51,10 @@ class Several:
     @property
     def cache_bytes(self) -> int:
         return sum(getattr(drafter, "cache_bytes", 0) for drafter in self.drafters.values())
+
+    @property
+    def caches(self) -> list[Cache]:
+        return [cache for drafter in self.drafters.values() for cache in getattr(drafter, "caches", ())]
 
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
         self.spent, self.chosen = {}, {}

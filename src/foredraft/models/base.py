@@ -1,6 +1,6 @@
 """CausalModel: what the engine and the drafters need of a model, and nothing more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -53,9 +53,18 @@ class Cache(Protocol):
 
     max_slots: int
     max_length: int
+    page: int  # tokens of which texts that begin alike may share memory; 0: they do not
+    sharing: bool  # whether they shall
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """What running texts hold, and what is spare."""
+        ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of ended texts, beside that."""
+        ...
 
     @property
     def bytes_per_token(self) -> int: ...
@@ -65,8 +74,24 @@ class Cache(Protocol):
         """All that is held, the same tensors until it grows."""
         ...
 
+    def need(self, lengths: Sequence[int]) -> int:
+        """Bytes that texts of these lengths take together."""
+        ...
+
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `length` tokens in each of the first `slots` slots. Raises CacheMemoryError."""
+        ...
+
+    def keep(self, nbytes: int) -> None:
+        """Keep at most so many bytes of ended texts, from here on."""
+        ...
+
+    def adopt(self, slot: int, tokens: Sequence[int], name: str | None) -> int:
+        """Take what others of this name have computed of a text's first tokens; returns how many tokens are shared."""
+        ...
+
+    def publish(self, slot: int, tokens: Sequence[int], length: int, name: str | None) -> None:
+        """A slot holds the first `length` of its text's tokens: others of this name may take them. None: nobody."""
         ...
 
     def free(self, slot: int) -> None:

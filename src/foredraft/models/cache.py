@@ -1,9 +1,12 @@
 """SlotCache: keys and values of many sequences, a slot each, written at positions.
 
-Rewinding is setting a length: nothing here is ever removed, later rows overwrite. Memory grows by doubling, in slots
-and in length, so that a long context costs nothing until it is used. Knows nothing of models, tokens or requests.
+Rewinding is setting a length: nothing here is ever removed, later rows overwrite. Memory doubles and halves with what
+runs, in slots and in length, so that a long context costs nothing until it is used, and nothing any more afterwards.
+Knows nothing of models, tokens or requests.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +14,8 @@ import torch
 from foredraft.errors import CacheMemoryError
 from foredraft.models.rows import round_up
 
-GRANULE = 512  # slot lengths are multiples of this, hence of every key multiple
+GRANULE = 512  # a cache's most positions are a multiple of this, hence of every key multiple
+LEAST = 128  # positions of the smallest block
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,11 @@ class SlotCache:
     """Keys and values of `max_slots` sequences of up to `max_length` tokens.
 
     Per layer one tensor [slots, length, heads * (key_dim + value_dim)], a token's keys before its values, zeroed at
-    allocation: a masked key then contributes exactly 0 to every sum.
+    allocation: a masked key then contributes exactly 0 to every sum. It is as long as the longest text that runs, and
+    shrinks once that has ended and others come.
     """
+
+    page, sharing, kept_bytes = 0, False, 0  # a row's bits depend on how its keys were computed: texts share nothing
 
     def __init__(
         self,
@@ -48,8 +55,10 @@ class SlotCache:
         self.devices = devices  # one for each layer
         self.max_slots = max_slots
         self.max_length = round_up(max_length, GRANULE)
-        self.slots = 0
-        self.length = 0
+        self.slack = 1 if all(device.type == "cpu" for device in devices) else 4  # captured graphs end with their block
+        self.generation = 0  # of the storage
+        self.slots = self.length = 0
+        self.used: dict[int, int] = {}  # by slot of a running text: positions that it needs
         self.storage: list[torch.Tensor] = []
         self._views: dict[tuple[int, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -61,21 +70,42 @@ class SlotCache:
     def bytes_per_token(self) -> int:
         return sum(shape.width for shape in self.layers) * self.dtype.itemsize
 
+    def need(self, lengths: Sequence[int]) -> int:
+        """Bytes that texts of these lengths take together."""
+        slots, length = self._size(len(lengths), max(lengths, default=0))
+        return slots * length * self.bytes_per_token
+
+    def _size(self, slots: int, length: int) -> tuple[int, int]:
+        """Slots and tokens of the block that holds them, each the next power of two up to its maximum."""
+        return _doubled(slots, 1, self.max_slots), _doubled(length, LEAST, self.max_length)
+
     def reserve(self, slots: int, length: int) -> None:
-        """Make room for `slots` slots of `length` positions; grows by doubling up to the maxima.
+        """Make room for `length` positions in each of the first `slots` slots.
 
         Raises:
             CacheMemoryError: the memory is not there; what was cached stays as it was.
         """
-        if slots <= self.slots and length <= self.length:
-            return
-        slots = max(self.slots, slots, min(2 * self.slots, self.max_slots) if slots > self.slots else 0)
-        length = max(self.length, length, min(2 * self.length, self.max_length) if length > self.length else 0)
-        self._grow(slots, round_up(length, GRANULE))
+        self.extend(0, slots, length)
 
-    def _grow(self, slots: int, length: int) -> None:
+    def extend(self, first_slot: int, count: int, length: int) -> None:
+        """Make room for `length` positions in consecutive slots. Raises as `reserve`.
+
+        What texts that have ended leave too large is made smaller here.
+        """
+        missing = [slot for slot in range(first_slot, first_slot + count) if length > self.used.get(slot, 0)]
+        if not missing:
+            return
+        used = self.used | dict.fromkeys(missing, length)
+        slots, length = self._size(max(used) + 1, max(used.values()))
+        if self.slots * self.length > self.slack * slots * length:
+            self._resize(slots, length)
+        elif slots > self.slots or length > self.length:
+            self._resize(max(slots, self.slots), max(length, self.length))
+        self.used = used
+
+    def _resize(self, slots: int, length: int) -> None:
         try:
-            storage = [self._grown(layer, slots, length) for layer in range(len(self.layers))]
+            storage = [self._resized(layer, slots, length) for layer in range(len(self.layers))]
         except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError on every device
             size = slots * length * self.bytes_per_token / 2**30
             raise CacheMemoryError(
@@ -83,20 +113,35 @@ class SlotCache:
                 "could not be allocated; lower max_model_len or max_batch_size"
             ) from error
         self.storage, self.slots, self.length = storage, slots, length
+        self.generation += 1
         self._views.clear()
 
-    def _grown(self, layer: int, slots: int, length: int) -> torch.Tensor:
+    def _resized(self, layer: int, slots: int, length: int) -> torch.Tensor:
         new = torch.zeros(slots, length, self.layers[layer].width, dtype=self.dtype, device=self.devices[layer])
         if self.storage:
-            new[: self.slots, : self.length] = self.storage[layer]
+            both, shorter = min(slots, self.slots), min(length, self.length)
+            new[:both, :shorter] = self.storage[layer][:both, :shorter]
         return new
 
     def free(self, slot: int) -> None:
-        """A text has ended; its slot keeps its memory for the next one."""
+        """A text has ended; its memory goes when others come that need less."""
+        self.used.pop(slot, None)
+
+    def keep(self, nbytes: int) -> None:
+        """Nothing is kept of ended texts."""
+
+    def adopt(self, slot: int, tokens: Sequence[int], name: str | None) -> int:
+        """Nothing is shared; but room for the text's first tokens is made at once."""
+        with suppress(CacheMemoryError):  # the pass will say so
+            self.extend(slot, 1, len(tokens))
+        return 0
+
+    def publish(self, slot: int, tokens: Sequence[int], length: int, name: str | None) -> None:
+        """Nothing is shared."""
 
     def release(self) -> None:
         """Give all memory back; what was cached is gone."""
-        self.storage, self.slots, self.length = [], 0, 0
+        self.storage, self.used, self.slots, self.length = [], {}, 0, 0
         self._views.clear()
 
     def write(self, layer: int, index: torch.Tensor, rows: torch.Tensor) -> None:
@@ -127,3 +172,11 @@ class SlotCache:
         if slot < self.slots:
             for tensor in self.storage:
                 tensor[slot, start:].zero_()
+
+
+def _doubled(value: int, least: int, most: int) -> int:
+    """The first of least, 2 least, 4 least, ... that is not below a value; or `most`, if that does, or the value."""
+    size = least
+    while size < value:
+        size *= 2
+    return max(value, min(size, most))

@@ -219,9 +219,7 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
-        end = rows.max_position
-        self.cache.reserve(max(rows.slots) + 1, end)
-        self.rope.reserve(end, self.device)
+        self._reserve(rows.groups)
         inputs = torch.tensor((rows.tokens, rows.positions, rows.slots), device=self.device)
         if self.graphs is None and rows.wanted == list(range(len(rows.tokens))):
             return self._body(rows.groups, inputs)
@@ -229,12 +227,16 @@ class Decoder:
         if self.graphs is None or rows.groups[0].width > SHORT_SPAN or not rows.wanted:
             return self._body(rows.groups, inputs, wanted)[: len(rows.wanted)]
         groups = tuple(g.at_key_length(self._graph_length(g)) for g in rows.groups)
-        longest = max(g.key_length for g in groups)
-        self.cache.reserve(self.cache.slots, longest)
-        self.rope.reserve(longest, self.device)
+        self._reserve(groups)
         shapes = tuple((g.first_slot, g.width, len(g.starts), g.key_length) for g in groups)
-        key = (shapes, self.cache.slots, self.cache.length, len(self.rope.table), len(wanted))
+        key = (shapes, self.cache.generation, len(self.rope.table), len(wanted))
         return self.graphs.run(key, partial(self._body, groups), inputs, wanted)[: len(rows.wanted)]
+
+    def _reserve(self, groups: tuple[Group, ...]) -> None:
+        """Room in the cache and in the tables for what these groups see."""
+        for g in groups:
+            self.cache.extend(g.first_slot, len(g.starts), g.key_length)
+        self.rope.reserve(max([g.key_length for g in groups]), self.device)
 
     def _graph_length(self, g: Group) -> int:
         """Keys of a captured pass: doubling from 512, so that few graphs serve a growing text."""

@@ -126,7 +126,8 @@ class HFModel:
     @torch.inference_mode()
     def forward(self, rows: RowBatch) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return logits [R, V] of the wanted rows."""
-        self.cache.reserve(max(rows.slots) + 1, rows.max_position)
+        for group in rows.groups:
+            self.cache.extend(group.first_slot, len(group.starts), group.key_length)
         wanted = set(rows.wanted)
         kept: list[int] = []
         parts = []

@@ -243,7 +243,7 @@ class NativeModel:
         for first_slot, _, width, starts, _ in rows.groups:
             for slot, start in enumerate(starts, first_slot):
                 end = start + width
-                self.cache.extend(slot, end)
+                self.cache.extend(slot, start, end)
                 spans += (slot, start, width)
                 if end > self.call.length:
                     self._lengthen(end)
@@ -257,7 +257,7 @@ class NativeModel:
         """See `Chains`."""
         for span, (_, _, limit) in zip(spans, guessing, strict=True):
             end = span.start + len(span.tokens) + limit - 1
-            self.cache.extend(span.slot, end)
+            self.cache.extend(span.slot, span.start, end)
             if end > self.call.length:
                 self._lengthen(end)
         return self.call.chain(spans, guessing, rule, min(vocab_size, self.vocab_size), self.cache)

@@ -64,7 +64,7 @@ COUNTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("spec_decode_num_draft_tokens_per_pos", "Tokens drafted, by position in the draft.", ("position",)),
     ("speculation_off", "Text steps without a draft, by reason.", ("reason",)),
     ("tokens_by_source", "Tokens generated: a drafter's (accepted), or the target's own.", ("source",)),
-    ("prompt_tokens", "Prompt tokens computed.", ()),
+    ("prompt_tokens", "Prompt tokens, those found in the prefix cache included.", ()),
     ("generation_tokens", "Tokens generated.", ()),
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", ()),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", ()),
@@ -143,7 +143,8 @@ class ModelMetrics:
     def finished(self, reason: str, stats: SpecStats, queued: float) -> None:
         self._counter("request_success", reason).inc()
         self._counter("prompt_tokens").inc(stats.prompt_tokens)
-        self._counter("prefix_cache_queries").inc(stats.prompt_tokens)
+        self._counter("prefix_cache_queries").inc(stats.prefix_queries)
+        self._counter("prefix_cache_hits").inc(stats.prefix_tokens)
         observed = {
             "request_queue_time_seconds": queued,
             "e2e_request_latency_seconds": stats.seconds_total,

@@ -1,0 +1,106 @@
+"""Admission: what the caches of a target and its drafters may take together, and who fits beside those that run.
+
+The one place that limits them. A request comes in once all that it may grow to fits, so that nobody who runs is ever
+out of memory; what ended texts left for others that begin alike takes what remains. Knows nothing of slots or steps.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from foredraft.errors import RequestError
+from foredraft.models.base import Cache
+from foredraft.types import Request
+
+SHARE = 0.9  # of the memory that is free once the models are loaded
+KEPT = 0.25, 2**30  # for what ended texts leave: a share of that, and the most
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLimits:
+    """Bytes of all caches together, and how many of these may hold what ended texts left; 0: texts share nothing."""
+
+    total: int = sys.maxsize
+    kept: int = 0
+
+    @classmethod
+    def of(cls, cache_bytes: int | None, prefix_cache: bool | int, device: torch.device) -> "CacheLimits":
+        """Of what a user says; None: most of what is free, True: a part of that.
+
+        Raises:
+            RequestError: a number is not usable.
+        """
+        for name, value, least in (("cache_bytes", cache_bytes, 1), ("prefix_cache", prefix_cache, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise RequestError(f"{name}={value!r} is not usable; it must be a number of bytes, {least} or more")
+        total = int(SHARE * free_memory(device)) if cache_bytes is None else cache_bytes
+        share, most = KEPT
+        kept = int(min(share * total, most)) if prefix_cache is True else int(prefix_cache)
+        return cls(total, min(kept, total))
+
+
+class Admission:
+    """Who fits, by what each request may grow to at most."""
+
+    def __init__(self, limits: CacheLimits, max_model_len: int, caches: Callable[[], list[Cache]]) -> None:
+        self.limits = limits
+        self.max_model_len = max_model_len
+        self.caches = caches  # a function, for drafters change
+
+    def need(self, requests: Sequence[Request]) -> int:
+        """Bytes that they may come to hold together."""
+        lengths = [self._length(request) for request in requests]
+        return sum(cache.need(lengths) for cache in self.caches())
+
+    def _length(self, request: Request) -> int:
+        return min(request.prompt_len + request.params.max_new_tokens, self.max_model_len)
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError where it could never come in."""
+        needed = self.need([request])
+        if needed > self.limits.total:
+            raise RequestError(
+                f"this request may come to {self._length(request)} tokens, whose keys and values take "
+                f"{needed / 2**20:.1f} MiB, and cache_bytes allows {self.limits.total / 2**20:.1f} MiB; shorten the "
+                "prompt, lower max_new_tokens, or raise cache_bytes"
+            )
+
+    def fits(self, running: Sequence[Request], request: Request) -> bool:
+        """Whether it fits beside those that run; alone it was checked before."""
+        return not running or self.need([*running, request]) <= self.limits.total
+
+    def settle(self, running: Sequence[Request]) -> None:
+        """Let the caches keep of ended texts what those that run leave room for."""
+        room = max(0, min(self.limits.kept, self.limits.total - self.need(running)))
+        caches = self.caches()
+        a_token = max(1, sum(cache.bytes_per_token for cache in caches))
+        for cache in caches:
+            cache.sharing = self.limits.kept > 0
+            cache.keep(room * cache.bytes_per_token // a_token)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU those of the machine, or of the container where that has fewer."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return sys.maxsize // 2
+    fields = dict(line.split(":") for line in _read(Path("/proc/meminfo")).splitlines())
+    if "MemAvailable" in fields:
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, taken = (_read(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
+    return max(0, min(free, int(limit) - int(taken))) if limit.isdecimal() and taken.isdecimal() else free
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
