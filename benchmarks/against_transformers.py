@@ -46,7 +46,7 @@ def random_llama(layers: int) -> PreTrainedModel:
 @torch.inference_mode()
 def plain_decoding(layers: int, tokens: int, rounds: int) -> dict[str, object]:
     model = random_llama(layers)
-    llm = LLM(model, draft="none")
+    llm = LLM(model, draft="none", prefix_cache=False)
     ids = list(range(5, 5 + CONTEXT))
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     batch = torch.tensor([ids])
@@ -96,7 +96,7 @@ def assisted_generation(tokens: int, rounds: int) -> dict[str, object]:
         AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype=torch.bfloat16).eval()
         for name in ("target", "draft")
     )
-    llm = LLM()
+    llm = LLM(prefix_cache=False)
     forget_outputs(llm.drafter)  # every round asks the same
     prompts = [tokenizer(f"User: {text}\nAssistant:")["input_ids"] for text in OPENINGS]
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
@@ -155,7 +155,7 @@ class Stopwatch:
 
 def engine_overhead(tokens: int, rounds: int) -> dict[str, object]:
     """Milliseconds a step outside of the models' forwards; plain, and with the draft model at a fixed length of 4."""
-    llm = LLM()
+    llm = LLM(prefix_cache=False)
     forget_outputs(llm.drafter)  # every round asks the same
     watches = [Stopwatch(llm.model), Stopwatch(llm.drafter.model)]  # type: ignore[attr-defined]
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)

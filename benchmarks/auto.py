@@ -197,7 +197,7 @@ def main() -> int:
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    llm = LLM(draft="none", max_batch_size=max(BATCHES))
+    llm = LLM(draft="none", max_batch_size=max(BATCHES), prefix_cache=False)
     results: dict[str, Any] = {}
     for name in args.task or TASKS:
         for batch in args.batch or BATCHES:

@@ -33,7 +33,7 @@ def main() -> int:
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    llm = LLM()
+    llm = LLM(prefix_cache=False)
     forget_outputs(llm.drafter)  # every round asks the same
     params = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True)
     prompts = [f"User: {text}\nAssistant:" for text in OPENINGS]

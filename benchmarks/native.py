@@ -41,7 +41,7 @@ def tokens_per_second(llm: LLM, num_draft_tokens: int | None, texts: dict[str, l
 
 
 def pair(runtime: str) -> LLM:
-    return LLM(draft=str(BUNDLED / "draft"), runtime=runtime)
+    return LLM(draft=str(BUNDLED / "draft"), runtime=runtime, prefix_cache=False)
 
 
 def main() -> None:
@@ -51,9 +51,7 @@ def main() -> None:
     loads = {runtime: [] for runtime in RUNTIMES}
     llms: dict[str, LLM] = {}
     for runtime in RUNTIMES * 2:
-        loads[runtime].append(
-            seconds(lambda runtime=runtime: llms.update({runtime: LLM(draft=str(BUNDLED / "draft"), runtime=runtime)}))
-        )
+        loads[runtime].append(seconds(lambda runtime=runtime: llms.update({runtime: pair(runtime)})))
     texts: dict[str, list[list[int]]] = {}
     arms = {}
     for runtime, llm in llms.items():

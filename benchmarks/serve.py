@@ -47,7 +47,7 @@ def main() -> int:
     with ServerProcess("--log-level", "error", environment={"OMP_NUM_THREADS": str(args.threads)}) as server:
         if args.soak:
             return asyncio.run(soak(server, args.soak))
-        llm = LLM()
+        llm = LLM(prefix_cache=False)
         forget_outputs(llm.drafter)  # every round asks the same
         arms = {
             "one stream": lambda: asyncio.run(served(server.url, 1)),

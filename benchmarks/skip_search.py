@@ -37,7 +37,7 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    llm = LLM(args.model, "none", dtype=args.dtype)
+    llm = LLM(args.model, "none", dtype=args.dtype, prefix_cache=False)
     prompts = pick_prompts(llm, args.calibration, 2 * args.prompts, 0, seed=args.seed)
     calibration = continue_prompts(llm, prompts.calibration, SamplingParams(max_new_tokens=args.tokens))
     costs = measure(llm, calibration, [*family(OWN, llm.model), *wide_passes()], laps=12, max_seconds=60)

@@ -130,7 +130,7 @@ def main() -> int:
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    llm = LLM(args.model, "none", max_batch_size=1)
+    llm = LLM(args.model, "none", max_batch_size=1, prefix_cache=False)
     results: dict[str, Any] = {}
     for name in args.task or TASKS:
         task = TASKS[name](llm, args.tokens)

@@ -96,7 +96,7 @@ def main() -> None:
     """The command line with this model; FAKE_READY=1 tells when it has loaded."""
     llm = FakeLLM(os.environ.get("FAKE_TEMPLATE", ""))
 
-    def opened(options: RunOptions) -> FakeLLM:
+    def opened(options: RunOptions, *, repeats: bool = False) -> FakeLLM:
         if os.environ.get("FAKE_READY"):
             print("ready", file=sys.stderr, flush=True)
         return llm

@@ -34,7 +34,7 @@ class Fake:
         self.llm = FakeLLM()
         self.options: list[RunOptions] = []
 
-    def open(self, options: RunOptions) -> FakeLLM:
+    def open(self, options: RunOptions, *, repeats: bool = False) -> FakeLLM:
         assert options.target_device
         self.options.append(options)
         return self.llm
@@ -119,7 +119,7 @@ def test_flags_reach_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == {
         "target": "m", "draft": "ngram", "dtype": "fp32", "device": "cuda:1", "draft_device": None, "policy": "gain",
         "max_batch_size": 1, "draft_profile": Path("p.json"), "trust_remote_code": True,
-        "weight_format": "int8", "runtime": "torch",
+        "weight_format": "int8", "runtime": "torch", "prefix_cache": True,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     dtype = {"bf16": "bfloat16", "f32": "float32"}[job["dtype"]]
-    llm = LLM(job["target"], draft=job["draft"] or "none", dtype=dtype)
+    llm = LLM(job["target"], draft=job["draft"] or "none", dtype=dtype, prefix_cache=False)
     params = SamplingParams(max_new_tokens=job["max_new_tokens"], ignore_eos=True)
 
     def run(ids: list[int]) -> dict:

@@ -185,7 +185,7 @@ def run(options: BenchFlags, chosen: "BenchOptions", tasks: "tuple[Task, ...]") 
     from foredraft.bench.pipeline import bench as measure
 
     with busy(f"loading {options.model or 'the bundled pair'}"):
-        llm = session.open_llm(options.as_run_options())
+        llm = session.open_llm(options.as_run_options(), repeats=True)
     interruptible()
     name = Path(options.model).name if options.model else "the bundled target"
     drafter = llm.drafter.name

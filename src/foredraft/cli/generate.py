@@ -28,7 +28,7 @@ def generate(options: GenerateOptions) -> None:
     if options.json:
         print_json(options, prompt)
     elif options.compare:
-        llm, params = session.start(options)
+        llm, params = session.start(options, repeats=True)
         comparison = compare(ask(llm, prompt, options.chat), params, options.num_draft_tokens)
         comparison.print()
         finish(comparison)
@@ -78,7 +78,7 @@ def check_comparable(options: GenerateOptions) -> None:
 def print_json(options: GenerateOptions, prompt: str) -> None:
     comparison = None
     with only_result() as stdout:
-        llm, params = session.start(options)
+        llm, params = session.start(options, repeats=options.compare)
         question = ask(llm, prompt, options.chat)
         if options.compare:
             comparison = compare(question, params, options.num_draft_tokens)

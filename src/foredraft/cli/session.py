@@ -58,8 +58,8 @@ def read_text(path: Path) -> str:
         raise RequestError(f"{path} cannot be read as text: {error}") from error
 
 
-def open_llm(options: RunOptions) -> "LLM":
-    """Load target and drafter, for one request at a time."""
+def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":
+    """Load target and drafter, for one request at a time; `repeats`: to measure the same prompts again and again."""
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
@@ -79,17 +79,18 @@ def open_llm(options: RunOptions) -> "LLM":
         trust_remote_code=options.trust_remote_code,
         policy=options.policy,
         max_batch_size=1,
+        prefix_cache=not repeats,
     )
 
 
-def start(options: RunOptions) -> "tuple[LLM, SamplingParams]":
+def start(options: RunOptions, *, repeats: bool = False) -> "tuple[LLM, SamplingParams]":
     """Check the flags, then load, so that a typing error is told at once."""
     device = options.target_device
     options.check()
     with busy("importing torch and transformers"):
         params = sampling_params(options)
     with busy(f"loading {options.model or 'the bundled pair'} ({device})"):
-        llm = open_llm(options)
+        llm = open_llm(options, repeats=repeats)
     interruptible()
     return llm, params
 

@@ -141,7 +141,14 @@ def open_target(options: TuneFlags) -> "tuple[LLM, LoadOptions]":
     disable_progress_bar()
     remote = options.trust_remote_code
     with busy(f"loading {options.model or 'the bundled target'}"):
-        llm = LLM(options.model, "none", dtype=options.dtype, device=options.device, trust_remote_code=remote)
+        llm = LLM(
+            options.model,
+            "none",
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=remote,
+            prefix_cache=False,  # the same prompts come again and again
+        )
     interruptible()
     return llm, LoadOptions(options.dtype, options.device, None, remote)
 

@@ -96,7 +96,7 @@ def _cuda(index: int) -> str:
 def load(model: str | None, draft: str, **options: Any) -> tuple[LLM, Serving]:
     """An LLM and its description. Raises as LLM does."""
     begin = time.perf_counter()
-    llm = LLM(model, split(draft), **options)
+    llm = LLM(model, split(draft), prefix_cache=False, **options)
     return llm, describe(llm, model, draft, time.perf_counter() - begin)
 
 

@@ -126,6 +126,8 @@ class PageCache:
         self.used -= not page.users
         if free:
             self._save(page)
+        elif not page.users:
+            self._trim()
 
     def _save(self, page: Page) -> None:
         if len(self.spare) < SPARE:
@@ -217,7 +219,6 @@ class PageCache:
         self.pages[slot] = []
         self.room[slot] = self.shared[slot] = 0
         self.table[slot] = 0
-        self._trim()
 
     def release(self) -> None:
         """Give all memory back; what was cached is gone."""

@@ -70,7 +70,8 @@ def _ask(text: str | list[int] | Messages, params: Any, drafts: int | None) -> A
 
 
 def memory(request: Request) -> str | None:
-    """Whose earlier outputs may help to draft: those of the same key, and nobody's where no key is asked."""
+    """Whose outputs may help to draft, and whose keys and values are shared: those of the same key, and nobody's where no
+    key is asked."""
     key: Key | None = request.state.key
     return None if key is None or key is ANYBODY else f"key {key.name}"
 
@@ -110,6 +111,7 @@ def usage(finished: Sequence[Finished | None], choices: int) -> Json:
         "prompt_tokens": prompt,
         "completion_tokens": total.output_tokens,
         "total_tokens": prompt + total.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(one.stats.prefix_tokens for one in ended[::choices])},
         "speculative_decoding": {
             "num_spec_steps": total.drafts,
             "num_target_passes": total.target_passes,

@@ -26,7 +26,7 @@ class Ask:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
     template_arguments: Mapping[str, Any] | None = None
-    memory: str | None = None  # whose earlier outputs may be drafted from, and get this one; None: nobody's
+    memory: str | None = None  # whose outputs are drafted from, and whose keys and values are shared; None: nobody's
 
 
 @dataclass(frozen=True, slots=True)
