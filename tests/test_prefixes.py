@@ -86,7 +86,7 @@ actions = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=120)
 @given(actions, st.integers(0, 99))
 def test_texts_that_share_pages_read_what_they_would_have_written(steps, seed):
     slots, source = Slots(), Random(seed)

@@ -70,8 +70,7 @@ def _ask(text: str | list[int] | Messages, params: Any, drafts: int | None) -> A
 
 
 def memory(request: Request) -> str | None:
-    """Whose outputs may help to draft, and whose keys and values are shared: those of the same key, and nobody's where no
-    key is asked."""
+    """Whose outputs help to draft, and whose keys and values are shared: a key's own; nobody's where none is asked."""
     key: Key | None = request.state.key
     return None if key is None or key is ANYBODY else f"key {key.name}"
 
