@@ -19,6 +19,8 @@ pytest.importorskip("fastapi")
 import httpx
 from servers import PATIENCE, ServerProcess, until
 
+from foredraft.native import library
+
 LONG = {"prompt": "User: hello.\nAssistant:", "temperature": 1, "ignore_eos": True, "num_draft_tokens": 0}
 SHORT = {"prompt": "User: I need a taxi.\nAssistant:", "temperature": 0, "max_tokens": 16}
 
@@ -254,6 +256,31 @@ def test_keys(tmp_path: Path) -> None:
         keys.unlink()
         assert status("boss") == 401
         assert not any("0123456789abcdef" in line for line in server.lines)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_a_prompts_prefix_is_shared_within_one_key_alone(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one 0123456789abcdef-one\ntwo 0123456789abcdef-two\n")
+    with ServerProcess("--api-key-file", str(keys)) as server:
+
+        def send(key: str, method: str, path: str, **body: object) -> httpx.Response:
+            headers = {"Authorization": f"Bearer 0123456789abcdef-{key}"}
+            return httpx.request(method, server.url + path, headers=headers, json=body or None, timeout=PATIENCE)
+
+        prompt = list(range(100, 250))
+        answers = [send(key, "POST", "/v1/completions", **SHORT | {"prompt": prompt}) for key in ("one", "two", "one")]
+        usages = [answer.json()["usage"] for answer in answers]
+        assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 0, 128]
+        shown = send("one", "GET", "/metrics").text
+        for name, value in (("queries", 450.0), ("hits", 128.0)):
+            assert f'foredraft:prefix_cache_{name}_total{{model_name="bundled"}} {value}' in shown
+
+
+def test_without_keys_no_prefix_is_shared(server: ServerProcess) -> None:
+    usages = [complete(server, prompt=list(range(100, 250))).json()["usage"] for _ in range(2)]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 0]
+    assert server.metric("foredraft:prefix_cache_queries_total") == 0
 
 
 def test_threads_and_files_come_back(server: ServerProcess) -> None:

@@ -84,6 +84,17 @@ class Admission:
             cache.keep(room * cache.bytes_per_token // a_token)
 
 
+def take_over(cache: Cache, request: Request) -> None:
+    """Begin a prompt, or go on with it, from what others have computed of it; its last token is left to compute."""
+    stats = request.stats
+    if not request.cached and cache.page and cache.sharing and request.memory is not None:
+        stats.prefix_queries = request.prompt_len
+    held = cache.adopt(request.slot, request.token_ids[:-1], request.memory)
+    if held > request.cached:
+        stats.prefix_tokens += held - request.cached
+        request.cached = held
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; on a CPU those of the machine, or of the container where that has fewer."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from foredraft import sampling
-from foredraft.admission import Admission, CacheLimits
+from foredraft.admission import Admission, CacheLimits, take_over
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter, NoDrafter, check_draft
 from foredraft.errors import ForedraftError, NumericsError, RequestError
@@ -152,17 +152,7 @@ class Engine:
         self.scheduler.page = cache.page if cache.sharing else 0
         for request in self.scheduler.running:
             if not request.decoding:
-                self._take_over(request)
-
-    def _take_over(self, request: Request) -> None:
-        """Take pages over up to the last token, which is left to compute."""
-        cache, stats = self.target.cache, request.stats
-        if not request.cached and cache.page and cache.sharing and request.memory is not None:
-            stats.prefix_queries = request.prompt_len
-        held = cache.adopt(request.slot, request.token_ids[:-1], request.memory)
-        if held > request.cached:
-            stats.prefix_tokens += held - request.cached
-            request.cached = held
+                take_over(cache, request)
 
     def _run(self, requests: list[Request]) -> list[StepOutput]:
         clock = Clock()
