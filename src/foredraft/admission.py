@@ -5,6 +5,7 @@ out of memory; what ended texts left for others that begin alike takes what rema
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from foredraft.types import Request
 
 SHARE = 0.9  # of the memory that is free once the models are loaded
 KEPT = 0.25, 2**30  # for what ended texts leave: a share of that, and the most
-CGROUP = Path("/sys/fs/cgroup")
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +100,20 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; on a CPU those of the machine, or of the container where that has fewer."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return sys.maxsize // 2
-    fields = dict(line.split(":") for line in _read(Path("/proc/meminfo")).splitlines())
-    if "MemAvailable" in fields:
-        free = int(fields["MemAvailable"].split()[0]) * 1024
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(MEMINFO), re.MULTILINE)
+    free = int(found[1]) * 1024 if found else _all_memory()
     limit, taken = (_read(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
-    return max(0, min(free, int(limit) - int(taken))) if limit.isdecimal() and taken.isdecimal() else free
+    if not (limit.isdecimal() and taken.isdecimal()):
+        return free
+    files = re.findall(r"^(?:in)?active_file (\d+)$", _read(CGROUP / "memory.stat"), re.MULTILINE)  # they give way
+    return max(0, min(free, int(limit) - int(taken) + sum(map(int, files))))
+
+
+def _all_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not a Unix
+        return sys.maxsize // 2
 
 
 def _read(path: Path) -> str:

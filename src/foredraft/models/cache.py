@@ -55,7 +55,8 @@ class SlotCache:
         self.devices = devices  # one for each layer
         self.max_slots = max_slots
         self.max_length = round_up(max_length, GRANULE)
-        self.slack = 1 if all(device.type == "cpu" for device in devices) else 4  # captured graphs end with their block
+        on_cpu = all(device.type == "cpu" for device in devices)
+        self.least, self.slack = (LEAST, 1) if on_cpu else (GRANULE, 4)  # captured graphs end with their block
         self.generation = 0  # of the storage
         self.slots = self.length = 0
         self.used: dict[int, int] = {}  # by slot of a running text: positions that it needs
@@ -77,7 +78,7 @@ class SlotCache:
 
     def _size(self, slots: int, length: int) -> tuple[int, int]:
         """Slots and tokens of the block that holds them, each the next power of two up to its maximum."""
-        return _doubled(slots, 1, self.max_slots), _doubled(length, LEAST, self.max_length)
+        return _doubled(slots, 1, self.max_slots), _doubled(length, self.least, self.max_length)
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `length` positions in each of the first `slots` slots.
