@@ -56,6 +56,31 @@ def test_a_decoder_computes_the_same_through_graphs() -> None:
     assert graphed.model.graphs.captured
 
 
+def test_no_graph_outlives_the_memory_it_was_captured_over() -> None:
+    """The cache shrinks after a long text, and grows to the same size again, elsewhere."""
+    llm = LLM(tiny("llama"), draft="none", max_batch_size=1, runtime="torch")
+    cache, replayed = llm.model.cache, 0
+
+    class Pinned(Rerun):
+        def __init__(self, work: Callable[[], torch.Tensor]) -> None:
+            super().__init__(work)
+            self.storage = cache.storage
+
+        def replay(self) -> None:
+            nonlocal replayed
+            replayed += 1
+            assert cache.storage is self.storage
+            super().replay()
+
+    assert isinstance(llm.model, Decoder)
+    llm.model.graphs = GraphPool(capture=Pinned)
+    sizes = []
+    for length in (5, 600, 5, 600):
+        llm.generate([7] * length, SamplingParams(max_new_tokens=5, ignore_eos=True))
+        sizes.append(cache.length)
+    assert sizes == [512, 1024, 512, 1024] and replayed
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_cuda_graph_replays() -> None:
