@@ -50,18 +50,21 @@ class Ask:
     num_draft_tokens: int | None = 0
     arrives: int = 0
     leaves: int | None = None
+    memory: str | None = ""  # with whom it shares what was computed; None: with nobody
 
     @property
     def seed(self) -> int:
         return self.params.seed or 0
 
     def alone(self) -> "Ask":
-        """The same request without drafts, from beginning to end."""
-        return replace(self, num_draft_tokens=0, arrives=0, leaves=None)
+        """The same request without drafts, from beginning to end, with nothing taken over from others."""
+        return replace(self, num_draft_tokens=0, arrives=0, leaves=None, memory=None)
 
     def request(self, llm: LLM) -> Request:
         """As the library makes it, with the model's ends of text, stop strings and grammar."""
-        return llm.job(self.prompt, self.params, self.num_draft_tokens).request
+        request = llm.job(self.prompt, self.params, self.num_draft_tokens).request
+        request.memory = self.memory
+        return request
 
 
 def prompts(llm: LLM, options: AuditOptions) -> list[tuple[int, ...]]:
