@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from transformers.utils.logging import disable_progress_bar
 
 from foredraft import LLM, GenerationResult, SamplingParams
+from foredraft.drafters.several import forget_outputs
 
 OPENINGS = (
     "I need a table for two in Oakland tonight.",
@@ -33,6 +34,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     disable_progress_bar()
     llm = LLM()
+    forget_outputs(llm.drafter)  # every round asks the same
     params = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True)
     prompts = [f"User: {text}\nAssistant:" for text in OPENINGS]
     last: dict[str, list[GenerationResult]] = {}

@@ -13,6 +13,7 @@ from demo import OPENINGS
 from transformers.utils.logging import disable_progress_bar
 
 from foredraft import LLM, SamplingParams
+from foredraft.llm import BUNDLED
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import Span, plan
 
@@ -39,6 +40,10 @@ def tokens_per_second(llm: LLM, num_draft_tokens: int | None, texts: dict[str, l
     return sum(map(len, texts[arm])) / taken
 
 
+def pair(runtime: str) -> LLM:
+    return LLM(draft=str(BUNDLED / "draft"), runtime=runtime)
+
+
 def main() -> None:
     args = parser(__doc__, rounds=3).parse_args()
     torch.set_num_threads(args.threads)
@@ -46,7 +51,9 @@ def main() -> None:
     loads = {runtime: [] for runtime in RUNTIMES}
     llms: dict[str, LLM] = {}
     for runtime in RUNTIMES * 2:
-        loads[runtime].append(seconds(lambda runtime=runtime: llms.update({runtime: LLM(runtime=runtime)})))
+        loads[runtime].append(
+            seconds(lambda runtime=runtime: llms.update({runtime: LLM(draft=str(BUNDLED / "draft"), runtime=runtime)}))
+        )
     texts: dict[str, list[list[int]]] = {}
     arms = {}
     for runtime, llm in llms.items():

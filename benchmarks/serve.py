@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foredraft import LLM, SamplingParams
+from foredraft.drafters.several import forget_outputs
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from servers import ServerProcess
@@ -47,6 +48,7 @@ def main() -> int:
         if args.soak:
             return asyncio.run(soak(server, args.soak))
         llm = LLM()
+        forget_outputs(llm.drafter)  # every round asks the same
         arms = {
             "one stream": lambda: asyncio.run(served(server.url, 1)),
             "plain": lambda: asyncio.run(served(server.url, STREAMS, draft="none")),

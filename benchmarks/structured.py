@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from foredraft import LLM, SamplingParams, Structured
+from foredraft.drafters.several import forget_outputs
 from foredraft.steering import Steering
 
 SCHEMAS = json.loads((Path(__file__).parents[1] / "tests" / "data" / "schemas.json").read_text())
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bundled = LLM(max_batch_size=1)
+    forget_outputs(bundled.drafter)  # every round asks the same
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "50 schemas, bundled pair": lambda: speed(bundled, options.rounds),
         "a mask, vocabulary 4,096": lambda: mask_cost(bundled),

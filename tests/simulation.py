@@ -1,12 +1,17 @@
 """A decoding loop without tensors: draft and acceptance as random processes, time as a sum of given costs."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from random import Random
 
-from foredraft.policy import DraftPolicy, StepTimes
+from foredraft.drafters.base import Drafter
+from foredraft.drafters.several import Several
+from foredraft.policy import Choice, DraftPolicy, Fixed, StepTimes
 from foredraft.types import Draft, Request, SamplingParams, Verdict
 
 MIN_ROWS = 4
+RIGHT, WRONG = 1, 0  # the tokens of a draft
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,23 @@ class World:
     noise: float = 0.05
     batch: int = 1
     share_of_batch: float = 0.1  # what another request adds to a pass
+    padded: bool = True  # all requests get the rows of the longest draft
+
+    def shared(self, batch: int) -> float:
+        return 1 + self.share_of_batch * (batch - 1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a simulated drafter is like; its world's phases give an alpha each."""
+
+    name: str
+    alphas: tuple[float, ...]
+    cost: float = 0.1  # of one token, or of asking where it looks up
+    knows: bool = True
+    finds: float = 1.0  # how often it has a draft
+    looks_up: bool = False
+    catch_up: float = 0.0  # of a token that it has not seen yet
 
 
 @dataclass
@@ -29,24 +51,95 @@ class Clock:
     tokens: int = 0
     drafted: int = 0
     steps: int = 0
+    by: dict[str, int] = field(default_factory=dict)  # steps by who drafted
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
 
 
+@dataclass
+class Chain:
+    """One request's draft while it grows."""
+
+    request: Request
+    open: bool
+    told: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class Guesser:
+    """A drafter that is right by chance, and takes its time on a clock that all share."""
+
+    def __init__(self, world: World, kind: Kind, source: Random, now: list[float]) -> None:
+        self.name, self.looks_up = kind.name, kind.looks_up
+        self.world, self.kind, self.source, self.now = world, kind, source, now
+        self.alpha = kind.alphas[0]
+        self.seen: dict[Request, int] = {}
+
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+        chains = [Chain(request, self._finds(request)) for request in requests]
+        if self.looks_up:
+            self.now[0] += self.kind.cost * len(requests)
+        self._catch_up(requests)
+        while active := [chain for chain in chains if chain.open]:
+            if not self.looks_up:
+                self.now[0] += self.kind.cost * self.world.shared(len(active))
+            for chain in active:
+                self._grow(chain, policy)
+        return [Draft(tuple(chain.tokens), self.name, confidences=tuple(chain.told)) for chain in chains]
+
+    def _finds(self, request: Request) -> bool:
+        return request.draft_limit > 0 and (self.kind.finds == 1 or self.source.random() < self.kind.finds)
+
+    def _catch_up(self, requests: list[Request]) -> None:
+        for request in requests:
+            behind = len(request.token_ids) - self.seen.get(request, 0)
+            self.now[0] += self.kind.catch_up * behind
+            self.seen[request] = len(request.token_ids)
+
+    def _grow(self, chain: Chain, policy: DraftPolicy) -> None:
+        alpha, knows = self.alpha, self.kind.knows
+        chance = self.source.betavariate(2 * alpha, 2 * (1 - alpha)) if knows else alpha
+        chain.tokens.append(RIGHT if self.source.random() < chance else WRONG)
+        chain.told.append(chance if knows else 0.5)
+        more = len(chain.tokens) < chain.request.draft_limit
+        chain.open = more and policy.go_on(chain.request, tuple(chain.told))
+
+    def observe(self, request: Request, verdict: Verdict) -> None:
+        pass
+
+    def forget(self, request: Request) -> None:
+        self.seen.pop(request, None)
+
+
 def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300) -> list[Clock]:
-    """Decode so many tokens per request of the batch; a clock for each of the world's phases."""
-    source = Random(seed)
+    """Decode so many tokens per request of the batch with one drafter; a clock for each of the world's phases."""
+    return run_with(
+        [Kind("simulated", world.alphas, world.draft_cost, world.knows)], world, policy, tokens, seed, length
+    )
+
+
+def run_with(
+    kinds: Sequence[Kind], world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300
+) -> list[Clock]:
+    """The same with these drafters."""
+    source, now = Random(seed), [0.0]
+    guessers = [Guesser(world, kind, source, now) for kind in kinds]
+    drafter = guessers[0] if len(guessers) == 1 else Several(guessers, clock=lambda: now[0] * 1e-3)
     clocks = []
     requests = [fresh() for _ in range(world.batch)]
-    for alpha in world.alphas:
+    phases = max(len(kind.alphas) for kind in kinds)
+    for phase in range(phases):
         clock = Clock()
-        while clock.tokens < tokens * world.batch / len(world.alphas):
-            step(world, policy, requests, alpha, source, clock)
+        for guesser in guessers:
+            guesser.alpha = guesser.kind.alphas[min(phase, len(guesser.kind.alphas) - 1)]
+        while clock.tokens < tokens * world.batch / phases:
+            step(world, policy, drafter, requests, source, now, clock)
             for i, request in enumerate(requests):
                 if request.num_output > length:
                     policy.forget(request)
+                    drafter.forget(request)
                     requests[i] = fresh()
         clocks.append(clock)
     return clocks
@@ -56,55 +149,61 @@ def fresh() -> Request:
     return Request([1], SamplingParams(), seed=0, stop_rule=lambda token: False)
 
 
-@dataclass
-class Chain:
-    """One request's draft while it grows; the simulation knows how much of it is right."""
-
-    request: Request
-    open: bool
-    confidences: tuple[float, ...] = ()
-    accepted: int = 0
-    right: bool = True
-
-    def grow(self, chance: float, told: float, limit: int, policy: DraftPolicy, source: Random) -> None:
-        self.right = self.right and source.random() < chance
-        self.accepted += self.right
-        self.confidences += (told,)
-        self.open = len(self.confidences) < limit and policy.go_on(self.request, self.confidences)
-
-    def draft(self) -> Draft:
-        return Draft((0,) * len(self.confidences), "simulated", confidences=self.confidences)
-
-
 def step(
-    world: World, policy: DraftPolicy, requests: list[Request], alpha: float, source: Random, clock: Clock
+    world: World,
+    policy: DraftPolicy,
+    drafter: Drafter,
+    requests: list[Request],
+    source: Random,
+    now: list[float],
+    clock: Clock,
 ) -> None:
-    """One step as the engine makes it: chains grow in lockstep, and all requests get the rows of the longest."""
-    limits = {s: policy.start(s) for s in requests}
-    chains = [Chain(s, limits[s] > 0) for s in requests]
-    drafting = 0.0
-    while active := [chain for chain in chains if chain.open]:
-        drafting += world.draft_cost * shared(world, len(active))
-        for chain in active:
-            chance = source.betavariate(2 * alpha, 2 * (1 - alpha)) if world.knows else alpha
-            chain.grow(chance, chance if world.knows else 0.5, limits[chain.request], policy, source)
-    for chain in chains:
-        kind = "bonus" if chain.accepted == len(chain.confidences) else "recovered"
-        chain.request.token_ids += [0] * (chain.accepted + 1)
-        policy.observe(chain.request, chain.draft(), Verdict(tuple(range(chain.accepted)), 0, kind))
-    emitted = sum(chain.accepted + 1 for chain in chains)
-    drafted = sum(len(chain.confidences) for chain in chains)
-    width = max(MIN_ROWS, 1 + max(len(chain.confidences) for chain in chains))
+    """One step as the engine makes it."""
+    for request in requests:
+        request.draft_limit = policy.start(request)
+    began = now[0]
+    drafts = dict.fromkeys(requests, Draft())
+    wanting = [request for request in requests if request.draft_limit > 0]
+    if wanting:
+        drafts.update(zip(wanting, drafter.propose(wanting, policy), strict=True))
+    emitted = drafted = 0
+    for request, draft in drafts.items():
+        accepted = draft.tokens.index(WRONG) if WRONG in draft.tokens else len(draft)
+        request.token_ids += [0] * (accepted + 1)
+        kind = "bonus" if accepted == len(draft) else "recovered"
+        verdict = Verdict(tuple(range(accepted)), 0, kind)
+        drafter.observe(request, verdict)
+        policy.observe(request, draft, verdict)
+        emitted, drafted = emitted + accepted + 1, drafted + len(draft)
+        who = draft.source if draft.tokens else "none"
+        clock.by[who] = clock.by.get(who, 0) + 1
+    count = len(requests)
+    width = max(MIN_ROWS, 1 + max(map(len, drafts.values())))
+    more = (width - MIN_ROWS) * count if world.padded else drafted
+    rows = width * count if world.padded else drafted + count
     jitter = 1e-3 * (1 + world.noise * source.uniform(-1, 1))
-    verifying = jitter * (shared(world, len(requests)) + world.row_cost * (width - MIN_ROWS) * len(requests))
+    verifying = jitter * (world.shared(count) + world.row_cost * more)
+    drafting = now[0] - began
     total = jitter * (drafting + world.fixed_cost) + verifying
-    rows = width * len(requests)
-    policy.observe_times(StepTimes(len(requests), drafted, rows, emitted, drafting * jitter, verifying, total))
+    policy.observe_times(StepTimes(count, drafted, rows, emitted, drafting * jitter, verifying, total))
     clock.seconds += total
     clock.tokens += emitted
     clock.drafted += drafted
     clock.steps += 1
 
 
-def shared(world: World, batch: int) -> float:
-    return 1 + world.share_of_batch * (batch - 1)
+def best_in_hindsight(kinds: Sequence[Kind], world: World, lengths: Sequence[int], tokens: int) -> list[float]:
+    """Exhaustive: for each phase, the tokens a second of the best drafter at its best fixed length, or of none.
+
+    A drafter that looks up is given its own drafts as long as they are likely.
+    """
+    phases = max(len(kind.alphas) for kind in kinds)
+    best = [0.0] * phases
+    for kind, length in [(kinds[0], 0), *product(kinds, lengths)]:
+        for phase in range(phases):
+            own = replace(kind, alphas=(kind.alphas[min(phase, len(kind.alphas) - 1)],))
+            best[phase] = max(best[phase], run_with([own], world, Fixed(length), tokens)[0].rate)
+    return best
+
+
+__all__ = ["Choice", "Clock", "Kind", "World", "best_in_hindsight", "fresh", "run", "run_with"]

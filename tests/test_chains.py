@@ -73,8 +73,8 @@ def learnt() -> Gain:
 
 def opened(policy: Gain, requests: list[Request]) -> PerRequest:
     for request in requests:
-        policy.alphas[request].add(0.9)
-        policy.step.open[0] = policy.step.open.get(0, 0) + (request.num_draft_tokens is None)
+        policy.source.alpha.add(request, 0.9)
+        policy.source.open[0] = policy.source.open.get(0, 0) + (request.num_draft_tokens is None)
     return PerRequest(policy)
 
 

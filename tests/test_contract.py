@@ -23,18 +23,19 @@ from foredraft.drafters import DRAFTERS as REGISTERED
 from foredraft.drafters import DraftContext, make_drafter
 from foredraft.drafters.base import NoDrafter
 from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.several import Several
 from foredraft.engine import Engine
 from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, load_model, load_target
 from foredraft.native import library
-from foredraft.policy import Gain
+from foredraft.policy import Choice, Gain
 from foredraft.types import SamplingParams
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "models"
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "my_drafter.py"
 TINY, REAL = ("llama", "qwen3"), ("stories3M", "tinystories-656k")
 DTYPES = ("bfloat16", "float32")
-NEW = ("model", "oracle", "wrong", "random", "example")  # beside those that have a name in the registry
+NEW = ("model", "oracle", "wrong", "random", "example", "several")  # beside those that have a name in the registry
 DRAFTERS = (*REGISTERED, *NEW)
 SELDOM_RIGHT = ("none", "ngram", "random", "example", "skip", "int4+skip")  # the set to skip here is not a chosen one
 BATCHES = {"bfloat16": (1, 2, 3, 5, 8), "float32": (1, 3, 8)}
@@ -85,8 +86,13 @@ class Case:
             "wrong": lambda: Wrong(self.tokens, vocab),
             "random": lambda: RandomDrafter(vocab),
             "example": example_drafter,
+            "several": self.several,
         }
         return made[name]() if name in made else self.registered(name)
+
+    def several(self) -> Several:
+        others = (self.drafter("model"), RandomDrafter(self.target.vocab_size))
+        return Several([self.registered("suffix"), self.registered("int8"), *others])
 
     def registered(self, name: str):
         """By the library's own list; what is left out of a skipping self-draft comes from a file."""
@@ -101,7 +107,8 @@ class Case:
     def engine(self, drafter, batch: int) -> Engine:
         self.target.cache.max_slots = batch
         limit = self.target.max_positions
-        engine = Engine(self.target, drafter, Gain(), max_batch_size=batch, max_model_len=limit)
+        policy = Choice() if isinstance(drafter, Several) else Gain()
+        engine = Engine(self.target, drafter, policy, max_batch_size=batch, max_model_len=limit)
         self.target.watch(engine)
         return engine
 

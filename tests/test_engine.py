@@ -497,6 +497,19 @@ def test_out_of_memory_names_the_bytes_and_the_remedy(llama, monkeypatch):
     assert sound.token_ids == plain(Ask([1, 2, 3], GREEDY), model=llama).token_ids
 
 
+def test_a_policy_hears_which_steps_also_read_prompts():
+    seen = []
+
+    class Watching(Fixed):
+        def observe_times(self, times):
+            seen.append(times)
+
+    made = Engine(TableModel(VOCAB), NoDrafter(), Watching(4), max_batch_size=4, max_model_len=400)
+    play(made, [Ask([1] * 60, GREEDY), Ask([2] * 90, GREEDY, seed=1, arrives=5)])
+    assert [times.read for times in seen if times.read] == [59, 89]
+    assert max(times.rows for times in seen if not times.read) == 2 * made.target.row_invariance.min_rows
+
+
 @pytest.mark.parametrize("what", ["forward", "propose", "start", "observe_times"])
 def test_a_step_that_fails_ends_those_that_took_part_and_frees_what_they_held(what, monkeypatch):
     drafter = RandomDrafter(VOCAB)

@@ -17,6 +17,7 @@ from models import tiny
 from transformers import LogitsProcessor
 
 from foredraft import LLM, SamplingParams, accelerate
+from foredraft.drafters.several import drafters_of
 from foredraft.engine import Engine
 from foredraft.errors import ExactnessError, ExactnessWarning, GenerationError, RequestError, StoppedError
 from foredraft.models.invariance import FIXED
@@ -359,4 +360,7 @@ def test_32_threads_over_one_llm(bundled):
     assert storm.faults == []
     assert storm.texts > 32
     drained(bundled.runner)
-    assert not bundled.engine.policy.policy.alphas and not bundled.drafter.held
+    choice, (suffix, model) = bundled.engine.policy.policy, drafters_of(bundled.drafter)
+    known = (*choice.candidates.values(), *choice.lookups.values())
+    assert len(known) == 2 and not any(it.alpha.own for it in known) and not choice.picks
+    assert not suffix.texts and not model.held and not bundled.drafter.chosen

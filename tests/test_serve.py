@@ -394,7 +394,7 @@ def test_metrics_count_what_was_done(server: ServerProcess, client: openai.OpenA
     assert [after - one for after, one in zip(counters(), before, strict=True)] == expected
     per_position = server.metric("foredraft:spec_decode_num_accepted_tokens_per_pos_total")
     assert per_position == server.metric("foredraft:spec_decode_num_accepted_tokens_total")
-    by_source = server.metric("foredraft:tokens_by_source_total", source="model")
+    by_source = sum(server.metric("foredraft:tokens_by_source_total", source=name) for name in ("model", "suffix"))
     assert by_source == server.metric("foredraft:spec_decode_num_accepted_tokens_total")
     assert server.metric("foredraft:request_success_total", finished_reason="length") >= 1
     assert server.metric("foredraft:time_to_first_token_seconds_count") >= 1

@@ -211,8 +211,8 @@ def test_two_models_and_delete_while_serving(server: ServerProcess) -> None:
     one, other = (complete(server, model=uid).json()["choices"] for uid in ("plain", "bundled"))
     assert one == other
     with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(complete, server, model="plain", max_tokens=60, ignore_eos=True) for _ in range(3)]
-        until(lambda: server.metric("foredraft:num_requests_running", model_name="plain") == 3)
+        running = [pool.submit(complete, server, model="plain", max_tokens=900, ignore_eos=True) for _ in range(3)]
+        until(lambda: server.metric("foredraft:num_requests_running", model_name="plain") > 0)
         deleting = pool.submit(httpx.delete, f"{server.url}/v1/models/plain", timeout=PATIENCE)
         until(lambda: complete(server, model="plain").status_code in (503, 404))
         assert [one.result(PATIENCE).status_code for one in running] == [200] * 3

@@ -27,11 +27,12 @@ from foredraft.verify import verify, verify_reached
 
 @dataclass(slots=True)
 class Clock:
-    """When a step began, and when its drafts and its pass of the target were there."""
+    """When a step began, when its drafts and its pass of the target were there, and when it was done."""
 
     began: float = field(default_factory=perf_counter)
     drafted: float = 0.0
     verified: float = 0.0
+    ended: float = 0.0
 
 
 class Engine:
@@ -139,7 +140,9 @@ class Engine:
         logits = self.target.forward(rows)
         clock.verified = perf_counter()
         outputs = self._commit_all(requests, drafts, spans, logits)
-        self._account(requests, outputs, len(rows.tokens), sum(map(len, drafts)), clock)
+        self._account(requests, outputs, clock)
+        if len(outputs) == len(requests):
+            self._teach(outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
         return outputs
 
     def _propose(self, requests: list[Request]) -> list[Draft]:
@@ -246,6 +249,7 @@ class Engine:
             request.logprobs += sampling.logprobs(logits[: len(added)], added, request.params.logprobs)
         tested = len(added) if all(flags) else len(draft)  # a text that ends within its draft leaves the rest untested
         request.stats.count_pass(tested, sum(flags), len(added))
+        forced.count(request, draft, tested, sum(flags))
         self._observe(request, draft, verdict)
         return StepOutput(request, added, flags, reason, draft.source)
 
@@ -286,22 +290,34 @@ class Engine:
             except Exception as error:  # of a user's own
                 self.fail(request, error)
 
-    def _account(
-        self, requests: list[Request], outputs: list[StepOutput], rows: int, drafted: int, clock: Clock
-    ) -> None:
-        """Share the step's seconds among all that took part, and tell the policy what a decoding step costs."""
-        ended = perf_counter()
+    def _charge(self, requests: list[Request], drafting: float) -> None:
+        """Share the seconds of each drafter among the requests that asked for drafts."""
+        if isinstance(self.drafter, NoDrafter):
+            return
+        spent: dict[str, float] = getattr(self.drafter, "spent", {self.drafter.name: drafting})
+        for request in requests:
+            for name, seconds in spent.items():
+                request.stats.source(name).seconds += seconds / len(requests)
+
+    def _account(self, requests: list[Request], outputs: list[StepOutput], clock: Clock) -> None:
+        """Share the step's seconds among all that took part."""
+        ended = clock.ended = perf_counter()
         drafting, verifying = clock.drafted - clock.began, clock.verified - clock.drafted
         for request in requests:
             request.stats.seconds_drafting += drafting / len(requests)
             request.stats.seconds_verifying += verifying / len(requests)
             request.stats.seconds_other += (ended - clock.verified) / len(requests)
+        self._charge([request for request in requests if request.draft_limit > 0], drafting)
         for output in outputs:
             if output.token_ids and not output.request.stats.seconds_to_first_token:
                 output.request.stats.seconds_to_first_token = ended - output.request.arrived
-        led = any(output.request.lead for output in outputs)  # forced tokens cost no drafting: not a typical step
-        if len(outputs) == len(requests) and not led:
-            emitted = sum(len(output.token_ids) for output in outputs)
-            self.policy.observe_times(
-                StepTimes(len(requests), drafted, rows, emitted, drafting, verifying, ended - clock.began)
-            )
+
+    def _teach(self, outputs: list[StepOutput], spans: list[Span], rows: int, drafted: int, clock: Clock) -> None:
+        """Tell the policy what a step costs; forced tokens cost no drafting, so theirs is not typical."""
+        if any(output.request.lead for output in outputs):
+            return
+        emitted = sum(len(output.token_ids) for output in outputs)
+        read = sum(len(span.tokens) for span in spans) - drafted - len(outputs)
+        drafting, verifying = clock.drafted - clock.began, clock.verified - clock.drafted
+        total = clock.ended - clock.began
+        self.policy.observe_times(StepTimes(len(outputs), drafted, rows, emitted, drafting, verifying, total, read))

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foredraft.drafters.base import Drafter
-from foredraft.drafters.make import DraftContext, make_drafter
-from foredraft.drafters.registry import AUTO, DRAFTERS
+from foredraft.drafters.listed import automatic, check_asked, check_place, make_drafters
+from foredraft.drafters.make import DraftContext, DraftSpec
+from foredraft.drafters.several import Several
 from foredraft.engine import Engine
 from foredraft.errors import GenerationError, PromptTooLongError, RequestError
 from foredraft.models.cache import GRANULE
@@ -47,7 +48,8 @@ class LLM:
 
     Args:
         target: a folder, a hub name or a transformers model; None is the bundled pair.
-        draft: "auto", "none", a drafter's name, a draft model (folder, hub name, object), or a Drafter.
+        draft: "auto", "none", a drafter's name, a draft model (folder, hub name, object), a Drafter, or a list of these
+            to choose among in each step.
         dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16.
         device: "auto" is CUDA where there is one; cpu, cuda, cuda:N.
         draft_device, draft_dtype: the drafter's own; by default the target's.
@@ -71,7 +73,7 @@ class LLM:
     def __init__(
         self,
         target: str | Path | PreTrainedModel | None = None,
-        draft: str | Path | PreTrainedModel | Drafter | None = "auto",
+        draft: DraftSpec | Sequence[DraftSpec] = "auto",
         *,
         dtype: str = "auto",
         device: str = "auto",
@@ -92,14 +94,14 @@ class LLM:
         if max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
         options = LoadOptions(dtype, device, device_map, trust_remote_code, runtime, weight_format)
-        chosen_policy = make_policy(policy)
-        if isinstance(draft, str) and draft == "auto":
-            draft = BUNDLED / "draft" if target is None else AUTO
-        draft, target = unwrapped(draft), model_or_name(BUNDLED / "target" if target is None else target)
+        make_policy(policy)  # an unknown name is said before anything is loaded
+        bundled = BUNDLED / "draft" if target is None else None
+        drafts = [unwrapped(it) for it in (draft if isinstance(draft, (list, tuple)) else [draft])]
+        target = model_or_name(BUNDLED / "target" if target is None else target)
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code, runtime)
-        _check_draft_place(draft, draft_dtype=draft_dtype, draft_device=draft_device)
+        check_place(drafts, bundled, draft_dtype=draft_dtype, draft_device=draft_device)
         self.model = load_target(target, options)
         check_exact(self.model, required=require_exact)
         if tokenizer is None and not isinstance(target, PreTrainedModel):
@@ -108,7 +110,8 @@ class LLM:
         self.max_model_len = _context(max_model_len, self.model.max_positions)
         self.grammars = None if tokenizer is None else Grammars(tokenizer, self.model.vocab_size)
         context = DraftContext(self.model, tokenizer, draft_options, draft_profile, force_profile)
-        drafter = make_drafter(draft, context)
+        drafter = automatic(context, bundled) if drafts == ["auto"] else make_drafters(drafts, context)
+        chosen_policy = make_policy(policy, several=isinstance(drafter, Several))
         self.model.cache.max_slots = max_batch_size
         self.model.cache.max_length = round_up(self.max_model_len, GRANULE)
         self.engine = Engine(
@@ -146,6 +149,7 @@ class LLM:
         params: SamplingParams | None = ...,
         *,
         num_draft_tokens: int | None = ...,
+        draft: str | None = ...,
         on_error: OnError = ...,
     ) -> GenerationResult: ...
     @overload
@@ -155,6 +159,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = ...,
         *,
         num_draft_tokens: int | None = ...,
+        draft: str | None = ...,
         on_error: OnError = ...,
     ) -> list[GenerationResult]: ...
     def generate(
@@ -163,6 +168,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         num_draft_tokens: int | None = None,
+        draft: str | None = None,
         on_error: OnError = "raise",
     ) -> GenerationResult | list[GenerationResult]:
         """Complete one prompt, or many at once; text or token ids.
@@ -171,6 +177,7 @@ class LLM:
             prompts: text, token ids, or a list of either.
             params: one for all, or one each; None decodes greedily.
             num_draft_tokens: draft exactly so many each step; 0 is plain decoding, None lets the policy decide.
+            draft: the name of one of this LLM's drafters to use alone, or "none"; None: as the policy chooses.
             on_error: what becomes of a request that fails while it runs. "return": its result has `finish_reason`
                 "error" and the `error`. "raise": the error is raised; of a list, when all the others have ended too.
 
@@ -189,19 +196,25 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts; give one, or one each")
-        results = self._run([self.job(prompt, own, num_draft_tokens) for prompt, own in zip(batch, each, strict=True)])
+        jobs = [self.job(prompt, own, num_draft_tokens, draft=draft) for prompt, own in zip(batch, each, strict=True)]
+        results = self._run(jobs)
         if on_error == "raise":
             _raise_errors(results, single=single)
         return results[0] if single else results
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, num_draft_tokens: int | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        num_draft_tokens: int | None = None,
+        draft: str | None = None,
     ) -> Iterator[Chunk]:
         """Complete one prompt, a chunk for each step; the last one carries the result. Raises as `generate`.
 
         The request begins with the first chunk asked for, and ends with the iterator: closed, or dropped.
         """
-        return self._stream(self.job(prompt, params, num_draft_tokens))
+        return self._stream(self.job(prompt, params, num_draft_tokens, draft=draft))
 
     def chat(
         self,
@@ -209,6 +222,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         num_draft_tokens: int | None = None,
+        draft: str | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
@@ -218,7 +232,7 @@ class LLM:
         Args:
             messages: roles with content (text or text parts), tool calls and their results, as OpenAI has them.
             params: None decodes greedily.
-            num_draft_tokens: as for `generate`.
+            num_draft_tokens, draft: as for `generate`.
             tools: what the model may call: JSON schemas, or functions that transformers can make one of.
             tool_choice: "auto", "none", "required" or a tool's name; calls are in the result's `tool_calls`.
             template_arguments: further variables of the template, as `documents` or `enable_thinking`.
@@ -230,6 +244,7 @@ class LLM:
             messages,
             params,
             num_draft_tokens=num_draft_tokens,
+            draft=draft,
             tools=tools,
             tool_choice=tool_choice,
             template_arguments=template_arguments,
@@ -243,13 +258,14 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         num_draft_tokens: int | None = None,
+        draft: str | None = None,
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
     ) -> Iterator[Chunk]:
         """`chat`, a chunk for each step."""
         arguments = (tools, tool_choice, template_arguments)
-        return self._stream(self.chat_job(messages, params, num_draft_tokens, *arguments))
+        return self._stream(self.chat_job(messages, params, num_draft_tokens, *arguments, draft=draft))
 
     def chat_job(
         self,
@@ -259,13 +275,16 @@ class LLM:
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
+        *,
+        draft: str | None = None,
     ) -> Job:
         """A checked chat, ready for the engine. Raises as `chat`."""
         calling = Calling(self.tokenizer, self.grammars, tools, tool_choice)
         prompt = render_chat(self.tokenizer, messages, calling.shown, template_arguments)
         params = params or SamplingParams()
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
-        job = self.job(prompt, params, num_draft_tokens, stop_token_ids=end_of_turn_ids(self.tokenizer))
+        ends = end_of_turn_ids(self.tokenizer)
+        job = self.job(prompt, params, num_draft_tokens, ends, draft=draft)
         return replace(job, read_calls=calling.read)
 
     def job(
@@ -274,12 +293,15 @@ class LLM:
         params: SamplingParams | None = None,
         num_draft_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        *,
+        draft: str | None = None,
     ) -> Job:
         """A checked request, ready for the engine. Raises as `generate`."""
         if not isinstance(params, SamplingParams | None):
             raise RequestError(f"params={params!r} is not usable; pass SamplingParams(...)")
         params = params or SamplingParams()
         self._check_draft_length(num_draft_tokens)
+        check_asked(self.drafter, draft, num_draft_tokens)
         self._check_bias(params)
         ids = self.encode(prompt)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
@@ -291,7 +313,8 @@ class LLM:
             params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_rule=stream.push if stream else _never,
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=0 if draft == "none" else num_draft_tokens,
+            drafter=draft or self._steady_drafter(params, num_draft_tokens),
             stop_token_ids=eos.union(params.stop_token_ids),
             constraint=self._constraint(params, (*stop_token_ids, *sorted(eos.difference(stop_token_ids)))),
         )
@@ -335,6 +358,11 @@ class LLM:
                 f"num_draft_tokens={num_draft_tokens!r} is not usable; it must be whole and in [0, {most}], the widest "
                 "pass that was probed to be exact"
             )
+
+    def _steady_drafter(self, params: SamplingParams, num_draft_tokens: int | None) -> str | None:
+        """Rejection sampling repeats a seed's text only where the same drafter drafts in each step, equally far."""
+        repeats = params.verifier == "rejection" and not params.greedy and num_draft_tokens
+        return self.drafter.steady if repeats and isinstance(self.drafter, Several) else None
 
     def _check_bias(self, params: SamplingParams) -> None:
         outside = [token for token in params.logit_bias if not 0 <= token < self.model.vocab_size]
@@ -393,18 +421,6 @@ def _raise_errors(results: list[GenerationResult], *, single: bool) -> None:
 
 def _never(token_id: int) -> bool:
     return False
-
-
-def _check_draft_place(draft: object, **place: str | None) -> None:
-    """Raises RequestError where `draft_dtype` or `draft_device` is given and says nothing to this drafter."""
-    given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
-    if isinstance(draft, PreTrainedModel):
-        LoadOptions(place["draft_dtype"] or "auto", place["draft_device"] or "auto").check_object(draft, "draft_")
-    elif given and (not isinstance(draft, (str, Path)) or draft in DRAFTERS):
-        kind = DRAFTERS.get(str(draft))
-        own = kind is not None and kind.own_weights
-        why = "drafts with the target's own weights" if own else "has no model to load"
-        raise RequestError(f"draft={draft!r} {why}, so {given} cannot be honoured; leave it out")
 
 
 def _context(asked: int | None, most: int) -> int:

@@ -3,7 +3,21 @@
 Owns the field's figures and their exact definitions. Knows nothing of models, tensors or clocks.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+
+
+@dataclass(slots=True)
+class SourceStats:
+    """What one drafter did. Its seconds are those in which it was asked, whether its drafts were used or not."""
+
+    drafts: int = 0  # passes that checked a draft of its
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "SourceStats") -> None:
+        for spec in fields(self):
+            setattr(self, spec.name, getattr(self, spec.name) + getattr(other, spec.name))
 
 
 @dataclass(slots=True)
@@ -18,6 +32,7 @@ class SpecStats:
     accepted: int = 0
     drafted_at: list[int] = field(default_factory=list)  # [i]: drafts that reached position i
     accepted_at: list[int] = field(default_factory=list)  # [i]: of these, accepted at position i
+    by_source: dict[str, SourceStats] = field(default_factory=dict)  # by drafter; "forced": what a grammar dictated
     seconds_drafting: float = 0.0
     seconds_verifying: float = 0.0  # forward passes of the target, prefill included
     seconds_other: float = 0.0
@@ -60,11 +75,20 @@ class SpecStats:
         for i in range(accepted):
             self.accepted_at[i] += 1
 
+    def source(self, name: str) -> SourceStats:
+        """The counters of one drafter."""
+        if name not in self.by_source:
+            self.by_source[name] = SourceStats()
+        return self.by_source[name]
+
     def add(self, other: "SpecStats") -> None:
         """Add another's counters to these; lists by position, the shorter one padded with zeros."""
         for spec in fields(self):
             mine, theirs = getattr(self, spec.name), getattr(other, spec.name)
-            if isinstance(mine, list):
+            if isinstance(mine, dict):
+                for name, counters in theirs.items():
+                    self.source(name).add(counters)
+            elif isinstance(mine, list):
                 width = max(len(mine), len(theirs))
                 padded = [xs + [0] * (width - len(xs)) for xs in (mine, theirs)]
                 setattr(self, spec.name, [a + b for a, b in zip(*padded, strict=True)])
@@ -74,5 +98,6 @@ class SpecStats:
     def as_dict(self) -> dict[str, object]:
         """Counters and rates, ready for JSON."""
         counters: dict[str, object] = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        counters["by_source"] = {name: asdict(own) for name, own in self.by_source.items()}
         rates = ("draft_acceptance_rate", "mean_acceptance_length", "acceptance_by_position", "tokens_per_second")
         return counters | {name: getattr(self, name) for name in rates}

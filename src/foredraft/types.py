@@ -176,6 +176,7 @@ class Request:
     seed: int
     stop_rule: StopRule
     num_draft_tokens: int | None = None  # None: as the policy decides; 0: plain decoding
+    drafter: str | None = None  # of several drafters the one to use; None: as the policy chooses
     may_draft: bool = True  # False once a guess has spoilt its logits
     stop_token_ids: frozenset[int] = frozenset()  # the request's own, and the model's unless they are ignored
     memory: str | None = ""  # whose earlier outputs it may draft from, and adds its own to; None: nobody's

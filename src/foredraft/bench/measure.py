@@ -12,6 +12,7 @@ from foredraft.bench.asking import Prompt, Run, ask, conversation
 from foredraft.bench.options import POLICY, BenchOptions
 from foredraft.bench.tasks import Task
 from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.drafters.several import Several
 from foredraft.errors import PromptTooLongError
 from foredraft.llm import LLM
 from foredraft.policy import DraftPolicy, make_policy
@@ -39,8 +40,14 @@ class Arm:
 def make_arms(llm: LLM, options: BenchOptions) -> tuple[Arm, ...]:
     """Plain decoding, and one arm for each draft length."""
     plain = Arm(PLAIN, 0, NoDrafter(), make_policy("fixed"))
+    several = isinstance(llm.drafter, Several)
     drafting = [
-        Arm(POLICY if length is None else f"gamma {length}", length, llm.drafter, make_policy(options.policy))
+        Arm(
+            POLICY if length is None else f"gamma {length}",
+            length,
+            llm.drafter,
+            make_policy(options.policy, several=several),
+        )
         for length in options.lengths
     ]
     return (plain, *drafting)

@@ -125,6 +125,9 @@ class Comparison:
 
 def compare(question: Question, params: "SamplingParams", num_draft_tokens: int | None) -> Comparison:
     """Both arms with one seed; the order alternates, so that a machine that warms up or throttles favours neither."""
+    from foredraft.drafters.several import forget_outputs
+
+    forget_outputs(question.llm.drafter)  # else all rounds but the first would draft from the answer itself
     plain, speculative = Arm("plain", 0), Arm("speculative", num_draft_tokens)
     seed = question.ask(params, 0).seed
     params = replace(params, seed=seed)

@@ -36,7 +36,8 @@ class RunOptions:
         flag(
             "--draft",
             "--draft-model",
-            help=f"Who drafts: {', '.join(DRAFTERS)}, auto, or a draft model's folder or hub name.",
+            help=f"Who drafts: {', '.join(DRAFTERS)}, auto, or a draft model's folder or hub name; of several, with "
+            "commas between them, the best one in each step.",
             panel=MODEL,
         ),
     ] = "auto"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from foredraft.cli.console import Printer, busy, interruptible, note
 from foredraft.cli.options import RunOptions
+from foredraft.drafters.registry import split
 from foredraft.errors import ForedraftError, RequestError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def open_llm(options: RunOptions) -> "LLM":
     enable_progress_bars()
     return LLM(
         options.model,
-        options.draft,
+        split(options.draft),
         dtype=options.dtype,
         weight_format=options.weight_format,
         runtime=options.runtime,

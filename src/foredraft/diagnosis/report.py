@@ -67,6 +67,8 @@ def _torch(t: "Torch") -> Lines:
 def _serving(s: "Serving") -> Lines:
     yield "target", _served(s.target)
     yield "drafter", f"{s.drafter}: {_served(s.draft)}" if s.draft else s.drafter
+    if s.reasons:
+        yield "chosen among", "; ".join(f"{name}: {why}" for name, why in s.reasons.items())
     yield "probe", s.probe
     weights, added = s.memory["target_weights"], s.memory["draft_weights"]
     yield "weights", size(weights) + (f", and {size(added)} to draft with" if added else "")

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.registry import split
+from foredraft.drafters.several import Several, drafters_of
 from foredraft.llm import LLM
 from foredraft.models.base import CausalModel
 from foredraft.models.decoder import Attention, Decoder
@@ -60,8 +63,9 @@ class Serving:
     """One LLM: who verifies, who drafts, what the probe found, what it holds."""
 
     target: Served
-    drafter: str
-    draft: Served | None  # where the drafter is a model
+    drafter: str  # or several
+    reasons: dict[str, str]  # why each of several is there
+    draft: Served | None  # the first drafter that is a model
     row_invariance: RowInvariance
     probe: str  # what that means
     context: int
@@ -90,16 +94,18 @@ def _cuda(index: int) -> str:
 def load(model: str | None, draft: str, **options: Any) -> tuple[LLM, Serving]:
     """An LLM and its description. Raises as LLM does."""
     begin = time.perf_counter()
-    llm = LLM(model, draft, **options)
+    llm = LLM(model, split(draft), **options)
     return llm, describe(llm, model, draft, time.perf_counter() - begin)
 
 
 def describe(llm: LLM, model: str | None, draft: str, seconds: float) -> Serving:
-    drafting: CausalModel | None = getattr(llm.drafter, "model", None)
+    drafters = drafters_of(llm.drafter)
+    drafting: CausalModel | None = next((it.model for it in drafters if isinstance(it, ModelDrafter)), None)
     whose = BUNDLED if model is None and draft == "auto" else label(draft)
     return Serving(
         served(llm.model, BUNDLED if model is None else label(model)),
         llm.drafter.name,
+        llm.drafter.reasons if isinstance(llm.drafter, Several) else {},
         None if drafting is None else served(drafting, whose),
         llm.model.row_invariance,
         shapes(llm.model.row_invariance),

@@ -40,6 +40,22 @@ def _under_grammar(request: Request, draft: Draft) -> Draft:
     return Draft(draft.tokens[:kept], draft.source, confidences=draft.confidences[:kept])
 
 
+def count(request: Request, draft: Draft, tested: int, accepted: int) -> None:
+    """Note who guessed the tokens that were verified: first those that were forced, then the drafter's own."""
+    if not tested:
+        return
+    given = min(len(request.lead), tested)
+    parts = [(draft.source.removeprefix(f"{NAME}+"), tested - given, max(0, accepted - given))]
+    if given:
+        parts.append((NAME, given, min(given, accepted)))
+    for source, drafted, right in parts:
+        if drafted:
+            counters = request.stats.source(source)
+            counters.drafts += 1
+            counters.drafted += drafted
+            counters.accepted += right
+
+
 def beyond(request: Request, draft: Draft, verdict: Verdict) -> tuple[Draft, Verdict]:
     """What came after the forced tokens, and what became of it: what a policy may learn from."""
     given = len(request.lead)

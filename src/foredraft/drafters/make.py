@@ -30,7 +30,10 @@ class DraftContext:
     remember: bool = True  # may it draft from outputs of earlier requests?
 
 
-def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context: DraftContext) -> Drafter:
+DraftSpec = str | Path | PreTrainedModel | Drafter | None
+
+
+def make_drafter(spec: DraftSpec, context: DraftContext) -> Drafter:
     """A drafter by name, or from a draft model's folder, hub name or object, or as it is.
 
     Raises:
@@ -57,11 +60,16 @@ def make_drafter(spec: "str | Path | PreTrainedModel | Drafter | None", context:
     return spec
 
 
-def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
-    if isinstance(source, str) and not looks_like_path(source) and "/" not in source:
-        near = difflib.get_close_matches(source, DRAFTERS, n=1)
+def check_name(spec: DraftSpec) -> None:
+    """Raises RequestError where this looks like a drafter's name misspelt, rather than like a model."""
+    if isinstance(spec, str) and spec not in DRAFTERS and not looks_like_path(spec) and "/" not in spec:
+        near = difflib.get_close_matches(spec, DRAFTERS, n=1)
         if near:
-            raise RequestError(f"draft={source!r} is not known; did you mean {near[0]!r}?")
+            raise RequestError(f"draft={spec!r} is not known; did you mean {near[0]!r}?")
+
+
+def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
+    check_name(source)
     try:
         model = load_model(source, context.options)
     except ModelError as error:

@@ -77,6 +77,7 @@ class NgramDrafter:
     """Drafts what followed the longest suffix of prompt and output that occurred before."""
 
     name = "ngram"
+    looks_up = True
 
     def __init__(self, min_match: int = MIN_MATCH) -> None:
         self.min_match = min_match

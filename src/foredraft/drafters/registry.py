@@ -5,6 +5,7 @@ A new drafter is a file beside this one and a record here. What a record makes i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,7 +66,13 @@ KINDS = (
     _self_draft("int4+skip", "the target in four bits and without some of its sub-layers", "int4", skips=True),
 )
 DRAFTERS = {kind.name: kind for kind in KINDS}
-AUTO = "ngram"  # what `auto` is where no draft model comes with the target
+AUTO = "suffix"  # what `auto` has whatever the target
+
+
+def split(text: str) -> str | list[str]:
+    """What a flag names: one drafter, or several with commas between."""
+    names = [name.strip() for name in text.split(",")]
+    return text if len(names) == 1 or Path(text).exists() else names
 
 
 def with_profile() -> list[str]:

@@ -20,6 +20,7 @@ class SuffixDrafter:
     """
 
     name = "suffix"
+    looks_up = True
 
     def __init__(self, memory: SuffixMemory | None = None, rule: SuffixRule = PAPER) -> None:
         self.memory = memory

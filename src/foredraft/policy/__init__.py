@@ -1,13 +1,15 @@
 """How far to draft, for each request in each step. Works with numbers alone, no tensors and no models.
 
 A policy changes when tokens arrive, never which. `base` says what a policy is asked and told, `rules` has fixed rules,
-`gain` the default.
+`gain` the default for one drafter, `choice` that for several: by `plan`, from the `costs` of steps and what is known of
+each drafter (`source`, `candidates`).
 """
 
 from collections.abc import Callable
 
 from foredraft.errors import RequestError
 from foredraft.policy.base import DraftPolicy, StepTimes, StopRule
+from foredraft.policy.choice import Choice
 from foredraft.policy.gain import Gain
 from foredraft.policy.rules import DEFAULT_NUM_DRAFT_TOKENS, Fixed, Heuristic, Threshold
 from foredraft.types import Draft, Request, Verdict
@@ -15,6 +17,7 @@ from foredraft.types import Draft, Request, Verdict
 __all__ = [
     "DEFAULT_NUM_DRAFT_TOKENS",
     "POLICIES",
+    "Choice",
     "DraftPolicy",
     "Fixed",
     "Gain",
@@ -52,7 +55,7 @@ class PerRequest:
         return found._replace(survivals=[next(own) if r.num_draft_tokens is None else None for r in requests])
 
     def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
-        if request.num_draft_tokens is None:
+        if request.num_draft_tokens is None or isinstance(self.policy, Choice):  # it still has to know who is best
             self.policy.observe(request, draft, verdict)
 
     def observe_times(self, times: StepTimes) -> None:
@@ -70,14 +73,14 @@ POLICIES: dict[str, Callable[[], DraftPolicy]] = {
 }
 
 
-def make_policy(policy: str | DraftPolicy | None) -> DraftPolicy:
-    """A policy by name, as given, or the default.
+def make_policy(policy: str | DraftPolicy | None, *, several: bool = False) -> DraftPolicy:
+    """A policy by name, as given, or the default; `gain` among several drafters also chooses one.
 
     Raises:
         RequestError: no policy has that name.
     """
-    if policy is None:
-        return Gain()
+    if policy is None or policy == "gain":
+        return Choice() if several else Gain()
     if not isinstance(policy, str):
         return policy
     if policy not in POLICIES:

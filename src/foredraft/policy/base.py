@@ -16,6 +16,7 @@ class StepTimes(NamedTuple):
     drafting: float
     verifying: float
     total: float
+    read: int = 0  # tokens of prompts: the step's rows and seconds are then not those of decoding
 
 
 class StopRule(NamedTuple):
@@ -52,7 +53,7 @@ class DraftPolicy(Protocol):
         ...
 
     def observe_times(self, times: StepTimes) -> None:
-        """What a step took in which all requests were decoding."""
+        """What a step took in which all requests got tokens."""
         ...
 
     def forget(self, request: Request) -> None:

@@ -1,0 +1,137 @@
+"""What is known of each of several drafters, and how those that are not used are tried."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from foredraft.policy.costs import Average, Costs
+from foredraft.policy.plan import Offer
+from foredraft.policy.source import MARGIN, SOON, Blend, Source
+from foredraft.types import Draft, Request, Verdict
+
+FEW = 24  # tokens: somewhat more than one draft
+
+
+@dataclass(slots=True)
+class Round:
+    """One step of a drafter: for whom it drafted, what that promised and cost, and what became of it."""
+
+    requests: frozenset[Request]
+    promised: float  # tokens gained, as expected
+    trial: bool = False
+    displaced: float = 0.0  # of a trial: tokens that those in whose place it drafted should have gained
+    seconds: float = 0.0
+    reading: float = 0.0  # of these: to catch up on the text
+    cold: bool = False  # was there much to catch up on?
+    longest: int = 0
+    drafted: int = 0
+    tested: int = 0
+    right: int = 0
+
+
+class Candidate(Source):
+    """A drafter that computes: it is judged by how often it was right, and by how much of its promise it kept."""
+
+    def __init__(self, maximum: int) -> None:
+        super().__init__(maximum)
+        self.round: Round | None = None  # of this step
+        self.hope = Average(memory=3)  # acceptance in the latest trials
+        self.promised, self.gained = Average(), Average()  # tokens a step
+        self.read: dict[Request, int] = {}  # tokens of a text when it last drafted for it
+
+    def trust(self) -> float:
+        """How much of its promises it kept lately. They leave out that drafts of a batch do not end together."""
+        if self.promised.count < SOON or self.promised.value <= 0:
+            return 1.0
+        return min(2.0, max(0.1, self.gained.value / self.promised.value))
+
+    def took(self, seconds: float, requests: Sequence[Request], longest: int) -> None:
+        """Drafting for these took so long. What catching up on text took says nothing of the next pass."""
+        known = self.seconds(len(requests)) * max(1, longest)
+        if self.round is not None:  # twice what is usual is something else that ran
+            self.round.seconds, self.round.longest = min(seconds, 2 * known) if known else seconds, longest
+        behind = max(len(request.token_ids) - self.read.get(request, 0) for request in requests)
+        self.read.update((request, len(request.token_ids)) for request in requests)
+        if behind <= FEW:
+            self.add_pass(seconds / max(1, longest), len(requests))
+        elif self.round is not None:
+            self.round.cold, self.round.seconds = True, seconds
+            self.round.reading = max(0.0, seconds - known)
+
+    def learn(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        super().learn(request, draft, verdict)
+        if not draft.tokens and not request.lead:  # it was asked in vain
+            self.alpha.add(request, 0.0)
+        if self.round is not None and request in self.round.requests:
+            self.round.drafted += len(draft)
+            self.round.tested += min(len(verdict.accepted) + 1, len(draft))
+            self.round.right += len(verdict.accepted)
+
+    def forget(self, request: Request) -> None:
+        super().forget(request)
+        self.read.pop(request, None)
+
+    def settle(self, costs: Costs, rate: float) -> None:
+        """Judge what became of the step before."""
+        done, self.round, now = self.round, None, costs.now
+        if done is None or not rate:
+            return
+        count = len(done.requests)
+        rows = count * done.longest if now.padded else done.drafted
+        free = (now.free_rows - 1) * count
+        seconds = done.seconds + max(0, rows - free) * now.row
+        if not done.trial:
+            if not done.cold:
+                self.promised.add(done.promised)
+                self.gained.add(done.right - rate * seconds)
+            return
+        self.hope.add(done.right / done.tested if done.tested else 0.0)
+        gain, _ = self.worth([self.hope.value] * count, now, rate)
+        well = gain > done.displaced + MARGIN * count
+        if well:  # what it did not keep was long ago
+            self.promised, self.gained = Average(), Average()
+        cost = seconds - done.reading + done.displaced / rate
+        self.trials.made(costs.elapsed, now.plain.value, cost, well=well, reading=done.reading)
+
+
+class Lookup(Source):
+    """A drafter that looks its guess up and tells at once how sure it is: asked first, and judged by its offers."""
+
+    def __init__(self, maximum: int) -> None:
+        super().__init__(maximum)
+        self.asking = Average()  # seconds, for one request
+        self.gains = Blend(Average(0.2, count=8, memory=50))  # tokens that asking gained; at first a guess
+        self.trying = False
+        self.pays = True  # does asking pay for any request?
+
+    def asks(self, requests: Sequence[Request], costs: Costs) -> list[Request]:
+        """For which of these it is worth looking something up; all of them, where a trial is due."""
+        worth = [r for r in requests if r.num_draft_tokens is not None or self.gains.of(r) >= 0]
+        self.pays = bool(worth)
+        self.trying = len(worth) < len(requests) and costs.elapsed >= self.trials.due
+        if self.trying:
+            return list(requests)
+        if worth:
+            self.trials.paid(costs.elapsed, costs.now.plain.value)
+        return worth
+
+    def offer(self, name: str, request: Request, draft: Draft) -> Offer:
+        survivals, survival = [], 1.0
+        for index in range(len(request.lead), len(draft)):
+            survival *= self.bins.probability(draft.confidences[index]) if draft.confidences else self.alpha.of(request)
+            survivals.append(survival)
+        return Offer(name, survivals)
+
+    def charge(self, asked: Mapping[Request, float], costs: Costs, rate: float) -> None:
+        """These were asked, and what was found for each should gain so much: 0 where it is not used."""
+        cost = rate * self.asking.value
+        for request, gain in asked.items():
+            if not gain:
+                self.gains.add(request, -cost)
+        if self.trying:
+            seconds = self.asking.value * len(asked)
+            well = sum(asked.values()) > cost * len(asked)
+            self.trials.made(costs.elapsed, costs.now.plain.value, seconds, well=well)
+
+    def forget(self, request: Request) -> None:
+        super().forget(request)
+        self.gains.own.pop(request, None)

@@ -1,0 +1,199 @@
+"""What is known of one drafter: how often it is right, what it asks, whether it pays, and when it is tried again."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from foredraft.policy.base import StopRule
+from foredraft.policy.costs import Average, BatchCosts
+from foredraft.types import Draft, Request, Verdict
+
+MARGIN = 0.02  # tokens a step by which a draft has to beat plain decoding
+SHARE = 0.01  # of the time that trials may take
+SOON = 4  # steps between the first trials
+
+
+@dataclass(slots=True)
+class ConfidenceBins:
+    """How often tokens of a given confidence were accepted, counted in ten bins. An empty bin trusts the drafter."""
+
+    bins: int = 10
+    memory: float = 0.995
+    accepted: list[float] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.accepted = [2 * (i + 0.5) / self.bins for i in range(self.bins)]
+        self.seen = [2.0] * self.bins
+
+    def _bin(self, confidence: float) -> int:
+        return min(self.bins - 1, max(0, int(confidence * self.bins)))
+
+    def add(self, confidence: float, accepted: bool) -> None:
+        i = self._bin(confidence)
+        self.accepted[i] = self.memory * self.accepted[i] + accepted
+        self.seen[i] = self.memory * self.seen[i] + 1
+
+    def probability(self, confidence: float) -> float:
+        i = self._bin(confidence)
+        return self.accepted[i] / self.seen[i]
+
+
+@dataclass(slots=True)
+class Blend:
+    """An average over all requests, and one of each: the more a request has shown, the more its own counts."""
+
+    all: Average
+    memory: int = 30
+    trust: int = 8  # observations after which both count alike
+    own: defaultdict[Request, Average] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own = defaultdict(partial(Average, memory=self.memory))
+
+    def add(self, request: Request, value: float) -> None:
+        self.all.add(value)
+        self.own[request].add(value)
+
+    def of(self, request: Request) -> float:
+        own = self.own.get(request)
+        if own is None:
+            return self.all.value
+        weight = own.count / (own.count + self.trust)
+        return weight * own.value + (1 - weight) * self.all.value
+
+
+@dataclass(slots=True)
+class Trials:
+    """When a drafter that does not pay is tried again: after a wait that doubles with every trial in vain.
+
+    It grows until trials take at most a share of the time. After one that went well it begins anew.
+    """
+
+    share: float = SHARE
+    wait: float = 0.0  # seconds
+    due: float = 0.0  # in seconds of decoding
+
+    def paid(self, now: float, step: float) -> None:
+        """It is used on its own merits; should that end, the first trial comes soon."""
+        self.wait = SOON * step
+        self.due = now + self.wait
+
+    def made(self, now: float, step: float, cost: float, *, well: bool, reading: float = 0.0) -> None:
+        """A trial took so many seconds, and some more to read the text since the last one.
+
+        The longer the wait, the more there is to read: growing by doubling alone, all would be read in the end.
+        """
+        least, most = SOON * step, (cost + reading) / self.share
+        self.wait = least if well else max(least, reading / self.share / 2, min(2 * self.wait, most))
+        self.due = now + self.wait
+
+
+class Source:
+    """One drafter as a policy sees it."""
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.bins = ConfidenceBins()
+        self.alpha = Blend(Average(0.6, count=8, memory=200))  # acceptance of the next token; at first a guess
+        self.passes: dict[int, Average] = {}  # seconds to draft a token, by the requests that draft it together
+        self.trials = Trials()
+        self.open: dict[int, int] = {}  # by length: how many drafts of this step go on after so many tokens
+        self.kept: dict[int, Average] = {}  # by length: which share of those that came so far did in the latest steps
+
+    # --- what it costs ----------------------------------------------------------------------------------------------
+
+    def add_pass(self, seconds: float, sharing: int, *, cold: bool = False) -> None:
+        """Time of a pass that drafted one token. A cold one, which also catches up on text, can only lower it."""
+        known = self.passes.get(sharing)
+        if known is None or (known.count < SOON and 2 * seconds < known.value):  # the first pass reads the prompt
+            known = self.passes[sharing] = Average()
+        if not cold or not known.count or seconds < known.value:
+            known.add_cost(seconds)
+
+    def seconds(self, sharing: int) -> float:
+        """Of a pass that drafts one token for so many requests; 0 while nothing is known."""
+        known = self.passes.get(sharing)
+        if known is None:
+            if not self.passes:
+                return 0.0
+            known = self.passes[min(self.passes, key=lambda size: abs(size - sharing))]
+        return known.value
+
+    def price(self, costs: BatchCosts, index: int, sharing: int) -> float:
+        """Seconds that the draft token at this index adds to a step, for each of the requests that draft it."""
+        return self.seconds(sharing) / max(1, sharing) + costs.row_price(index, sharing)
+
+    # --- what it brings ---------------------------------------------------------------------------------------------
+
+    def worth(self, alphas: Sequence[float], costs: BatchCosts, rate: float, paid: int = 0) -> tuple[float, int]:
+        """Tokens a step that requests with these acceptances gain by drafting together, and how far that is best.
+
+        One pass serves all of them, and so do the rows of a padded batch, of which so many beyond its own are `paid`.
+        """
+        count, price = len(alphas), rate * self.seconds(len(alphas))
+        rows = rate * costs.row * (costs.batch if costs.padded else count)
+        free = max(costs.free_rows, paid + 1 if costs.padded else 0)
+        total, survivals = 0.0, list(alphas)
+        for index in range(self.maximum):
+            gain = sum(survivals) - price - (rows if index + 2 > free else 0.0)
+            if gain <= 0:
+                return total, index
+            total += gain
+            survivals = [survival * alpha for survival, alpha in zip(survivals, alphas, strict=True)]
+        return total, self.maximum
+
+    def trust(self) -> float:
+        """Which share of this to believe in."""
+        return 1.0
+
+    def survival(self, request: Request, confidences: tuple[float, ...]) -> float:
+        """How likely all these tokens and one more are accepted."""
+        survival = self.alpha.of(request)
+        for confidence in confidences:
+            survival *= self.bins.probability(confidence)
+        return survival
+
+    def begin(self, limit: int) -> int:
+        """Another request of this step drafts, at most so many tokens."""
+        self.open[0] = self.open.get(0, 0) + 1
+        return limit
+
+    def go_on(self, request: Request, confidences: tuple[float, ...], costs: BatchCosts) -> bool:
+        """Whether the next token's expected gain exceeds its price, shared with those likely to draft it too."""
+        depth = len(confidences)
+        price = self._whole_price(costs, depth) / self.open.get(depth - 1, 1)
+        go_on = self.survival(request, confidences) > costs.rate * price
+        self.open[depth] = self.open.get(depth, 0) + go_on
+        return go_on
+
+    def rule(self, requests: Sequence[Request], costs: BatchCosts, most: int) -> StopRule:
+        """`go_on` in numbers."""
+        chances = [accepted / seen for accepted, seen in zip(self.bins.accepted, self.bins.seen, strict=True)]
+        survivals: list[float | None] = [self.alpha.of(request) for request in requests]
+        prices = [self._whole_price(costs, index) for index in range(most)]
+        return StopRule(survivals, chances, prices, costs.rate, self.open.get(0, 1))
+
+    def _whole_price(self, costs: BatchCosts, depth: int) -> float:
+        """Seconds that a token at this depth costs all that draft it; more, where many usually end before it."""
+        sharing = max(1, self.open.get(0, 1))
+        stay = 0.75 + 0.25 * self.kept[depth].value if sharing > 1 and depth in self.kept else 1.0
+        return sharing * self.price(costs, depth, sharing) / stay
+
+    def end_step(self) -> None:
+        for depth, count in self.open.items():
+            before = self.open.get(depth - 1)
+            if before:
+                self.kept.setdefault(depth, Average(memory=20)).add(count / before)
+        self.open = {}
+
+    def learn(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        kept = len(verdict.accepted)
+        for i in range(min(kept + 1, len(draft))):
+            self.alpha.add(request, i < kept)
+            if draft.confidences:
+                self.bins.add(draft.confidences[i], i < kept)
+
+    def forget(self, request: Request) -> None:
+        self.alpha.own.pop(request, None)
