@@ -48,7 +48,7 @@ class FakeModel:
 
     info = ModelInfo(100, 4, "fake", True, "float32", "cpu", True, {})
 
-    def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
+    async def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
         return asks
 
     def submit(self, asks: Sequence[Ask], *, stream: bool, details: bool) -> FakeAnswer:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 HISTORY_LENGTH = 1000
-LOCAL = ("draft", "dtype", "device", "draft_device", "draft_profile", "trust_remote_code", "gpu", "policy")
+LOCAL = (
+    "draft", "dtype", "weight_format", "runtime", "device", "draft_device", "draft_profile", "trust_remote_code", "gpu",
+    "policy",
+)  # fmt: skip
 
 
 @takes(ChatOptions)
@@ -45,6 +48,8 @@ def connect(options: ChatOptions, server: str) -> "tuple[LLM, SamplingParams]":
     if own:
         given = ", ".join("--" + name.replace("_", "-") for name in own)
         raise RequestError(f"--server contradicts {given}: the server has decided that; drop one of them")
+    if options.regex is not None or options.grammar is not None:
+        raise RequestError("--server takes no --regex and no --grammar; give --json-schema, or run the model here")
     params = session.sampling_params(options)
     model = open_remote(open_client(ServerOptions(server, options.api_key)), options.model)
     interruptible()

@@ -1,10 +1,12 @@
 """A model behind `--server`, in the shape that `foredraft chat` talks to."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foredraft.errors import ForedraftError, PromptTooLongError, RequestError, ServerError
+from foredraft.structured import Structured
 
 if TYPE_CHECKING:
     from foredraft.client import Client
@@ -78,6 +80,9 @@ def _fields(params: "SamplingParams") -> dict[str, Any]:
     }
     if not params.greedy:
         fields |= {"top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+    if isinstance(params.structured, Structured):
+        schema = {"schema": json.loads(params.structured.source)}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 
 

@@ -28,6 +28,7 @@ class EngineModel:
 
     def __init__(self, llm: LLM, limits: Limits, metrics: ModelMetrics, loop: asyncio.AbstractEventLoop) -> None:
         self._llm = llm
+        self._tokenizer = llm.tokenizer
         self._runner = llm.runner.start()
         self._limits = limits
         self._metrics = metrics
@@ -36,14 +37,21 @@ class EngineModel:
         self._live: set[Generation] = set()
         self._empty = Bell(loop)
         self._texts = 0  # of all live generations
+        self._preparing = 0  # requests that are not submitted yet
+        self._open = True
         self._seconds = 1.0  # a request's mean duration
         self._bytes = token_bytes(llm.tokenizer)
         self._vocabulary = llm.model.vocab_size
         self.info = describe(llm)
         metrics.watch(self.figures)
 
-    def prepare(self, asks: Sequence[Ask]) -> list[Job]:
-        return [self._job(ask) for ask in asks]
+    async def prepare(self, asks: Sequence[Ask]) -> list[Job]:
+        self._preparing += 1
+        try:
+            return await asyncio.to_thread(lambda llm: [_job(llm, ask) for ask in asks], self._llm)
+        finally:  # whoever waits in `drained` looks again only after the caller has submitted
+            self._preparing -= 1
+            self._ring_if_empty()
 
     def submit(self, prepared: Sequence[Job], *, stream: bool, details: bool) -> Answer:
         jobs = list(prepared)
@@ -61,19 +69,10 @@ class EngineModel:
             self._runner.submit(text.job.request, partial(generation.take, text))
         return generation
 
-    def _job(self, ask: Ask) -> Job:
-        job = self._checked(ask)
-        job.request.memory = ask.memory
-        return job
-
-    def _checked(self, ask: Ask) -> Job:
-        if ask.messages is None:
-            return self._llm.job(ask.prompt, ask.params, ask.num_draft_tokens)
-        choice = (ask.tools, ask.tool_choice, ask.template_arguments)
-        return self._llm.chat_job(ask.messages, ask.params, ask.num_draft_tokens, *choice)
-
     def _admit(self, count: int) -> None:
-        """Raises ApiError where the queue has no room for so many more texts."""
+        """Raises ApiError where the queue has no room for so many more texts, or the model is being stopped."""
+        if not self._open:
+            raise _stopped()
         room = self.info.max_batch_size + self._limits.max_queue - self._texts
         if count <= room:
             return
@@ -90,19 +89,22 @@ class EngineModel:
         if done:
             mean = sum(one.stats.seconds_total for one in done) / len(done)
             self._seconds = REMEMBERED * self._seconds + (1 - REMEMBERED) * mean
-        if not self._live:
+        self._ring_if_empty()
+
+    def _ring_if_empty(self) -> None:
+        if not self._live and not self._preparing:
             self._empty.ring()
 
     def encode(self, prompt: str | Messages) -> list[int]:
         if isinstance(prompt, str):
-            return [int(token) for token in self._llm.tokenizer(prompt, verbose=False)["input_ids"]]
-        return render_chat(self._llm.tokenizer, prompt)
+            return [int(token) for token in self._tokenizer(prompt, verbose=False)["input_ids"]]
+        return render_chat(self._tokenizer, prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         outside = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if outside is not None:
             raise RequestError(f"token id {outside} is outside the vocabulary of {self._vocabulary}")
-        return str(self._llm.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def token(self, token_id: int) -> tuple[str, list[int] | None]:
         text = self.decode([token_id])
@@ -115,11 +117,12 @@ class EngineModel:
         return Figures(len(running), len(scheduler.waiting), sum(request.cached for request in running) / room)
 
     def stop_all(self) -> None:
+        self._open = False
         for generation in list(self._live):
-            generation.fail(ApiError(503, "the model is being stopped", code="stopped"))
+            generation.fail(_stopped())
 
     async def drained(self) -> None:
-        while self._live:
+        while self._live or self._preparing:
             await self._empty.wait()
 
     def close(self) -> None:
@@ -128,6 +131,20 @@ class EngineModel:
         self._llm.model.cache.release()
         del self._llm, self._runner
         gc.collect()
+
+
+def _job(llm: LLM, ask: Ask) -> Job:
+    if ask.messages is None:
+        job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens)
+    else:
+        choice = (ask.tools, ask.tool_choice, ask.template_arguments)
+        job = llm.chat_job(ask.messages, ask.params, ask.num_draft_tokens, *choice)
+    job.request.memory = ask.memory
+    return job
+
+
+def _stopped() -> ApiError:
+    return ApiError(503, "the model is being stopped", code="stopped")
 
 
 def describe(llm: LLM) -> ModelInfo:

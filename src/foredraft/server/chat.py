@@ -1,6 +1,5 @@
 """`/v1/chat/completions`: whole or streamed."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,7 +33,7 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
     details = bool(body.return_draft_info)
     own = {**_tools(body), "memory": memory(request)}
     wanted = [replace(ask, **own) for ask in asks(body, model, limits, [messages])]
-    prepared = await asyncio.to_thread(model.prepare, wanted)
+    prepared = await model.prepare(wanted)
     answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:
         return sse(_stream(body, request, uid, model, answer), request.state.request_id)

@@ -1,6 +1,5 @@
 """`/v1/completions`: whole or streamed, of one prompt or of several."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -36,7 +35,7 @@ async def complete(body: CompletionRequest, request: Request, uid: str, model: M
     wanted = [replace(ask, memory=memory(request)) for ask in asks(body, model, limits, prompts)]
     opened = [_echo(prompt, model) if body.echo else "" for prompt in prompts for _ in range(body.n or 1)]
     details = bool(body.return_draft_info)
-    prepared = await asyncio.to_thread(model.prepare, wanted)
+    prepared = await model.prepare(wanted)
     answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:
         events = _stream(body, request, _head(uid), model, answer, opened)

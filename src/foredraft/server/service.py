@@ -113,12 +113,12 @@ class ModelInfo:
 
 
 class Model(Protocol):
-    """A loaded model. Calls come from the event loop's thread and return at once, but for `prepare` and `close`."""
+    """A loaded model. Calls come from the event loop's thread and return at once, but for `close`."""
 
     info: ModelInfo
 
-    def prepare(self, asks: Sequence[Ask]) -> Sequence[Any]:
-        """Check, tokenise and compile; blocks, so that it is called on another thread.
+    async def prepare(self, asks: Sequence[Ask]) -> Sequence[Any]:
+        """Check, tokenise and compile, on another thread. To be submitted at once: `drained` waits for it till then.
 
         Raises:
             RequestError: one of them cannot be run.
