@@ -201,6 +201,23 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
     assert [offset for part in streamed if part for offset in part.text_offset] == answer.text_offset
 
 
+def test_a_request_names_its_drafter(client: openai.OpenAI) -> None:
+    known = client.models.retrieve("bundled").drafters  # type: ignore[attr-defined]
+    assert known == ["suffix", "model"]
+    texts, guessers = [], []
+    for name in ("none", *known):
+        extra = {"draft": name, "return_draft_info": True}
+        answer = client.completions.create(
+            model="bundled", prompt=PROMPT, max_tokens=48, temperature=0, extra_body=extra
+        )
+        texts.append(answer.choices[0].text)
+        guessers.append({token["drafter"] for token in answer.choices[0].draft_info["tokens"]} - {""})
+    assert len(set(texts)) == 1
+    assert guessers[0] == set() and guessers[1] <= {"suffix"} and guessers[2] == {"model"}
+    with pytest.raises(openai.BadRequestError, match="'suffix', 'model', or launch a model"):
+        client.completions.create(model="bundled", prompt=PROMPT, max_tokens=4, extra_body={"draft": "int4"})
+
+
 def test_draft_info_tells_who_guessed(client: openai.OpenAI) -> None:
     ask = {"model": "bundled", "messages": ASK, "temperature": 0}
     ask["extra_body"] = {"return_draft_info": True, "num_draft_tokens": 4}

@@ -1,4 +1,4 @@
-"""Programs that launch, list, use and end models of a running server: our client, Xinference's, and the command line."""
+"""Programs that launch, list, use and end models of a running server: our client, Xinference's, the command line."""
 
 import asyncio
 import json

@@ -46,7 +46,7 @@ class FakeAnswer:
 class FakeModel:
     """Answers "ok" to everything."""
 
-    info = ModelInfo(100, 4, "fake", True, "float32", "cpu", True, {})
+    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {})
 
     async def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
         return asks

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from foredraft.server.auth import ANYBODY, Key
 from foredraft.server.errors import ApiError
 from foredraft.server.middleware import gone
-from foredraft.server.sampling_params import num_draft_tokens, sampling_params
+from foredraft.server.sampling_params import Drafting, sampling_params
 from foredraft.server.schemas import Generate
 from foredraft.server.service import Answer, Ask, Delta, Finished, Messages, Model, TokenPiece
 from foredraft.server.settings import Limits
@@ -59,14 +59,15 @@ def asks(body: Generate, model: Model, limits: Limits, texts: Sequence[str | lis
     params = sampling_params(body, limits, longest=model.info.max_model_len)
     if params.seed is not None and params.seed + each > 2**63:
         raise ApiError(400, f"seed={params.seed} leaves no room for n={each} choices; give a smaller one", "seed")
-    drafts = num_draft_tokens(body, model.info.drafter)
+    drafting = Drafting.of(body, model.info.drafters)
     own = [params if params.seed is None else replace(params, seed=params.seed + i) for i in range(each)]
-    return [_ask(text, one, drafts) for text in texts for one in own]
+    return [_ask(text, one, drafting) for text in texts for one in own]
 
 
-def _ask(text: str | list[int] | Messages, params: Any, drafts: int | None) -> Ask:
+def _ask(text: str | list[int] | Messages, params: Any, drafting: Drafting) -> Ask:
     chat = not isinstance(text, str) and len(text) > 0 and not isinstance(text[0], int)
-    return Ask(params, messages=text, num_draft_tokens=drafts) if chat else Ask(params, text, None, drafts)  # type: ignore[arg-type]
+    asked = {"messages" if chat else "prompt": text, "num_draft_tokens": drafting.length, "draft": drafting.drafter}
+    return Ask(params, **asked)  # type: ignore[arg-type]
 
 
 def memory(request: Request) -> str | None:

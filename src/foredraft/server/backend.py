@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from math import ceil
 
+from foredraft.drafters.several import drafters_of
 from foredraft.errors import RequestError
 from foredraft.llm import LLM
 from foredraft.results import Job
@@ -135,10 +136,10 @@ class EngineModel:
 
 def _job(llm: LLM, ask: Ask) -> Job:
     if ask.messages is None:
-        job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens)
+        job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens, draft=ask.draft)
     else:
         choice = (ask.tools, ask.tool_choice, ask.template_arguments)
-        job = llm.chat_job(ask.messages, ask.params, ask.num_draft_tokens, *choice)
+        job = llm.chat_job(ask.messages, ask.params, ask.num_draft_tokens, *choice, draft=ask.draft)
     job.request.memory = ask.memory
     return job
 
@@ -152,6 +153,7 @@ def describe(llm: LLM) -> ModelInfo:
         max_model_len=llm.max_model_len,
         max_batch_size=len(llm.engine.scheduler.free_slots),
         drafter=llm.drafter.name,
+        drafters=tuple(it.name for it in drafters_of(llm.drafter)),
         chat=bool(llm.tokenizer.chat_template),
         dtype=str(llm.model.dtype).removeprefix("torch."),
         device=str(llm.model.device),

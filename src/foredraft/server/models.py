@@ -66,6 +66,7 @@ class Entry:
             "max_model_len": info.max_model_len if info else None,
             "max_batch_size": info.max_batch_size if info else None,
             "draft": info.drafter if info else None,
+            "drafters": list(info.drafters) if info else None,
             "exact": info.exact if info else None,
             "dtype": info.dtype if info else None,
             "device": info.device if info else None,

@@ -3,7 +3,8 @@
 Knows the defaults of OpenAI's interface and the limits of the operator. Knows nothing of engines.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from foredraft.server.errors import ApiError
 from foredraft.server.schemas import ChatRequest, CompletionRequest, Generate
@@ -44,19 +45,30 @@ def sampling_params(body: Generate, limits: Limits, *, longest: int) -> Sampling
     )
 
 
-def num_draft_tokens(body: Generate, drafter: str) -> int | None:
-    """How far to draft: None leaves it to the policy. Raises ApiError for a drafter that this model has not."""
-    if body.gamma is not None and body.num_draft_tokens not in (None, body.gamma):
-        raise ApiError(400, "gamma contradicts num_draft_tokens; they mean the same, give one", "gamma")
-    length = body.num_draft_tokens if body.gamma is None else body.gamma
-    if body.draft == "none":
-        if length:
-            raise ApiError(400, f"draft 'none' contradicts num_draft_tokens={length}; drop one of them", "draft")
-        return 0
-    if body.draft not in (None, "auto", drafter):
-        known = f"'auto', 'none' or {drafter!r}; launch a model with another drafter for others"
-        raise ApiError(400, f"draft={body.draft!r} is not available here; use {known}", "draft")
-    return length
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What a request says of drafting: how far (None: as the policy decides), and who (None: as the policy chooses)."""
+
+    length: int | None
+    drafter: str | None
+
+    @classmethod
+    def of(cls, body: Generate, drafters: Sequence[str]) -> "Drafting":
+        """Raises ApiError for fields that contradict each other, and for a drafter that this model has not."""
+        if body.gamma is not None and body.num_draft_tokens not in (None, body.gamma):
+            raise ApiError(400, "gamma contradicts num_draft_tokens; they mean the same, give one", "gamma")
+        length = body.num_draft_tokens if body.gamma is None else body.gamma
+        if body.draft == "none":
+            if length:
+                raise ApiError(400, f"draft 'none' contradicts num_draft_tokens={length}; drop one of them", "draft")
+            return cls(0, None)
+        if body.draft in (None, "auto"):
+            return cls(length, None)
+        if body.draft not in drafters:
+            known = ", ".join(map(repr, ("auto", "none", *(name for name in drafters if name != "none"))))
+            advice = f"use one of {known}, or launch a model with another drafter"
+            raise ApiError(400, f"draft={body.draft!r} is not available here; {advice}", "draft")
+        return cls(length, body.draft)
 
 
 def _check(body: Generate, limits: Limits) -> None:

@@ -141,7 +141,7 @@ class Generate(Body):
     ignore_eos: bool | None = None
     num_draft_tokens: int | None = Field(None, ge=0, description="Draft exactly so many; 0 is plain decoding.")
     gamma: int | None = Field(None, ge=0, description="num_draft_tokens, as Xinference calls it.")
-    draft: str | None = Field(None, description="auto, none, or the name of the model's own drafter.")
+    draft: str | None = Field(None, description="auto, none, or one of the model's drafters by name.")
     verifier: Literal["coupled", "rejection"] | None = None
     return_draft_info: bool | None = Field(None, description="Tell which tokens were drafted, and by whom.")
 

@@ -26,6 +26,7 @@ class Ask:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
     template_arguments: Mapping[str, Any] | None = None
+    draft: str | None = None  # which of the drafters alone; None: as the policy chooses
     memory: str | None = None  # whose outputs are drafted from, and whose keys and values are shared; None: nobody's
 
 
@@ -105,6 +106,7 @@ class ModelInfo:
     max_model_len: int
     max_batch_size: int
     drafter: str
+    drafters: tuple[str, ...]  # whom a request may name
     chat: bool
     dtype: str
     device: str
