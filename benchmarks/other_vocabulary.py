@@ -75,7 +75,7 @@ def main() -> None:
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     disable_progress_bar()
-    llm = LLM(args.target, args.draft)
+    llm = LLM(args.target, args.draft, prefix_cache=False)
     if not isinstance(llm.drafter, TranslatingDrafter):
         sys.exit("these two have the same tokens; nothing is translated")
     results: dict[str, object] = {"vocabularies": llm.drafter.overlap.as_dict()}

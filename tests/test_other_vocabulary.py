@@ -18,6 +18,8 @@ from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.translated import Reading, TranslatingDrafter
 from foredraft.drafters.vocabulary import Overlap, Translation
 from foredraft.errors import ModelError, VocabularyMismatchError
+from foredraft.models.pages import PAGE
+from foredraft.native import library
 from foredraft.policy import Fixed
 from foredraft.text.spelling import Speller
 from foredraft.tuning import pipeline
@@ -100,6 +102,22 @@ def test_a_stop_string_and_an_end_within_a_draft(shuffled):
         found = llm.generate([65, 66, 67], own)
         assert found.stats.accepted and found.finish_reason == "stop"
         assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_the_drafts_cache_shares_what_texts_begin_with(folders, monkeypatch):
+    llm = LLM(*folders, policy="fixed")
+    prompts = ["the cat sat on the mat. " * 9 + end for end in ("so", "then", "so")]
+    expected = [llm.generate(prompt, PARAMS, num_draft_tokens=0).token_ids for prompt in prompts]
+    cache = translating(llm).model.cache
+    starts: list[int] = []
+    extend = cache.extend
+    monkeypatch.setattr(cache, "extend", lambda slot, start, end: (starts.append(start), extend(slot, start, end)))
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        starts.clear()
+        assert llm.generate(prompt, PARAMS).token_ids == tokens
+        assert (starts[0] > 0) == (prompt is not prompts[0]) and starts[0] % PAGE == 0
+    assert cache.kept_bytes and not cache.used
 
 
 def test_a_text_that_is_given_up_leaves_its_slot_in_order(folders):

@@ -187,8 +187,11 @@ class ModelDrafter:
 
     def _held(self, request: Request) -> int:
         """How many of the request's tokens the cache holds, those of a new one that others have computed included."""
-        cache, tokens = self.model.cache, request.token_ids
-        held = self.held[request].advance(tokens)
+        return self._shared(request, request.token_ids, self.held[request].advance(request.token_ids))
+
+    def _shared(self, request: Request, tokens: list[int], held: int) -> int:
+        """Let others take the first `held` tokens; where a text is new and holds none, take theirs."""
+        cache = self.model.cache
         if not held:
             return cache.adopt(request.slot, tokens[:-1], request.memory)
         cache.publish(request.slot, tokens, held, request.memory)

@@ -189,7 +189,10 @@ class TranslatingDrafter(ModelDrafter):
     def _read(self, passage: Passage) -> Span:
         reading = self.readings[passage.request]
         ids = reading.ids + self.by.draft.spell(self.by.target.text(passage.lead))
-        return self._feed(passage.request.slot, reading.uncached(ids), ids)
+        new, start = not reading.cached, reading.uncached(ids)
+        if new or start:
+            start = self._shared(passage.request, ids, start)
+        return self._feed(passage.request.slot, start, ids)
 
     def _write(self, passage: Passage) -> Span:
         cached = self.readings[passage.request].cached
