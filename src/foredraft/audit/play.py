@@ -102,6 +102,7 @@ def play(
             subject.make_policy(),
             max_batch_size=batch,
             max_model_len=llm.max_model_len,
+            limits=llm.engine.admission.limits,
         )
         target.watch(engine)
         with llm.engine.using(subject.drafter, engine.policy.policy):  # whom the library checks requests against

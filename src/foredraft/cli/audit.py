@@ -105,7 +105,7 @@ def audit(options: AuditFlags) -> None:
         with busy("importing torch and transformers"):
             chosen = audit_options(options)
         with busy(f"loading {options.model or 'the bundled pair'}"):
-            llm = session.open_llm(options.as_run_options(), repeats=True)
+            llm = session.open_llm(options.as_run_options())
             audited, left_out = drafters(options, llm)
         interruptible()
         if options.case is not None:
