@@ -8,7 +8,17 @@ from foredraft import LLM, SamplingParams
 from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED
 from foredraft.structured.compile import Grammars
-from foredraft.structured.tools import HERMES, LLAMA, MISTRAL, ToolCall, call_form, call_style, read_calls
+from foredraft.structured.tools import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_ARGS,
+    MISTRAL_ID,
+    ToolCall,
+    call_form,
+    call_style,
+    read_calls,
+)
 
 pytest.importorskip("llguidance")
 FIND = {
@@ -26,6 +36,8 @@ FIND = {
 NOW = {"name": "now"}
 OAKLAND = ToolCall("find_restaurant", {"city": "Oakland"})
 CALL = '{"name": "find_restaurant", "KEY": {"city": "Oakland"}}'
+ARGS_CALL = '[TOOL_CALLS]find_restaurant[ARGS]{"city": "Oakland"}'
+ID_CALL = ARGS_CALL.replace("[ARGS]", "[CALL_ID]a1B2c3D4e[ARGS]")
 TEMPLATE = (
     '{% if tools %}<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     "{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -37,7 +49,8 @@ MESSAGES = [{"role": "user", "content": "A table in Oakland?"}]
 def tokenizer():
     made = AutoTokenizer.from_pretrained(BUNDLED / "target")
     marks = [AddedToken(mark, special=False) for mark in ("<tool_call>", "</tool_call>")]
-    made.add_tokens([*marks, AddedToken("[TOOL_CALLS]", special=True)])
+    specials = [AddedToken(mark, special=True) for mark in ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")]
+    made.add_tokens([*marks, *specials])
     return made
 
 
@@ -99,6 +112,16 @@ TEXTS = (
     (LLAMA, "No call {at all}.", ("auto",), ()),
     (MISTRAL, f"[TOOL_CALLS][{CALL}]".replace("KEY", "arguments"), ("auto", "required", "find_restaurant"), (OAKLAND,)),
     (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]".replace("KEY", "arguments"), ("auto", "required"), (OAKLAND, OAKLAND)),
+    (MISTRAL_ARGS, ARGS_CALL, ("auto", "required", "find_restaurant"), (OAKLAND,)),
+    (MISTRAL_ARGS, f"Well: {ARGS_CALL}{ARGS_CALL}", ("auto",), (OAKLAND, OAKLAND)),
+    (MISTRAL_ARGS, "[TOOL_CALLS]find_restaurant[ARGS]{broken", (), ()),
+    (
+        MISTRAL_ID,
+        ARGS_CALL.replace("[ARGS]", "[CALL_ID]a1B2c3D4e[ARGS]"),
+        ("auto", "required", "find_restaurant"),
+        (OAKLAND,),
+    ),
+    (MISTRAL_ID, ARGS_CALL.replace("[ARGS]", "[CALL_ID]short[ARGS]"), (), (OAKLAND,)),
 )
 
 
@@ -123,7 +146,9 @@ def test_templates_say_which_way(shared):
     assert call_style((folder / "meta-llama-Llama-3.1-8B-Instruct.jinja").read_text()) is LLAMA
     assert call_style("{% for m in messages %}{{ m.content }}{% endfor %}") is None
     assert call_style("[TOOL_CALLS] [{{ call }}]") is MISTRAL
-    assert call_style("[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}") is None
+    assert call_style("[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}") is MISTRAL_ARGS
+    assert call_style("[TOOL_CALLS]{{ name }}[CALL_ID]{{ id }}[ARGS]{{ arguments }}") is MISTRAL_ID
+    assert call_style("[TOOL_CALLS]{{ name }}[CALL_ID]{{ id }}") is None
 
 
 def test_functions_are_tools():

@@ -1,7 +1,7 @@
 """Tool calls: the grammar in which a model's chat template writes them, and reading them back.
 
-Three ways are known, told apart by what the template says: Hermes and Qwen (`<tool_call>` around JSON), Llama 3 (JSON
-alone) and Mistral (`[TOOL_CALLS]` before a JSON list).
+Told apart by what the template says: Hermes and Qwen (`<tool_call>` around JSON), Llama 3 (JSON alone) and Mistral
+(`[TOOL_CALLS]` before a JSON list; in newer ones before each name, which `[ARGS]` and JSON follow).
 """
 
 import json
@@ -41,19 +41,31 @@ class CallStyle:
     closing: str = ""
     between: str = ""  # two calls; empty where there can be but one
     listed: bool = False  # one opening for a JSON list of calls
+    parted: bool = False  # the name stands before the JSON, which is the arguments alone
+    ident: bool = False  # between them an identifier of nine letters and digits
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there can be several calls."""
+        return bool(self.between) or self.parted
 
 
 HERMES = CallStyle("<tool_call>", before="\n", after="\n", closing="</tool_call>", between="\n")
 LLAMA = CallStyle("", arguments="parameters")
 MISTRAL = CallStyle("[TOOL_CALLS]", between=", ", listed=True)
+MISTRAL_ARGS = CallStyle("[TOOL_CALLS]", parted=True)
+MISTRAL_ID = CallStyle("[TOOL_CALLS]", parted=True, ident=True)
+ARGS, CALL_ID = "[ARGS]", "[CALL_ID]"
 
 
 def call_style(template: str) -> CallStyle | None:
     """How a chat template writes calls; None where it does not, or in a way that is not known."""
     if "<tool_call>" in template and '"arguments": ' in template.replace("\\", ""):
         return HERMES
-    if "[TOOL_CALLS]" in template and "[ARGS]" not in template and "[CALL_ID]" not in template:
-        return MISTRAL
+    if "[TOOL_CALLS]" in template:
+        if ARGS in template:
+            return MISTRAL_ID if CALL_ID in template else MISTRAL_ARGS
+        return None if CALL_ID in template else MISTRAL
     if '"parameters": ' in template and "tool_calls" in template and "<function" not in template:
         return LLAMA
     return None
@@ -109,11 +121,11 @@ def _function(tool: Tool) -> Mapping[str, Any]:
 
 def _grammar(functions: Sequence[Mapping[str, Any]], wanted: str, style: CallStyle, term: Term) -> str:
     """The grammar of an answer, in llguidance's Lark."""
-    bodies = {f"call_{i}": _body(function, style) for i, function in enumerate(functions)}
+    bodies = {f"call_{i}": _body(function, style, term) for i, function in enumerate(functions)}
     rules = [f"{name}: {body}" for name, body in bodies.items()]
     rules.append("body: " + " | ".join(bodies))
-    several = bool(style.between) and wanted in MODES
-    between = json.dumps(style.between)
+    several = style.repeats and wanted in MODES
+    between = json.dumps(style.between) if style.between else ""
     if style.listed:
         rest = f"({between} body)*" if several else ""
         rules.append(f'calls: "[" body {rest} "]"')
@@ -138,13 +150,16 @@ def _start(opened: str, wanted: str, style: CallStyle, term: Term) -> str:
     return f"start: text | head {opened}\ntext: TEXT\nhead[lazy]: TEXT {mark}\nTEXT: /(.|\\n)*/"
 
 
-def _body(function: Mapping[str, Any], style: CallStyle) -> str:
-    """One call's JSON object."""
+def _body(function: Mapping[str, Any], style: CallStyle, term: Term) -> str:
+    """One call's JSON object, or its name and the JSON of its arguments."""
     name = json.dumps(function["name"], ensure_ascii=False)
-    head = f'{{"name": {name}, "{style.arguments}": '
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
     closed = {"additionalProperties": False} if "additionalProperties" not in parameters else {}
     schema = json.dumps({"x-guidance": JSON_FORM, **closed, **parameters}, ensure_ascii=False)
+    if style.parted:
+        ident = f"{term(CALL_ID)} /[A-Za-z0-9]{{9}}/ " if style.ident else ""
+        return f"{name} {ident}{term(ARGS)} %json {schema}"
+    head = f'{{"name": {name}, "{style.arguments}": '
     return f'{json.dumps(head, ensure_ascii=False)} %json {schema} "}}"'
 
 
@@ -187,14 +202,23 @@ def read_calls(text: str, style: CallStyle | None) -> tuple[ToolCall, ...]:
 
 
 def _calls_at(text: str, style: CallStyle) -> tuple[ToolCall, ...]:
-    """The calls whose JSON the text begins with."""
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
-        return ()
-    calls = value if isinstance(value, list) else [value]
+    """The calls that the text begins with."""
+    if style.parted:
+        name, _, arguments = text.partition(ARGS)
+        found = [{"name": name.partition(CALL_ID)[0].strip(), style.arguments: _json_at(arguments.strip())}]
+    else:
+        value = _json_at(text)
+        found = value if isinstance(value, list) else [value]
     return tuple(
         ToolCall(call["name"], call[style.arguments])
-        for call in calls
+        for call in found
         if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get(style.arguments), dict)
     )
+
+
+def _json_at(text: str) -> Any:
+    """What the text begins with; None where that is no JSON."""
+    try:
+        return json.JSONDecoder().raw_decode(text)[0]
+    except ValueError:
+        return None
