@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
-from itertools import product
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
