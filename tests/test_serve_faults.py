@@ -107,7 +107,8 @@ def test_slow_reader_holds_nobody_up(server: ServerProcess) -> None:
 
 
 def test_full_queue(small: ServerProcess) -> None:
-    socks = [start_stream(small, max_tokens=900) for _ in range(4)]
+    slow = {"max_tokens": 900, "logprobs": 5, "top_p": 0.9, "repetition_penalty": 1.1}  # seconds, for who looks late
+    socks = [start_stream(small, **slow) for _ in range(4)]
     read_until(socks[0], b"data: ")
     until(lambda: small.metric("foredraft:num_requests_waiting") == 2)
     refused = complete(small)
