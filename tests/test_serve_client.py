@@ -130,10 +130,10 @@ def slow_llm(monkeypatch: pytest.MonkeyPatch) -> "tuple[LLM, threading.Event, th
     """A model on which preparing a request begins, tells so, and goes on when it is let."""
     begun, go, job = threading.Event(), threading.Event(), LLM.job
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **named: Any) -> Any:
         begun.set()
         assert go.wait(PATIENCE)
-        return job(*args)
+        return job(*args, **named)
 
     monkeypatch.setattr(LLM, "job", slow)
     return LLM(draft="none", max_model_len=64, max_batch_size=1), begun, go
