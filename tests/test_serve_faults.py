@@ -4,6 +4,7 @@ Each time the other requests are answered as if nothing had happened, every slot
 """
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -299,4 +300,5 @@ def test_threads_and_files_come_back(server: ServerProcess) -> None:
         worker.join()
     until(server.idle)
     until(lambda: server.open_files() <= before[1] + 2)
-    assert threads() == before[0] or int(threads().split()[1]) <= int(before[0].split()[1]) + 2
+    pool = min(32, (os.cpu_count() or 1) + 4)  # of threads that prepare requests; asyncio keeps them
+    assert int(threads().split()[1]) <= int(before[0].split()[1]) + pool
