@@ -21,6 +21,7 @@ from foredraft.audit.asks import SETTINGS, Ask, asks, ordered
 from foredraft.audit.controls import CONTROLS
 from foredraft.audit.distribution import chi_square, make_tree
 from foredraft.audit.exact import Case, first_difference, grid, reference
+from foredraft.audit.pipeline import Run
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
 from foredraft.audit.subjects import Audited, find
 from foredraft.audit.table import show
@@ -97,6 +98,16 @@ def test_the_tables_have_every_drafter_and_control(found: Audit, capsys: pytest.
     shown = capsys.readouterr().out
     assert all(it.drafter in shown for it in found.checked) and all(it.name in shown for it in found.controls)
     assert f"PASSED: {len(CONTROLS)} of {len(CONTROLS)} planted bugs caught" in shown and "bit for bit" in shown
+
+
+def test_controls_meet_every_setting_however_many_prompts_there_are(bundled: LLM) -> None:
+    """With the eight prompts of a whole audit those with a grammar were left out, and its control was missed."""
+    run = Run(bundled, replace(BRIEF, prompts=8, tokens=8), Watcher())
+    run.prepare()
+    crowd = run._of_each_setting()
+    assert {ask.setting for ask in crowd} == {ask.setting for ask in run.asks} >= {"greedy, grammar", "greedy, stop"}
+    control = next(control for control in CONTROLS if control.needs_grammar)
+    assert run._planted(control).caught
 
 
 def test_without_controls_nothing_passes(found: Audit) -> None:
