@@ -209,7 +209,7 @@ class Uncoupled(TranslatingDrafter):
 
 
 def test_the_targets_noise_raises_acceptance(shuffled, tmp_path):
-    """A draft that is not quite the target, with its tokens in another order: accepted far more often than another draw."""
+    """A draft that is not quite the target, with its tokens in another order: coupling is what agrees."""
     draft = save(tmp_path / "off", made.of_size(256, ORDER), 256, 0, torch.tensor(ORDER), off=0.005)
     llm = LLM(shuffled[0], draft, policy="fixed")
     drafter = translating(llm)
