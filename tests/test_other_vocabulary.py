@@ -21,6 +21,8 @@ from foredraft.drafters.vocabulary import Overlap, Translation
 from foredraft.errors import ModelError, VocabularyMismatchError
 from foredraft.models.pages import PAGE
 from foredraft.native import library
+from foredraft.models.pages import PageCache
+from foredraft.native import library
 from foredraft.policy import Fixed
 from foredraft.text.spelling import Speller
 from foredraft.tuning import pipeline
@@ -180,6 +182,42 @@ def test_it_can_be_one_of_several(shuffled, policy):
     assert [r.token_ids for r in chosen] == [r.token_ids for r in alone] == plain
     assert sum(r.stats.by_source["model"].accepted for r in chosen if "model" in r.stats.by_source) > 0
     assert all(r.stats.by_source["model"].accepted == r.stats.by_source["model"].drafted for r in alone)
+
+
+def drafts_byte_by_byte(llm: LLM, data: bytes, begin: int) -> list[tuple[int, ...]]:
+    """Of a text that grows; then, while that goes on, of others that are as long as it once was."""
+    tokens = [translating(llm).by.target.ids[bytes([byte])] for byte in data]
+    lengths, drafts = range(begin, len(tokens) + 1), []
+    grows = asking(tokens[:begin], slot=0)
+    for end in lengths:
+        grows.token_ids[:] = tokens[:end]
+        drafts += [llm.drafter.propose([grows], Fixed(4))[0].tokens for _ in range(2)]
+    for end in lengths:
+        new = asking(tokens[:end], slot=1)
+        drafts.append(llm.drafter.propose([new], Fixed(4))[0].tokens)
+        llm.drafter.forget(new)
+    llm.drafter.forget(grows)
+    return drafts
+
+
+def asking(tokens: list[int], slot: int) -> Request:
+    request = Request(tokens, SamplingParams(temperature=0.8), 1, lambda token: False, slot=slot)
+    request.draft_limit = 4
+    return request
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_shared_pages_change_no_draft(folders, monkeypatch):
+    """A token's end may come after others took its page: it is spelled anew in a copy, and theirs stays what it was."""
+    copied, own = [], PageCache._own
+    monkeypatch.setattr(PageCache, "_own", lambda cache, slot: (copied.append(slot), own(cache, slot)))
+    together, alone = (LLM(*folders, max_batch_size=2) for _ in range(2))
+    together.drafter.model.cache.sharing, alone.drafter.model.cache.sharing = True, False
+    data = " ".join(made.TEXT[:4]).encode()
+    for at in (1, 27, 39):  # where "the" or the like is begun by the last token of a page
+        drafts = [drafts_byte_by_byte(llm, data[at : at + 160], 120) for llm in (together, alone)]
+        assert drafts[0] == drafts[1]
+    assert copied
 
 
 # --- what is shared -------------------------------------------------------------------------------------------------
