@@ -19,9 +19,7 @@ from foredraft.drafters.several import Several
 from foredraft.drafters.translated import Reading, TranslatingDrafter
 from foredraft.drafters.vocabulary import Overlap, Translation
 from foredraft.errors import ModelError, VocabularyMismatchError
-from foredraft.models.pages import PAGE
-from foredraft.native import library
-from foredraft.models.pages import PageCache
+from foredraft.models.pages import PAGE, PageCache
 from foredraft.native import library
 from foredraft.policy import Fixed
 from foredraft.text.spelling import Speller
