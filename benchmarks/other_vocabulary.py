@@ -2,9 +2,9 @@
 
     python benchmarks/other_vocabulary.py TARGET DRAFT          # folders or hub names
 
-Arms: plain decoding; drafts whose noise is keyed by the target's ids (`coupled`); and the draft's likeliest token
-instead (`likeliest`), which is all that can be had without shared ids. Arms take turns request by request. Fails unless
-every text is plain decoding's.
+Arms: plain decoding; drafts drawn with the target's noise, keyed by the target's ids (`coupled`); with noise of their
+own (`uncoupled`); and the draft's likeliest token (`likeliest`). Arms take turns request by request. Fails unless every
+text is plain decoding's.
 """
 
 import statistics
@@ -17,7 +17,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from foredraft import LLM, GenerationResult, SamplingParams
 from foredraft.drafters.translated import TranslatingDrafter
-from foredraft.types import VerifierName
+from foredraft.noise import fold
+from foredraft.policy import DraftPolicy
+from foredraft.tuning.driving import driven_by
+from foredraft.types import Draft, Request, VerifierName
 
 TEXTS = (
     "Once upon a time",
@@ -33,16 +36,31 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 DRAFTED = 4
 
 
+class Uncoupled(TranslatingDrafter):
+    """Draws as if its requests had other seeds."""
+
+    def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
+        seeds = [request.seed for request in requests]
+        for request in requests:
+            request.seed = fold(request.seed, 1)
+        try:
+            return super().propose(requests, policy)
+        finally:
+            for request, seed in zip(requests, seeds, strict=True):
+                request.seed = seed
+
+
 @dataclass
 class Arm:
-    length: int
+    drafter: TranslatingDrafter
     argmax: tuple[VerifierName, ...] = ("rejection",)
+    length: int = DRAFTED
     results: list[GenerationResult] = field(default_factory=list)
 
     def run(self, llm: LLM, text: str, params: SamplingParams) -> None:
-        assert isinstance(llm.drafter, TranslatingDrafter)
-        llm.drafter.argmax = self.argmax
-        self.results.append(llm.generate(text, params, num_draft_tokens=self.length))
+        self.drafter.argmax = self.argmax
+        with driven_by(llm, self.drafter):
+            self.results.append(llm.generate(text, params, num_draft_tokens=self.length))
 
     def figures(self) -> dict[str, float]:
         drafted, accepted = (sum(getattr(it.stats, name) for it in self.results) for name in ("drafted", "accepted"))
@@ -51,8 +69,14 @@ class Arm:
 
 
 def measure(llm: LLM, temperature: float, rounds: int, tokens: int) -> dict[str, object]:
-    likeliest: tuple[VerifierName, ...] = ("rejection", "coupled")
-    arms = {"plain": Arm(0), "coupled": Arm(DRAFTED), "likeliest": Arm(DRAFTED, likeliest)}
+    drafter = llm.drafter
+    assert isinstance(drafter, TranslatingDrafter)
+    arms = {
+        "plain": Arm(drafter, length=0),
+        "coupled": Arm(drafter),
+        "uncoupled": Arm(Uncoupled(drafter.model, drafter.by)),
+        "likeliest": Arm(drafter, ("rejection", "coupled")),
+    }
     for round in range(rounds):
         for i, text in enumerate(TEXTS):
             params = SamplingParams(

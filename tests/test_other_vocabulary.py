@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from foredraft import LLM, SamplingParams, Structured
 from foredraft.diagnosis import serving
 from foredraft.drafters.model import ModelDrafter
+from foredraft.drafters.several import Several
 from foredraft.drafters.translated import Reading, TranslatingDrafter
 from foredraft.drafters.vocabulary import Overlap, Translation
 from foredraft.errors import ModelError, VocabularyMismatchError
-from foredraft.models.pages import PAGE
+from foredraft.models.pages import PAGE, PageCache
 from foredraft.native import library
 from foredraft.policy import Fixed
 from foredraft.text.spelling import Speller
@@ -35,12 +36,15 @@ SETTINGS = (
     replace(PARAMS, temperature=1.0, top_p=0.9, repetition_penalty=1.2, presence_penalty=0.3),
     replace(PARAMS, temperature=0.9, top_k=20, logit_bias={70: 3.0}),
 )
+ORDER = random.Random(0).sample(range(256), 256)
 
 
-def save(folder: Path, tokenizer: PreTrainedTokenizerFast | None, size: int, seed: int, order=None) -> Path:
-    """A tiny random model with its tokenizer; `order` gives the rows of its tables other ids."""
+def save(folder: Path, tokenizer: PreTrainedTokenizerFast | None, size: int, seed: int, order=None, off=0.0) -> Path:
+    """A tiny random model with its tokenizer; `order` gives its tables' rows other ids, `off` disturbs its head."""
     torch.manual_seed(seed)
     model = t.LlamaForCausalLM(t.LlamaConfig(**ROPE | {"vocab_size": size}))
+    if off:
+        model.lm_head.weight.data += off * torch.randn_like(model.lm_head.weight)
     if order is not None:
         for table in (model.model.embed_tokens, model.lm_head):
             table.weight.data[order] = table.weight.data.clone()
@@ -62,10 +66,9 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 def shuffled(tmp_path_factory) -> tuple[Path, Path]:
     """One model twice, the second time with its tokens in another order."""
     root = tmp_path_factory.mktemp("shuffled")
-    order = random.Random(0).sample(range(256), 256)
     return (
         save(root / "one", made.of_size(256), 256, 0),
-        save(root / "other", made.of_size(256, order), 256, 0, torch.tensor(order)),
+        save(root / "other", made.of_size(256, ORDER), 256, 0, torch.tensor(ORDER)),
     )
 
 
@@ -155,6 +158,66 @@ def test_the_real_pair(shared, temperature):
     assert translating(llm).overlap == Overlap(421, 421, 4005)
 
 
+def test_the_real_pair_the_other_way_and_in_a_list(shared):
+    """Every token of the target is known to the draft, whose own are longer; the policy chooses among drafters."""
+    llm = LLM(shared / "models" / "stories260K", ["suffix", shared / "models" / "stories3M"], max_batch_size=2)
+    asked = [SamplingParams(temperature=warmth, seed=i, max_new_tokens=64) for i, warmth in enumerate((0, 0.8))]
+    prompts = ["Once upon a time", "Lily and Tom — naïve 😀"]
+    plain = [r.token_ids for r in llm.generate(prompts, asked, num_draft_tokens=0)]
+    for own in ({}, {"draft": "model", "num_draft_tokens": 4}):
+        assert [r.token_ids for r in llm.generate(prompts, asked, **own)] == plain
+
+
+@pytest.mark.parametrize("policy", ("gain", "fixed"))
+def test_it_can_be_one_of_several(shuffled, policy):
+    llm = LLM(shuffled[0], ["suffix", shuffled[1]], policy=policy, max_batch_size=2)
+    assert isinstance(llm.drafter, Several) and list(llm.drafter.drafters) == ["suffix", "model"]
+    asked = [replace(PARAMS, temperature=temperature, seed=i) for i, temperature in enumerate((0, 0.8, 1.0, 0.8))]
+    prompts = [[7, 200, 65 + i] for i in range(len(asked))]
+    plain = [r.token_ids for r in llm.generate(prompts, asked, num_draft_tokens=0)]
+    chosen = llm.generate(prompts, asked)
+    alone = llm.generate(prompts, asked, draft="model", num_draft_tokens=3)
+    assert [r.token_ids for r in chosen] == [r.token_ids for r in alone] == plain
+    assert sum(r.stats.by_source["model"].accepted for r in chosen if "model" in r.stats.by_source) > 0
+    assert all(r.stats.by_source["model"].accepted == r.stats.by_source["model"].drafted for r in alone)
+
+
+def drafts_byte_by_byte(llm: LLM, data: bytes, begin: int) -> list[tuple[int, ...]]:
+    """Of a text that grows; then, while that goes on, of others that are as long as it once was."""
+    tokens = [translating(llm).by.target.ids[bytes([byte])] for byte in data]
+    lengths, drafts = range(begin, len(tokens) + 1), []
+    grows = asking(tokens[:begin], slot=0)
+    for end in lengths:
+        grows.token_ids[:] = tokens[:end]
+        drafts += [llm.drafter.propose([grows], Fixed(4))[0].tokens for _ in range(2)]
+    for end in lengths:
+        new = asking(tokens[:end], slot=1)
+        drafts.append(llm.drafter.propose([new], Fixed(4))[0].tokens)
+        llm.drafter.forget(new)
+    llm.drafter.forget(grows)
+    return drafts
+
+
+def asking(tokens: list[int], slot: int) -> Request:
+    request = Request(tokens, SamplingParams(temperature=0.8), 1, lambda token: False, slot=slot)
+    request.draft_limit = 4
+    return request
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_shared_pages_change_no_draft(folders, monkeypatch):
+    """A token's end may come after others took its page: it is spelled anew in a copy, and theirs stays what it was."""
+    copied, own = [], PageCache._own
+    monkeypatch.setattr(PageCache, "_own", lambda cache, slot: (copied.append(slot), own(cache, slot)))
+    together, alone = (LLM(*folders, max_batch_size=2) for _ in range(2))
+    together.drafter.model.cache.sharing, alone.drafter.model.cache.sharing = True, False
+    data = " ".join(made.TEXT[:4]).encode()
+    for at in (1, 27, 39):  # where "the" or the like is begun by the last token of a page
+        drafts = [drafts_byte_by_byte(llm, data[at : at + 160], 120) for llm in (together, alone)]
+        assert drafts[0] == drafts[1]
+    assert copied
+
+
 # --- what is shared -------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +229,35 @@ def test_the_same_tokens_in_another_order_lose_nothing(shuffled, temperature):
     result = llm.generate([7, 200, 65], replace(PARAMS, temperature=temperature, seed=3))
     assert result.stats.drafted > 20
     assert result.stats.draft_acceptance_rate == 1
+
+
+class Uncoupled(TranslatingDrafter):
+    """Draws as if its requests had other seeds."""
+
+    def propose(self, requests, policy):
+        seeds = [request.seed for request in requests]
+        for request, seed in zip(requests, seeds, strict=True):
+            request.seed = seed + 1000
+        drafts = super().propose(requests, policy)
+        for request, seed in zip(requests, seeds, strict=True):
+            request.seed = seed
+        return drafts
+
+
+def test_the_targets_noise_raises_acceptance(shuffled, tmp_path):
+    """A draft that is not quite the target, with its tokens in another order: coupling is what agrees."""
+    draft = save(tmp_path / "off", made.of_size(256, ORDER), 256, 0, torch.tensor(ORDER), off=0.005)
+    llm = LLM(shuffled[0], draft, policy="fixed")
+    drafter = translating(llm)
+    asked = [replace(PARAMS, temperature=1.0, seed=i) for i in range(6)]
+    rates, texts = [], []
+    for own in (drafter, Uncoupled(drafter.model, drafter.by)):
+        with llm.engine.using(own, None):
+            results = llm.generate([[7, 200, 65]] * len(asked), asked, num_draft_tokens=3)
+        rates.append(sum(r.stats.accepted for r in results) / sum(r.stats.drafted for r in results))
+        texts.append([r.token_ids for r in results])
+    assert texts[0] == texts[1]
+    assert rates[0] > 3 * rates[1], rates
 
 
 def test_planted_bug_noise_by_the_drafts_ids_is_found(shuffled, monkeypatch):
@@ -230,6 +322,13 @@ def test_it_is_said_once(folders, caplog):
     assert serving.describe(llm, "a", "b", 0.0).vocabulary in said[0]
 
 
+def test_doctor_names_the_one_among_several(folders):
+    several = LLM(folders[0], ["suffix", folders[1]])
+    overlap = several.drafter.drafters["model"].overlap
+    assert serving.describe(several, "a", "b", 0.0).vocabulary == f"model: {overlap}"
+    assert serving.describe(LLM(folders[0], "suffix"), "a", "b", 0.0).vocabulary is None
+
+
 # --- the border -----------------------------------------------------------------------------------------------------
 
 
@@ -280,11 +379,20 @@ def test_tuning_says_what_is_shared_and_that_it_cannot_pay(folders):
     options = TuneOptions(drafts=(str(folders[1]),), without=others, prompts=1, tokens=12, trials=0, rounds=1)
     advice = pipeline.advise(llm, options)
     (row,) = advice.rows
-    assert row.overlap is not None and row.overlap.shared > 250
-    assert advice.as_dict()["rows"][0]["vocabulary"]["shared"] == row.overlap.shared
-    said = "\n".join(lines(replace(advice, rows=(replace(row, measured=None),))))
-    assert f"has another vocabulary: {row.overlap}" in said
-    assert "cannot pay" in said
+    found = row.translated
+    assert found is not None and found.overlap.shared > 250
+    assert advice.as_dict()["rows"][0]["vocabulary"]["shared"] == found.overlap.shared
+
+    def said(at_best: float, speedup: float) -> str:
+        predicted = replace(row.forecast, speedup=speedup)
+        own = replace(row, measured=None, forecast=predicted, translated=replace(found, at_best=at_best))
+        return "\n".join(lines(replace(advice, rows=(own,))))
+
+    assert f"has another vocabulary: {found.overlap}" in said(1.0, 0.5)
+    assert "so little shared cannot pay: at alpha" in said(1.0, 0.5)
+    assert "cannot pay here: with translation a draft token costs" in said(1.5, 0.5)
+    assert "cannot pay" not in said(1.5, 1.2)
+    assert found.at_best < 1.1  # two random models
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -293,6 +401,11 @@ def test_tuning_says_what_is_shared_and_that_it_cannot_pay(folders):
 def test_a_draft_folder_without_a_tokenizer(folders, tmp_path):
     with pytest.raises(ModelError, match=r"has no tokenizer that loads .*; add its tokenizer files"):
         LLM(folders[0], save(tmp_path / "bare", None, 100, 0))
+
+
+def test_bad_drafts_in_a_list_are_refused_alike(folders, tmp_path):
+    with pytest.raises(ModelError, match=r"has no tokenizer that loads .*; add its tokenizer files"):
+        LLM(folders[0], ["suffix", save(tmp_path / "bare", None, 100, 0)])
 
 
 def test_a_target_without_a_tokenizer(folders, tmp_path):

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foredraft.drafters.base import Drafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.registry import split
 from foredraft.drafters.several import Several, drafters_of
@@ -115,8 +116,16 @@ def describe(llm: LLM, model: str | None, draft: str, seconds: float) -> Serving
         llm.model.cache.bytes_per_token,
         llm.memory,
         seconds,
-        str(llm.drafter.overlap) if isinstance(llm.drafter, TranslatingDrafter) else None,
+        _vocabularies(drafters),
     )
+
+
+def _vocabularies(drafters: Sequence[Drafter]) -> str | None:
+    """What draft models with tokens of their own share with the target, by name where several could be meant."""
+    found = {it.name: it.overlap for it in drafters if isinstance(it, TranslatingDrafter)}
+    if len(drafters) == 1:
+        return next(map(str, found.values()), None)
+    return "; ".join(f"{name}: {overlap}" for name, overlap in found.items()) or None
 
 
 def _modules(model: CausalModel) -> str:

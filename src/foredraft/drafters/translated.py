@@ -25,7 +25,7 @@ from foredraft.sampling import Drawn
 from foredraft.types import Draft, Request, VerifierName
 
 WINDOW = 10  # draft tokens at the end of a text that are spelled anew when it goes on
-COUPLED_FROM = 0.5  # share of the target's tokens from which on its noise helps; at 0.1 the likeliest token does better
+COUPLED_FROM = 0.5  # share of the target's tokens from which on its noise is used; at 0.1 the likeliest does better
 PER_TOKEN = 4  # draft tokens that a target token may take, on average over a draft
 
 

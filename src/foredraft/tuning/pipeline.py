@@ -30,7 +30,7 @@ from foredraft.tuning.costs import Costs, DraftCost
 from foredraft.tuning.forecast import forecast
 from foredraft.tuning.machine import UNWATCHED, Load, LoadMeter
 from foredraft.tuning.options import TuneOptions, Watcher
-from foredraft.tuning.ranking import Advice, Row
+from foredraft.tuning.ranking import Advice, Row, Translated
 from foredraft.tuning.score import DEPTH, Scorer
 from foredraft.tuning.search import optuna
 from foredraft.tuning.skipping import SkipSearches
@@ -136,9 +136,11 @@ class Pipeline:
         predicted = forecast(it.acceptance, it.cost, costs.steps, self.options.tokens)
         error = costs.errors.get(SEARCHES.get(it.name, it.name), 0.0)
         memory = added_memory(it.drafter)
-        overlap = it.drafter.overlap if isinstance(it.drafter, TranslatingDrafter) else None
-        ratio = costs.ratio(it.cost)
-        return Row(it.name, it.acceptance.alpha, ratio, predicted, memory, it.skip, cost_error=error, overlap=overlap)
+        row = Row(it.name, it.acceptance.alpha, costs.ratio(it.cost), predicted, memory, it.skip, cost_error=error)
+        if not isinstance(it.drafter, TranslatingDrafter):
+            return row
+        at_best = forecast(it.acceptance, DraftCost(0.0, 0.0), costs.steps, self.options.tokens).speedup
+        return replace(row, translated=Translated(it.drafter.overlap, at_best))
 
     def _measured(
         self, candidates: Mapping[str, Candidate], prompts: Prompts

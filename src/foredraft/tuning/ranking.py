@@ -22,6 +22,14 @@ APART = 1.25  # prediction over measurement, or the other way round: beyond this
 
 
 @dataclass(frozen=True, slots=True)
+class Translated:
+    """What a drafter with tokens of its own shares with the target, and what it would give if drafting were free."""
+
+    overlap: Overlap
+    at_best: float  # speed-up, predicted
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A drafter that could serve: acceptance, price, what that should give, and what it gave."""
 
@@ -33,7 +41,7 @@ class Row:
     skip: SkipSet | None = None
     measured: Confirmation | None = None
     cost_error: float = 0.0  # relative, of the timings that the price comes from
-    overlap: Overlap | None = None  # of vocabularies, where the drafter has one of its own
+    translated: Translated | None = None  # where the drafter has a vocabulary of its own
 
     @property
     def speedup(self) -> float:
@@ -125,5 +133,5 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "skip": row.skip and asdict(row.skip),
         "measured": measured,
         "disagrees": row.disagrees,
-        "vocabulary": row.overlap and row.overlap.as_dict(),
+        "vocabulary": row.translated and row.translated.overlap.as_dict() | {"at_best": row.translated.at_best},
     }

@@ -56,11 +56,19 @@ def lines(advice: Advice) -> Iterator[str]:
 def _vocabularies(advice: Advice) -> Iterator[str]:
     """What drafters with tokens of their own share with the target, and whether that is enough."""
     for row in advice.rows:
-        if row.overlap is None:
+        if row.translated is None:
             continue
-        yield f"{row.name} has another vocabulary: {row.overlap}"
-        if row.speedup < WORTH:
-            yield f"WARNING: {row.name}: so little agreement by way of text cannot pay; use a draft that shares more"
+        yield f"{row.name} has another vocabulary: {row.translated.overlap}"
+        if row.translated.at_best < WORTH:
+            yield (
+                f"WARNING: {row.name}: so little shared cannot pay: at alpha {row.alpha:.2f} not even a free draft "
+                f"would gain {WORTH - 1:.0%}; use a draft that agrees with the target more often"
+            )
+        elif row.speedup < WORTH:
+            yield (
+                f"WARNING: {row.name} cannot pay here: with translation a draft token costs {row.cost_ratio:.2f} plain "
+                f"steps, and were it free the gain would be {row.translated.at_best:.2f}; use a smaller draft model"
+            )
 
 
 def _warnings(advice: Advice) -> Iterator[str]:
