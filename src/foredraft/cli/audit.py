@@ -12,7 +12,26 @@ import typer
 from foredraft.cli import session
 from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.files import check_writable, write_whole
-from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, RunOptions, flag, takes
+from foredraft.cli.options import (
+    DRAFTING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    DeviceFlag,
+    DtypeFlag,
+    GpuFlag,
+    JsonFlag,
+    MinPFlag,
+    ModelFlag,
+    RemoteCodeFlag,
+    RunOptions,
+    RuntimeFlag,
+    TopKFlag,
+    TopPFlag,
+    WeightFormatFlag,
+    flag,
+    takes,
+)
 from foredraft.cli.progress import progress
 from foredraft.drafters.registry import DRAFTERS
 from foredraft.errors import RequestError
@@ -27,10 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AuditFlags:
-    model: Annotated[
-        str | None,
-        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
-    ] = None
+    model: ModelFlag = None
     draft: Annotated[
         list[str] | None,
         flag(
@@ -41,20 +57,12 @@ class AuditFlags:
             panel=MODEL,
         ),
     ] = None
-    dtype: Annotated[
-        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
-    ] = "auto"
-    weight_format: Annotated[
-        str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
-    ] = None
-    runtime: Annotated[
-        str, flag("--runtime", help="native (a C library, on CPUs), torch, or auto: the fastest.", panel=MODEL)
-    ] = "auto"
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
-    trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
-    ] = False
-    gpu: Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)] = None
+    dtype: DtypeFlag = "auto"
+    weight_format: WeightFormatFlag = None
+    runtime: RuntimeFlag = "auto"
+    device: DeviceFlag = "auto"
+    trust_remote_code: RemoteCodeFlag = False
+    gpu: GpuFlag = None
     quick: Annotated[
         bool, flag("--quick", help="Fewer prompts, lengths and samples: less than a minute.", panel=DRAFTING)
     ] = False
@@ -69,11 +77,9 @@ class AuditFlags:
             "--temperature", help="With the flags below: audit these settings too; 0 decodes greedily.", panel=SAMPLING
         ),
     ] = None
-    top_k: Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)] = 0
-    top_p: Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)] = 1.0
-    min_p: Annotated[
-        float, flag("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.", panel=SAMPLING)
-    ] = 0.0
+    top_k: TopKFlag = 0
+    top_p: TopPFlag = 1.0
+    min_p: MinPFlag = 0.0
     json_schema: Annotated[
         Path | None, flag("--json-schema", help="Audit JSON of the schema in this file too.", panel=SAMPLING)
     ] = None
@@ -81,7 +87,7 @@ class AuditFlags:
     grammar: Annotated[
         Path | None, flag("--grammar", help="Audit output of the Lark grammar in this file too.", panel=SAMPLING)
     ] = None
-    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    json: JsonFlag = False
     output: Annotated[Path | None, flag("--output", help="Write that JSON object to a file.", panel=OUTPUT)] = None
 
     def as_run_options(self) -> RunOptions:

@@ -11,7 +11,24 @@ import typer
 from foredraft.cli import session
 from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.files import check_writable, write_whole
-from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, RunOptions, flag, takes
+from foredraft.cli.options import (
+    DRAFTING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    DeviceFlag,
+    DraftDeviceFlag,
+    DtypeFlag,
+    GpuFlag,
+    JsonFlag,
+    ModelFlag,
+    RemoteCodeFlag,
+    RunOptions,
+    TopKFlag,
+    TopPFlag,
+    flag,
+    takes,
+)
 from foredraft.cli.progress import progress
 from foredraft.drafters.registry import DRAFTERS, with_profile
 from foredraft.errors import RequestError
@@ -26,10 +43,7 @@ PROMPTS = "Prompts"
 
 @dataclass(frozen=True, slots=True)
 class BenchFlags:
-    model: Annotated[
-        str | None,
-        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
-    ] = None
+    model: ModelFlag = None
     draft: Annotated[
         str,
         flag(
@@ -39,21 +53,15 @@ class BenchFlags:
             panel=MODEL,
         ),
     ] = "auto"
-    dtype: Annotated[
-        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
-    ] = "auto"
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
-    draft_device: Annotated[
-        str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)
-    ] = None
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
+    draft_device: DraftDeviceFlag = None
     draft_profile: Annotated[
         Path | None,
         flag("--draft-profile", help=f"What {' and '.join(with_profile())} leave out: a file.", panel=MODEL),
     ] = None
-    trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
-    ] = False
-    gpu: Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)] = None
+    trust_remote_code: RemoteCodeFlag = False
+    gpu: GpuFlag = None
     gamma: Annotated[
         str,
         flag(
@@ -96,8 +104,8 @@ class BenchFlags:
         int, flag("--samples", help="Answers to each prompt, with seeds of their own; for pass@k.", panel=PROMPTS)
     ] = 1
     temperature: Annotated[float, flag("--temperature", help="0 decodes greedily.", panel=SAMPLING)] = 0.0
-    top_k: Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)] = 0
-    top_p: Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)] = 1.0
+    top_k: TopKFlag = 0
+    top_p: TopPFlag = 1.0
     seed: Annotated[int, flag("--seed", help="Of the first prompt; the next has the next.", panel=SAMPLING)] = 0
     max_new_tokens: Annotated[int, flag("--max-new-tokens", help="Longest answer.", panel=SAMPLING)] = 128
     ignore_eos: Annotated[
@@ -113,7 +121,7 @@ class BenchFlags:
     ] = False
     html: Annotated[Path | None, flag("--html", help="Write a report with plots, one HTML file.", panel=OUTPUT)] = None
     markdown: Annotated[bool, flag("--markdown", help="Print the tables as Markdown.", panel=OUTPUT)] = False
-    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    json: JsonFlag = False
 
     def as_run_options(self) -> RunOptions:
         """What loads the models and samples, without a draft length."""

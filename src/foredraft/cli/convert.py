@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foredraft.cli.console import busy, interruptible
-from foredraft.cli.options import MODEL, OUTPUT, flag, takes
+from foredraft.cli.options import OUTPUT, RemoteCodeFlag, flag, takes
 
 if TYPE_CHECKING:
     from foredraft.weights.convert import Conversion
@@ -34,9 +34,7 @@ class ConvertOptions:
         "2GB"
     )
     overwrite: Annotated[bool, flag("--overwrite", help="Replace OUT, if it is a checkpoint.", panel=OUTPUT)] = False
-    trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
-    ] = False
+    trust_remote_code: RemoteCodeFlag = False
 
 
 @takes(ConvertOptions)

@@ -7,27 +7,20 @@ from typing import Annotated
 import typer
 
 from foredraft.cli.console import FAILURE, busy, interruptible, only_result, stdout_console
-from foredraft.cli.options import MODEL, OUTPUT, flag, takes
+from foredraft.cli.options import MODEL, DeviceFlag, DtypeFlag, JsonFlag, ModelFlag, RemoteCodeFlag, flag, takes
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    model: Annotated[
-        str | None,
-        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
-    ] = None
+    model: ModelFlag = None
     draft: Annotated[
         str,
         flag("--draft", "--draft-model", help="Who drafts, as for generate.", panel=MODEL),
     ] = "auto"
-    dtype: Annotated[
-        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
-    ] = "auto"
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
-    trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
-    ] = False
-    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
+    trust_remote_code: RemoteCodeFlag = False
+    json: JsonFlag = False
 
 
 @takes(DoctorOptions)

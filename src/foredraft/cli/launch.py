@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
-from foredraft.cli.options import MODEL, OUTPUT, flag, takes
+from foredraft.cli.options import MODEL, DeviceFlag, JsonFlag, flag, takes
 from foredraft.errors import RequestError
 
 if TYPE_CHECKING:
@@ -45,14 +45,14 @@ class LaunchOptions(ServerOptions):
         str | None, flag("--quantization", help="int4 or int8: round the target's weights.", panel=MODEL)
     ] = None
     dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    device: DeviceFlag = "auto"
     max_model_len: Annotated[int | None, flag("--max-model-len", help="Tokens in all.", panel=MODEL)] = None
     max_batch_size: Annotated[int | None, flag("--max-batch-size", help="Texts at once.", panel=MODEL)] = None
 
 
 @dataclass(frozen=True, slots=True)
 class ListOptions(ServerOptions):
-    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    json: JsonFlag = False
 
 
 @dataclass(frozen=True, slots=True)

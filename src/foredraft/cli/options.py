@@ -23,14 +23,38 @@ def flag(*names: str, help: str, panel: str) -> object:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
+# Flags that several commands take.
+ModelFlag = Annotated[
+    str | None, flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL)
+]
+DtypeFlag = Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)]
+WeightFormatFlag = Annotated[
+    str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
+]
+RuntimeFlag = Annotated[
+    str, flag("--runtime", help="native (a C library, on CPUs), torch, or auto: the fastest.", panel=MODEL)
+]
+DeviceFlag = Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)]
+DraftDeviceFlag = Annotated[
+    str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)
+]
+RemoteCodeFlag = Annotated[
+    bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
+]
+GpuFlag = Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)]
+TopKFlag = Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)]
+TopPFlag = Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)]
+MinPFlag = Annotated[
+    float, flag("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.", panel=SAMPLING)
+]
+JsonFlag = Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)]
+
+
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """Which models run, how far to draft, how to sample."""
 
-    model: Annotated[
-        str | None,
-        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
-    ] = None
+    model: ModelFlag = None
     draft: Annotated[
         str,
         flag(
@@ -41,27 +65,17 @@ class RunOptions:
             panel=MODEL,
         ),
     ] = "auto"
-    dtype: Annotated[
-        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
-    ] = "auto"
-    weight_format: Annotated[
-        str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
-    ] = None
-    runtime: Annotated[
-        str, flag("--runtime", help="native (a C library, on CPUs), torch, or auto: the fastest.", panel=MODEL)
-    ] = "auto"
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
-    draft_device: Annotated[
-        str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)
-    ] = None
+    dtype: DtypeFlag = "auto"
+    weight_format: WeightFormatFlag = None
+    runtime: RuntimeFlag = "auto"
+    device: DeviceFlag = "auto"
+    draft_device: DraftDeviceFlag = None
     draft_profile: Annotated[
         Path | None,
         flag("--draft-profile", help=f"What {' and '.join(with_profile())} leave out: a file.", panel=MODEL),
     ] = None
-    trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
-    ] = False
-    gpu: Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)] = None
+    trust_remote_code: RemoteCodeFlag = False
+    gpu: GpuFlag = None
     num_draft_tokens: Annotated[
         int | None,
         flag(
@@ -80,11 +94,9 @@ class RunOptions:
         flag("--verifier", help="coupled (same seed, same text) or rejection (same distribution).", panel=DRAFTING),
     ] = "coupled"
     temperature: Annotated[float, flag("--temperature", help="0 decodes greedily.", panel=SAMPLING)] = 0.0
-    top_k: Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)] = 0
-    top_p: Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)] = 1.0
-    min_p: Annotated[
-        float, flag("--min-p", help="Drop tokens below this share of the likeliest; 0 is off.", panel=SAMPLING)
-    ] = 0.0
+    top_k: TopKFlag = 0
+    top_p: TopPFlag = 1.0
+    min_p: MinPFlag = 0.0
     seed: Annotated[int | None, flag("--seed", help="Same seed, same text. Default: a new one.", panel=SAMPLING)] = None
     max_new_tokens: Annotated[int, flag("--max-new-tokens", help="Longest answer.", panel=SAMPLING)] = 256
     stop: Annotated[
@@ -136,7 +148,7 @@ class GenerateOptions(RunOptions):
             panel=OUTPUT,
         ),
     ] = None
-    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    json: JsonFlag = False
     compare: Annotated[
         bool,
         flag("--compare", help="Run plain and speculative in turn; show equal tokens and the speed-up.", panel=OUTPUT),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from foredraft.cli.console import busy, note
-from foredraft.cli.options import DRAFTING, MODEL, flag, takes
+from foredraft.cli.options import DRAFTING, MODEL, DeviceFlag, WeightFormatFlag, flag, takes
 from foredraft.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,10 +34,8 @@ class ServeOptions:
     ] = None
     no_model: Annotated[bool, flag("--no-model", help="Start empty; clients launch models.", panel=MODEL)] = False
     dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
-    weight_format: Annotated[
-        str | None, flag("--weight-format", help="Round the target's weights to int4 or int8 on loading.", panel=MODEL)
-    ] = None
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
+    weight_format: WeightFormatFlag = None
+    device: DeviceFlag = "auto"
     draft_device: Annotated[str | None, flag("--draft-device", help="The draft model's device.", panel=MODEL)] = None
     trust_remote_code: Annotated[
         bool, flag("--trust-remote-code", help="Run Python code that comes with --model.", panel=MODEL)

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
-from foredraft.cli.options import DRAFTING, MODEL, OUTPUT, SAMPLING, flag, takes
+from foredraft.cli.options import (
+    DRAFTING,
+    OUTPUT,
+    SAMPLING,
+    DeviceFlag,
+    DtypeFlag,
+    JsonFlag,
+    ModelFlag,
+    RemoteCodeFlag,
+    flag,
+    takes,
+)
 from foredraft.cli.progress import progress
 from foredraft.drafters.registry import drafting
 
@@ -21,10 +32,7 @@ TEXT, SEARCH = "Text", "Search"
 
 @dataclass(frozen=True, slots=True)
 class TuneFlags:
-    model: Annotated[
-        str | None,
-        flag("--model", help="Target model: a folder or a hub name. Default: the bundled pair.", panel=MODEL),
-    ] = None
+    model: ModelFlag = None
     draft: Annotated[
         list[str] | None,
         flag(
@@ -42,13 +50,9 @@ class TuneFlags:
             panel=DRAFTING,
         ),
     ] = None
-    dtype: Annotated[
-        str, flag("--dtype", help="fp32, bf16, fp16, or auto: as the checkpoint is stored.", panel=MODEL)
-    ] = "auto"
-    device: Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.", panel=MODEL)] = "auto"
-    trust_remote_code: Annotated[
-        bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
-    ] = False
+    dtype: DtypeFlag = "auto"
+    device: DeviceFlag = "auto"
+    trust_remote_code: RemoteCodeFlag = False
     calibration: Annotated[
         Path | None,
         flag(
@@ -84,7 +88,7 @@ class TuneFlags:
         ),
     ] = False
     plot: Annotated[Path | None, flag("--plot", help="Write a picture (.png, .svg, .pdf).", panel=OUTPUT)] = None
-    json: Annotated[bool, flag("--json", help="Print one JSON object and nothing else.", panel=OUTPUT)] = False
+    json: JsonFlag = False
 
 
 @takes(TuneFlags)
