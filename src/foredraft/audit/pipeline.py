@@ -1,11 +1,7 @@
 """An audit from beginning to end: references, drafters, controls, and where something failed its smallest case."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-
-import torch
 
 from foredraft import profile
 from foredraft.audit import distribution
@@ -15,14 +11,13 @@ from foredraft.audit.distribution import Tree, make_tree
 from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import Subject
-from foredraft.audit.result import Audit, Checked, Failure, Planted, Setting
+from foredraft.audit.result import Audit, Checked, Failure, Planted
 from foredraft.audit.shrink import smallest
 from foredraft.audit.subjects import Audited, fingerprint
-from foredraft.diagnosis import machine
+from foredraft.diagnosis.setting import setting
 from foredraft.llm import LLM
 from foredraft.tuning.options import Watcher
 
-PACKAGES = ("foredraft", "torch", "transformers")
 CONTROL_BATCH, CONTROL_LENGTH = 3, 4
 CONTROL_REQUESTS = 2  # of each setting
 
@@ -55,6 +50,7 @@ def audit(
         complete = False
     return Audit(
         setting(llm, name),
+        profile.model_hash(llm.model),
         run.options,
         llm.model.row_invariance.exact,
         tuple(run.checked),
@@ -146,18 +142,3 @@ class Run:
         kinds = ", ".join(sorted({difference.what for difference in found.differences}))
         by = f"{differing} of {found.requests} requests ({kinds})" if differing else "nothing differed"
         return Planted(control.name, control.kind, differing > 0, by)
-
-
-def setting(llm: LLM, name: str) -> Setting:
-    model, about = llm.model, machine.look()
-    return Setting(
-        name,
-        profile.model_hash(model),
-        str(model.dtype).removeprefix("torch."),
-        torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-        getattr(model, "runtime", "torch"),
-        about.processor,
-        torch.get_num_threads(),
-        about.system,
-        {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-    )

@@ -8,23 +8,9 @@ from foredraft.audit import casefile
 from foredraft.audit.distribution import Tested
 from foredraft.audit.exact import Compared, Difference
 from foredraft.audit.options import AuditOptions
+from foredraft.diagnosis.setting import Setting
 
 Status = Literal["passed", "failed", "controls missed", "nothing drafted", "interrupted"]
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What ran where. The hash is of the configuration and a sample of the weights."""
-
-    model: str
-    model_hash: str
-    dtype: str
-    device: str
-    runtime: str
-    processor: str
-    threads: int
-    system: str
-    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +55,7 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Audit:
     setting: Setting
+    model_hash: str  # of the configuration and a sample of the weights
     options: AuditOptions
     promised: bool  # whether passes agree bit for bit here, as the load-time probe found
     checked: tuple[Checked, ...]
@@ -107,7 +94,7 @@ class Audit:
         return {
             "status": self.status,
             "guarantees": list(self.guarantees),
-            "setting": asdict(self.setting),
+            "setting": asdict(self.setting) | {"model_hash": self.model_hash},
             "options": options,
             "promised": self.promised,
             "drafters": [_checked(it) for it in self.checked],

@@ -12,7 +12,7 @@ from foredraft.audit.result import Audit, Checked, Planted
 def show(found: Audit, console: Console, command: str) -> None:
     """`command` is what the user typed as far as it loads the models; a case is added to it."""
     it = found.setting
-    console.print(f"{it.model} ({it.model_hash}), {it.dtype}, {it.device}, {it.runtime} runtime")
+    console.print(f"{it.model} ({found.model_hash}), {it.dtype}, {it.device}, {it.runtime} runtime")
     console.print(drafters(found))
     for name, reason in found.left_out.items():
         console.print(f"left out: {name}: {reason}", style="dim", soft_wrap=True)

@@ -59,7 +59,7 @@ def page(found: Bench) -> str:
 
 def _parts(found: Bench) -> Iterator[str]:
     about = found.setting
-    yield f"<h1>{escape(about.model)}, drafted for by {escape(about.drafter)}</h1>"
+    yield f"<h1>{escape(about.model)}, drafted for by {escape(found.drafter)}</h1>"
     yield f"<p>{escape(f'{about.dtype} on {about.device}, {about.runtime} runtime, {about.threads} threads')}</p>"
     yield f'<div class="cards">{"".join(_cards(found))}</div>'
     yield from (f'<p class="wide warning">{escape(line)}</p>' for line in table.warnings(found))

@@ -1,10 +1,8 @@
 """A run from beginning to end: what can be measured is, and becomes one result. Knows nothing of how it is shown."""
 
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 
@@ -14,15 +12,13 @@ from foredraft.bench.figures import arm_figures, tokens_over_time
 from foredraft.bench.measure import PLAIN, Measured, Request, measure, prompt_with_room
 from foredraft.bench.options import BenchOptions
 from foredraft.bench.prediction import Prediction, predict
-from foredraft.bench.result import Bench, Counts, Memory, Setting
+from foredraft.bench.result import Bench, Counts, Memory
 from foredraft.bench.tasks import Task, spread
-from foredraft.diagnosis import machine
+from foredraft.diagnosis.setting import Setting, setting
 from foredraft.errors import RequestError
 from foredraft.llm import LLM
 from foredraft.tuning.machine import Load, LoadMeter
 from foredraft.tuning.options import Watcher
-
-PACKAGES = ("foredraft", "torch", "transformers")
 
 
 def check_tasks(tasks: Sequence[Task], options: BenchOptions) -> tuple[Task, ...]:
@@ -66,7 +62,7 @@ def bench(
         ForedraftError: a request failed.
     """
     check_drafting(llm, options)
-    return Pipeline(llm, options, setting(llm, name, drafter), watcher or Watcher()).run(tasks)
+    return Pipeline(llm, options, setting(llm, name), drafter or llm.drafter.name, watcher or Watcher()).run(tasks)
 
 
 def check_drafting(llm: LLM, options: BenchOptions) -> None:
@@ -102,6 +98,7 @@ class Pipeline:
     llm: LLM
     options: BenchOptions
     setting: Setting
+    drafter: str
     watcher: Watcher
 
     def run(self, tasks: Sequence[Task]) -> Bench:
@@ -114,6 +111,7 @@ class Pipeline:
         best = max(arms[1:], key=lambda arm: arm.speedup.value)
         return Bench(
             self.setting,
+            self.drafter,
             options,
             counts(requests, len(tasks) - len(fitting) + len(found.left_out)),
             arms,
@@ -166,21 +164,6 @@ def counts(requests: Sequence[Request], left_out: int) -> Counts:
         min(len(it.rounds) for it in requests),
         sum(len(it.reference.token_ids) for it in requests),
         left_out,
-    )
-
-
-def setting(llm: LLM, name: str, drafter: str) -> Setting:
-    it, about = llm.model, machine.look()
-    return Setting(
-        name,
-        drafter or llm.drafter.name,
-        str(it.dtype).removeprefix("torch."),
-        torch.cuda.get_device_name(it.device) if it.device.type == "cuda" else it.device.type,
-        getattr(it, "runtime", "torch"),
-        about.processor,
-        torch.get_num_threads(),
-        about.system,
-        {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
 
 

@@ -9,24 +9,10 @@ from foredraft.bench.measure import PLAIN, Difference
 from foredraft.bench.options import BenchOptions
 from foredraft.bench.prediction import Prediction
 from foredraft.bench.quality import PassRates, Rouge
+from foredraft.diagnosis.setting import Setting
 from foredraft.tuning.machine import Load
 
 Timeline = Mapping[str, tuple[tuple[float, int], ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What ran where."""
-
-    model: str
-    drafter: str
-    dtype: str
-    device: str
-    runtime: str
-    processor: str
-    threads: int
-    system: str
-    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +39,7 @@ class Memory:
 @dataclass(frozen=True, slots=True)
 class Bench:
     setting: Setting
+    drafter: str
     options: BenchOptions
     counts: Counts
     arms: tuple[ArmFigures, ...]  # plain decoding first
@@ -88,7 +75,7 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "setting": asdict(self.setting),
+            "setting": asdict(self.setting) | {"drafter": self.drafter},
             "options": _options(self.options),
             "counts": asdict(self.counts),
             "equal": self.equal,

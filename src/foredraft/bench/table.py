@@ -43,7 +43,7 @@ def tables(found: Bench) -> Iterator[tuple[str, Rows]]:
     """A title, and rows of cells, the first with headers."""
     about = found.setting
     where = f"{about.dtype}, {about.device}, {about.runtime} runtime"
-    yield f"{about.model}, drafted for by {about.drafter} ({where}): speed-up", _speed(found)
+    yield f"{about.model}, drafted for by {found.drafter} ({where}): speed-up", _speed(found)
     yield "where the time goes", _times(found)
     if len(found.plain.categories) > 1:
         yield "speed-up by category", _categories(found)
