@@ -7,7 +7,7 @@ from simulation import Kind, World, best_in_hindsight, fresh, run_with
 
 from foredraft.policy import Choice, Fixed, Gain
 from foredraft.policy.candidates import Candidate, Round
-from foredraft.policy.costs import BatchCosts, Costs
+from foredraft.policy.costs import BatchCosts, Costs, Line
 from foredraft.policy.plan import Offer, Pick, assign, cut
 from foredraft.policy.source import SOON, Trials
 from foredraft.types import Draft, Verdict
@@ -103,7 +103,7 @@ def test_trials_wait_longer_and_longer_up_to_their_share_of_the_time() -> None:
 
 
 def costs(batch: int, *, padded: bool = False, row: float = 0.0) -> BatchCosts:
-    made = BatchCosts(batch, padded=padded, row=row)
+    made = BatchCosts(batch, Line(before=row), padded=padded)
     made.plain.add(1.0)
     return made
 

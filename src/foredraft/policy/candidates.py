@@ -37,7 +37,7 @@ class Candidate(Source):
     def drafted(self, seconds: float, requests: Sequence[Request], longest: int) -> None:
         """Drafting for these took so long, the longest so many tokens."""
         length = max(1, longest)
-        known = self.seconds(length, len(requests))
+        known = self.line(len(requests)).at(length)
         behind = max(self.reads(request) for request in requests)
         if self.round is not None:  # twice what is usual is something else that ran
             self.round.seconds, self.round.longest = min(seconds, 2 * known) if known else seconds, longest

@@ -89,7 +89,6 @@ class BatchCosts:
     padded: bool = False  # is every request given the rows of the longest draft?
     emitted: Average = field(default_factory=lambda: Average(memory=20))
     seconds: Average = field(default_factory=lambda: Average(memory=20))
-    row: float = 0.0  # seconds that one more row costs
     was_plain: bool = True  # the step before
     met_drafts: bool = False
     steps: int = 0
@@ -107,7 +106,6 @@ class BatchCosts:
         self.met_drafts |= times.drafted > 0
         self.emitted.add(times.emitted)
         self.seconds.add_cost(times.total)
-        self.row = self.rows.slope
 
     def _add_plain(self, seconds: float) -> None:
         """The first steps of all warm caches up: a much faster one soon after makes them forgotten."""
@@ -125,6 +123,11 @@ class BatchCosts:
         wanted = max(1, int(self.rate / self.plain_rate)) * every
         period = wanted if self.steps >= wanted else 1 << (max(self.steps, PLAIN_FIRST).bit_length() - 1)
         return self.steps % period >= period - PLAIN_RUN
+
+    @property
+    def row(self) -> float:
+        """Seconds that one more row costs."""
+        return self.rows.slope
 
     @property
     def plain_rate(self) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from foredraft.policy.base import StepTimes, StopRule
 from foredraft.policy.costs import PLAIN_EVERY, Costs
-from foredraft.policy.source import MARGIN, MUCH, TRIED, Source
+from foredraft.policy.source import MARGIN, TRIED, Source
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
@@ -59,22 +59,16 @@ class Gain:
         """Whether drafting pays for this request and those of the step before together, and for it at all."""
         alpha, now = self.source.alpha.of(request), self.costs.now
         alphas = [alpha, *(self.source.alpha.of(other) for other in self.group if other is not request)]
-        gain = self._promise(alphas)
-        return (
-            gain > MARGIN * len(alphas)
-            and self._keeps_its_promise(len(alphas))
-            and alpha > now.rate * now.row_price(0, now.batch)
-        )
+        return self._gains(alphas) and alpha > now.rate * now.row_price(0, now.batch)
 
-    def _promise(self, alphas: Sequence[float]) -> float:
-        """Tokens a step that drafting should gain for requests with these acceptances."""
-        gain, _ = self.source.worth(alphas, self.costs.now, self.costs.now.plain_rate)
-        return gain
+    def _gains(self, alphas: Sequence[float]) -> bool:
+        """Whether requests with these acceptances should gain by drafting together.
 
-    def _keeps_its_promise(self, batch: int) -> bool:
-        """False where steps with drafts were slower than plain ones, whatever is expected of them."""
-        gained = self.source.gained
-        return gained.count < ENOUGH or gained.value > -MARGIN * batch
+        Not where steps with drafts were slower than plain ones, whatever is expected of them.
+        """
+        margin, gained, now = MARGIN * len(alphas), self.source.gained, self.costs.now
+        expected, _ = self.source.worth(alphas, now, now.plain_rate)
+        return expected > margin and (gained.count < ENOUGH or gained.value > -margin)
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return self.source.go_on(request, confidences, self.costs.now)
@@ -97,18 +91,12 @@ class Gain:
         self.costs.add(times)
         step, self.step = self.step, Step()
         first = self.source.rested
-        if step.longest:
-            self.source.took(step.longest, times.drafting, times.batch, behind=step.behind)
-            if not first and step.behind <= MUCH:
-                self._compare(times)
+        if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
+            self.source.gained.add(times.emitted - self.costs.now.plain_rate * times.total)  # over plain decoding
         self.source.end_step()
         if step.asked:
             self.group = step.asked
         self._plan_trials(step, times, first)
-
-    def _compare(self, times: StepTimes) -> None:
-        """How many more tokens there are than plain decoding makes in this time."""
-        self.source.gained.add(times.emitted - self.costs.now.plain_rate * times.total)
 
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
@@ -124,7 +112,7 @@ class Gain:
     def _went_well(self, step: Step, batch: int) -> bool:
         """Whether drafts as good as those of the latest trials would pay; that they were right is not enough."""
         self.source.hope.add(step.right / step.made if step.made else 0.0)
-        return self._promise([self.source.hope.value] * batch) > MARGIN * batch and self._keeps_its_promise(batch)
+        return self._gains([self.source.hope.value] * batch)
 
     def forget(self, request: Request) -> None:
         self.source.forget(request)

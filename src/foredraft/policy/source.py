@@ -132,19 +132,19 @@ class Source:
         """Whether so many steps went by without it that the processor's caches hold little of it."""
         return self.idle >= SOON
 
-    def took(self, length: int, seconds: float, sharing: int, *, behind: int = 0) -> None:
-        """What a draft took, the longest of its step.
+    def took(self, length: int, seconds: float, sharing: int, *, behind: int = 0) -> bool:
+        """What a draft took, the longest of its step. Returns whether that is typical.
 
-        After a rest, or with much text to read first, that says little: it can only lower the price.
+        After a rest, or with much text to read first, it says little: it can only lower the price.
         """
+        typical = not self.rested and behind <= MUCH
+        if typical:
+            self.drafting.setdefault(sharing, Line(decay=0.97))
         line = self.drafting.get(sharing)
-        if self.rested or behind > MUCH:
-            if line is not None and seconds < line.at(length):
-                line.add(length, seconds, self.idle)
-        else:
-            line = self.drafting.setdefault(sharing, Line(decay=0.97))
+        if line is not None and (typical or seconds < line.at(length)):
             line.add(length, seconds, self.idle)
         self.idle = -1
+        return typical
 
     def line(self, sharing: int) -> Line:
         """Of drafts for so many requests together, or as nearly as known."""
@@ -152,10 +152,6 @@ class Source:
         if known is None and self.drafting:
             known = self.drafting[min(self.drafting, key=lambda size: abs(size - sharing))]
         return known or NOTHING
-
-    def seconds(self, length: int, sharing: int) -> float:
-        """Of a draft of this length for so many requests together; 0 while nothing is known."""
-        return self.line(sharing).at(length) if length else 0.0
 
     # --- what it brings ---------------------------------------------------------------------------------------------
 
