@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,15 @@ from foredraft.noise import Stream
 from foredraft.policy import DraftPolicy
 from foredraft.sampling import Drawn
 from foredraft.types import Draft, Request, Verdict
+
+
+class Growing(Protocol):
+    """A draft of one request while it is made."""
+
+    open: bool
+    request: Request
+
+    def append(self, drawn: Drawn, policy: DraftPolicy) -> None: ...
 
 
 class Chain:
@@ -139,15 +149,18 @@ class ModelDrafter:
         while active:
             guesses = sampling.draw(self._logits(spans), [c.request for c in active], [c.tokens for c in active])
             for chain, drawn in zip(active, guesses, strict=True):
-                if drawn is None:
-                    chain.open = False
-                elif math.isnan(drawn.confidence):
-                    chain.open = False
-                    self._give_up(chain.request)
-                else:
-                    chain.append(drawn, policy)
+                self._extend(chain, drawn, policy)
             active = [chain for chain in active if chain.open]
             spans = [self._next(chain) for chain in active]
+
+    def _extend(self, growing: Growing, drawn: Drawn | None, policy: DraftPolicy) -> None:
+        """Add a guess; where there is none, or it came from no numbers, the draft ends."""
+        if drawn is not None and not math.isnan(drawn.confidence):
+            growing.append(drawn, policy)
+            return
+        growing.open = False
+        if drawn is not None:
+            self._give_up(growing.request)
 
     def _can_draft(self, request: Request) -> bool:
         tokens = request.token_ids

@@ -214,15 +214,6 @@ class TranslatingDrafter(ModelDrafter):
                     guesses[row] = None if steered and _nothing_left(guess, logits[row]) else guess
         return guesses
 
-    def _extend(self, passage: Passage, drawn: Drawn | None, policy: DraftPolicy) -> None:
-        if drawn is None:
-            passage.open = False
-        elif math.isnan(drawn.confidence):
-            passage.open = False
-            self._give_up(passage.request)
-        else:
-            passage.append(drawn, policy)
-
     def forget(self, request: Request) -> None:
         if self.readings.pop(request, None) is not None:
             self.model.cache.free(request.slot)
