@@ -403,4 +403,5 @@ def test_the_scheduler_lets_nobody_overtake():
     scheduler = Scheduler(4, fits=lambda running, request: len(request.token_ids) < 5)
     for request in (large, small):
         scheduler.add(request)
+    assert not scheduler.admit()
     assert scheduler.next_batch() == [] and list(scheduler.waiting) == [large, small]

@@ -37,8 +37,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def next_batch(self) -> list[Request]:
-        """Whose turn it is: all that decode, and prompts in the order of arrival while the budget allows."""
-        self.admit()
+        """Whose turn it is: all who decode, and prompts in the order of arrival while the budget allows."""
         prompts = self._prompts()
         return [request for request in self.running if request.decoding or request in prompts]
 
