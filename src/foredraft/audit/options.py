@@ -25,7 +25,16 @@ class AuditOptions:
     @classmethod
     def quick(cls, seed: int = 0, own: tuple[SamplingParams, ...] = ()) -> "AuditOptions":
         """Most of what goes wrong shows in less than a minute with a small model."""
-        return cls((3, None), (1, 4), ORDERS[2:], 3, 24, 500, seed=seed, own=own)
+        return cls(
+            lengths=(3, None),
+            batches=(1, 4),
+            orders=("leaving",),
+            prompts=3,
+            tokens=24,
+            samples=500,
+            seed=seed,
+            own=own,
+        )
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 2), ("tokens", 8), ("samples", 500), ("seed", 0)):

@@ -38,20 +38,23 @@ def _smaller(found: Difference) -> Iterator[Case]:
     case = found.case
     if len(case.asks) > 1:
         yield Case((replace(case.ask, arrives=0),), 1, 0)
-        for half in (range(len(case.asks) // 2), range(len(case.asks) // 2, len(case.asks))):
-            yield _only(case, [i for i in range(len(case.asks)) if i in half or i == case.index])
-        if len(case.asks) <= 8:
-            yield from (_only(case, [j for j in range(len(case.asks)) if j != i]) for i in _others(case))
+    yield from (_only(case, kept) for kept in _fewer(len(case.asks), case.index))
     yield from (_with(case, ask) for ask in _shorter(case.ask, found.position))
 
 
-def _others(case: Case) -> list[int]:
-    return [i for i in range(len(case.asks)) if i != case.index]
+def _fewer(count: int, index: int) -> Iterator[list[int]]:
+    """Which of so many requests to keep, this one always: half of them, then all but one of a few."""
+    half = count // 2
+    for kept in ([*range(half)], [*range(half, count)]):
+        if len({*kept, index}) < count:
+            yield sorted({*kept, index})
+    if count <= 8:
+        yield from ([i for i in range(count) if i != gone] for gone in range(count) if gone != index)
 
 
 def _only(case: Case, kept: list[int]) -> Case:
     asks = tuple(case.asks[i] for i in kept)
-    return Case(asks, min(case.batch, len(asks)), kept.index(case.index)) if len(asks) < len(case.asks) else case
+    return Case(asks, min(case.batch, len(asks)), kept.index(case.index))
 
 
 def _shorter(ask: Ask, position: int) -> Iterator[Ask]:

@@ -9,7 +9,7 @@ from foredraft.drafters.base import Drafter
 from foredraft.drafters.listed import automatic, make_drafters
 from foredraft.drafters.make import DraftContext, DraftSpec
 from foredraft.drafters.registry import DRAFTERS
-from foredraft.errors import ForedraftError, ModelError, RequestError
+from foredraft.errors import ModelError, RequestError
 from foredraft.llm import BUNDLED, LLM
 from foredraft.models.load import LoadOptions
 
@@ -39,8 +39,7 @@ def find(llm: LLM, drafts: Sequence[str], load: LoadOptions, *, bundled: bool) -
     found, left_out = [], {}
     for name in [*(it for it in DRAFTERS if it != "none"), *(["model"] if draft else []), "auto"]:
         try:
-            drafter = make_drafters([draft], context) if name == "model" else _make(name, context, draft)
-            found.append(Audited(name, str(name), drafter))
+            found.append(Audited(name, name, _make(name, context, draft)))
         except ModelError as error:
             left_out[name] = str(error)
     return found, left_out
@@ -71,7 +70,4 @@ def fingerprint(llm: LLM, drafter: Drafter) -> str:
     model = getattr(drafter, "model", None)
     if model is None or model.cache is llm.model.cache:
         return ""
-    try:
-        return profile.model_hash(model)
-    except ForedraftError:
-        return ""
+    return profile.model_hash(model)
