@@ -41,16 +41,18 @@ native: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	$(BIN)/python scripts/sanitize_native.py
 
+# Tests compute on one thread each, so there is a process for each core; ARGS='-n 0' runs them in one.
+WORKERS := -n auto --dist worksteal
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 # What a release of torch or transformers breaks first: the demo, every drafter's contract, other models' own modules.
 CONTRACT := tests/test_contract.py tests/test_adapter.py
 PART := (llama and bfloat16) or gpt2
 test-lowest test-latest: test-%: .venv-%/bin/pip
-	$(call install,.venv-$*,$*) --also pytest accelerate
+	$(call install,.venv-$*,$*) --also pytest pytest-xdist accelerate
 	.venv-$*/bin/python benchmarks/demo.py --rounds 1
-	.venv-$*/bin/python -m pytest $(CONTRACT) $(if $(SHORT),-k "$(PART)") $(ARGS)
+	.venv-$*/bin/python -m pytest $(WORKERS) $(CONTRACT) $(if $(SHORT),-k "$(PART)") $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

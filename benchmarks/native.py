@@ -67,8 +67,8 @@ def main() -> None:
     for name in list(arms):
         if name.startswith("native, "):
             other = name.replace("native, ", "torch, ")
-            pair = (name, other) if name.endswith("tokens/s") else (other, name)
-            results[name] |= {"times_as_fast": paired_ratio(figures, *pair)["median"]}
+            compared = (name, other) if name.endswith("tokens/s") else (other, name)
+            results[name] |= {"times_as_fast": paired_ratio(figures, *compared)["median"]}
     results |= {f"{runtime}, load, s": summary(values) for runtime, values in loads.items()}
     for runtime in RUNTIMES:
         assert texts[f"{runtime}, plain, tokens/s"] == texts[f"{runtime}, drafting, tokens/s"], "a text changed"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from foredraft.policy.costs import Average, Costs
 from foredraft.policy.plan import Offer
-from foredraft.policy.source import MARGIN, MUCH, Blend, Source
+from foredraft.policy.source import MUCH, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 
@@ -76,7 +76,7 @@ class Candidate(Source):
             self.trials.again(costs.elapsed, cost)
             return
         gain, _ = self.worth([self.hope.value] * count, now, rate)
-        well = gain > done.displaced + MARGIN * count
+        well = gain > done.displaced + margin(count)
         if well:  # what it did not keep was long ago
             self.promised, self.gained = Average(), Average()
         self.trials.made(costs.elapsed, now.plain.value, cost, well=well, reading=done.reading)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from foredraft.policy.base import StepTimes, StopRule
 from foredraft.policy.costs import PLAIN_EVERY, Costs
-from foredraft.policy.source import MARGIN, TRIED, Source
+from foredraft.policy.source import MARGIN, TRIED, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
@@ -66,9 +66,9 @@ class Gain:
 
         Not where steps with drafts were slower than plain ones, whatever is expected of them.
         """
-        margin, gained, now = MARGIN * len(alphas), self.source.gained, self.costs.now
+        least, gained, now = margin(len(alphas)), self.source.gained, self.costs.now
         expected, _ = self.source.worth(alphas, now, now.plain_rate)
-        return expected > margin and (gained.count < ENOUGH or gained.value > -margin)
+        return expected > least and (gained.count < ENOUGH or gained.value > -MARGIN * len(alphas))
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return self.source.go_on(request, confidences, self.costs.now)

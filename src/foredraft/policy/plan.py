@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from foredraft.policy.costs import BatchCosts
-from foredraft.policy.source import MARGIN, Source
+from foredraft.policy.source import Source, margin
 from foredraft.types import Request
 
 
@@ -75,7 +75,7 @@ def assign(
 
     A drafter that computes is used by nobody, or by all for whom it promises more than they have otherwise.
     """
-    best, most = dict(offered), sum(pick.gain for pick in offered.values()) + MARGIN * len(requests)
+    best, most = dict(offered), sum(pick.gain for pick in offered.values()) + margin(len(requests))
     promised = {name: _promises(name, source, requests, costs, rate) for name, source in sources.items()}
     for names in _subsets([name for name, promises in promised.items() if promises], len(requests)):
         picks = dict(offered)

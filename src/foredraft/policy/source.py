@@ -11,6 +11,7 @@ from foredraft.policy.costs import Average, BatchCosts, Line
 from foredraft.types import Draft, Request, Verdict
 
 MARGIN = 0.02  # tokens a step by which a draft has to beat plain decoding
+TOGETHER = 0.08  # the same for each of several requests
 SHARE = 0.01  # of the time that trials may take
 SOON = 4  # steps between the first trials
 TRIED = 3  # tokens of a trial, at most
@@ -101,6 +102,15 @@ class Trials:
 
 
 NOTHING = Line()  # is known of what drafting takes
+
+
+def margin(count: int) -> float:
+    """Tokens a step by which drafts for so many requests together have to beat plain decoding.
+
+    More for several: with drafts their texts end at different times, and a smaller batch is left, which a pass serves
+    less well.
+    """
+    return MARGIN if count == 1 else TOGETHER * count
 
 
 class Source:
