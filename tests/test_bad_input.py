@@ -5,6 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import mamba, runtimes, tiny
@@ -343,3 +344,43 @@ def test_cache_out_of_memory_says_how_much_and_what_to_lower(monkeypatch, runtim
 def test_every_error_is_ours_and_a_python_one_too():
     assert issubclass(RequestError, ForedraftError) and issubclass(RequestError, ValueError)
     assert issubclass(CacheMemoryError, ForedraftError) and issubclass(CacheMemoryError, MemoryError)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"dtype": 5}, r"dtype=5 is not known"),
+        ({"device": None}, r"device=None is not known"),
+        ({"max_batch_size": "3"}, r"max_batch_size='3' is not usable"),
+        ({"max_batch_size": 2.5}, r"max_batch_size=2.5 is not usable"),
+        ({"max_model_len": 100.5}, r"max_model_len=100.5 is not usable"),
+        ({"prefix_cache": None}, r"prefix_cache=None is not usable"),
+        ({"cache_bytes": True}, r"cache_bytes=True is not usable"),
+        ({"tokenizer": 5}, r"tokenizer=5 is not usable"),
+        ({"policy": 5}, r"policy=5 is not usable"),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_type(option, said):
+    with pytest.raises(RequestError, match=said):
+        LLM(tiny("llama"), "ngram", **option)
+
+
+def test_dtypes_of_torch_and_seeds_of_numpy_are_taken():
+    llm = LLM(tiny("llama", torch.bfloat16), "ngram", dtype=torch.bfloat16)
+    ours, numpys = (SamplingParams(max_new_tokens=5, temperature=0.9, seed=seed) for seed in (3, np.int64(3)))
+    assert llm.generate([1, 2, 3], ours).token_ids == llm.generate([1, 2, 3], numpys).token_ids
+
+
+def test_a_misspelt_drafter_is_refused_before_the_target_is_looked_for():
+    with pytest.raises(RequestError, match="did you mean 'suffix'"):
+        LLM("/nowhere/llama", "sufix")
+
+
+def test_a_processor_that_returns_nothing(llm):
+    class Silent(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 0] = 0
+
+    with pytest.raises(RequestError, match="Silent returned NoneType"):
+        llm.generate([1, 2], SamplingParams(processors=(Silent(),)))

@@ -350,6 +350,33 @@ def test_threads_with_models_of_their_own_share_the_pool():
     assert wrong == []
 
 
+def test_the_default_dtype_of_another_thread_changes_nothing():
+    """transformers sets it for the whole process while it loads."""
+    llm = LLM(tiny("llama"), "ngram", runtime="native")
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, seed=3)
+    wanted = llm.generate(draws(20), params).token_ids
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert llm.generate(draws(20), params).token_ids == wanted
+        assert LLM(tiny("llama", torch.float32), "ngram", runtime="native").generate(draws(20), params).token_ids == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_phase_of_more_chunks_than_a_ticket_holds_ends():
+    config = t.LlamaConfig(
+        **{**ROPE, "vocab_size": 64, "hidden_size": 256, "intermediate_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": 2, "max_position_embeddings": 64}
+    )
+    torch.manual_seed(0)
+    model = native(t.AutoModelForCausalLM.from_config(config).eval())
+    spans = [Span(slot, 0, [slot % 60], 1) for slot in range(257)]  # of 256 heads: 65,792 chunks
+    torch.set_num_threads(2)
+    together = forward(model, *spans)
+    model.cache.clear(0)
+    assert torch.equal(forward(model, spans[0]), together[:1])
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +396,35 @@ def test_what_it_cannot_serve_runs_on_torch_or_is_refused_by_name():
     assert not isinstance(LLM(tiny("gpt2"), "none").model, NativeModel)
     with pytest.raises(RequestError, match="runtime='fast' is not known"):
         LLM(tiny("llama"), "none", runtime="fast")
+
+
+def _set(name: str, value: object) -> Callable[[t.PreTrainedModel], None]:
+    def change(model: t.PreTrainedModel) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("model.layers.0.mlp.act_fn", torch.nn.GELU()),
+        _set("model.layers.1.self_attn.scaling", 0.7),
+        _set("model.layers.0.input_layernorm.variance_epsilon", 0.5),
+        _set("model.embed_tokens", torch.nn.Embedding(VOCAB, 64, max_norm=0.5)),
+        lambda model: setattr(model.config, "sliding_window", 4),  # which llama does not look at
+    ],
+    ids=["activation", "scaling", "epsilon", "table", "window"],
+)
+def test_what_was_changed_on_the_object_is_computed(change):
+    model = tiny("llama")
+    change(model)
+    prompt = draws(12)
+    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=12, use_cache=False, **greedy)
+    found = LLM(model, "none").generate(prompt, SamplingParams(max_new_tokens=12, ignore_eos=True))
+    assert found.token_ids == wanted[0, 12:].tolist()
 
 
 def test_a_token_outside_the_vocabulary_is_an_error_and_no_crash():

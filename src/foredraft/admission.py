@@ -37,7 +37,8 @@ class CacheLimits:
             RequestError: a number is not usable.
         """
         for name, value, least in (("cache_bytes", cache_bytes, 1), ("prefix_cache", prefix_cache, 0)):
-            if value is not None and (not isinstance(value, int) or value < least):
+            usable = value is None or type(value) is int if name == "cache_bytes" else isinstance(value, int)
+            if not usable or (value is not None and value < least):
                 raise RequestError(f"{name}={value!r} is not usable; it must be a number of bytes, {least} or more")
         total = int(SHARE * free_memory(device)) if cache_bytes is None else cache_bytes
         share, most = KEPT

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foredraft.admission import CacheLimits
 from foredraft.drafters.base import Drafter
-from foredraft.drafters.listed import automatic, check_asked, check_place, make_drafters
+from foredraft.drafters.listed import automatic, check_asked, check_listed, check_place, make_drafters
 from foredraft.drafters.make import DraftContext, DraftSpec
 from foredraft.drafters.several import Several
 from foredraft.engine import Engine
@@ -51,7 +51,7 @@ class LLM:
         target: a folder, a hub name or a transformers model; None is the bundled pair.
         draft: "auto", "none", a drafter's name, a draft model (folder, hub name, object), a Drafter, or a list of these
             to choose among in each step.
-        dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16.
+        dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16, by name or torch's own.
         device: "auto" is CUDA where there is one; cpu, cuda, cuda:N.
         draft_device, draft_dtype: the drafter's own; by default the target's.
         draft_profile: the skip profile of "skip" and "int4+skip"; by default the one that is kept for this model.
@@ -80,9 +80,9 @@ class LLM:
         target: str | Path | PreTrainedModel | None = None,
         draft: DraftSpec | Sequence[DraftSpec] = "auto",
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str = "auto",
-        draft_dtype: str | None = None,
+        draft_dtype: str | torch.dtype | None = None,
         draft_device: str | None = None,
         draft_profile: str | Path | None = None,
         force_profile: bool = False,
@@ -98,8 +98,10 @@ class LLM:
         runtime: str = "auto",
         require_exact: bool = False,
     ) -> None:
-        if max_batch_size < 1:
-            raise RequestError(f"max_batch_size={max_batch_size} is not usable; it must be 1 or more")
+        if not isinstance(max_batch_size, Integral) or max_batch_size < 1:
+            raise RequestError(f"max_batch_size={max_batch_size!r} is not usable; it must be 1 or more, and whole")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
         options = LoadOptions(dtype, device, device_map, trust_remote_code, runtime, weight_format)
         make_policy(policy)  # an unknown name is said before anything is loaded
         bundled = BUNDLED / "draft" if target is None else None
@@ -108,6 +110,7 @@ class LLM:
         if isinstance(target, PreTrainedModel):
             options.check_object(target)
         draft_options = LoadOptions(draft_dtype or dtype, draft_device or device, None, trust_remote_code, runtime)
+        check_listed(drafts)
         check_place(drafts, bundled, draft_dtype=draft_dtype, draft_device=draft_device)
         self.model = load_target(target, options)
         check_exact(self.model, required=require_exact)
@@ -325,7 +328,7 @@ class LLM:
         request = Request(
             ids,
             params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=secrets.randbits(63) if params.seed is None else int(params.seed),
             stop_rule=stream.push if stream else _never,
             num_draft_tokens=0 if draft == "none" else num_draft_tokens,
             drafter=draft or self._steady_drafter(params, num_draft_tokens),
@@ -440,8 +443,8 @@ def _never(token_id: int) -> bool:
 def _context(asked: int | None, most: int) -> int:
     if asked is None:
         return most
-    if not 2 <= asked <= most:
-        raise RequestError(f"max_model_len={asked} is not usable; this model's context allows 2 to {most}")
+    if not isinstance(asked, Integral) or not 2 <= asked <= most:
+        raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
     return asked
 
 

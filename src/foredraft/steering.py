@@ -152,6 +152,8 @@ def _call(processor: Processor, ids: torch.Tensor, scores: torch.Tensor) -> torc
             f"processor {name} failed an assertion after {ids.shape[1]} tokens ({said}); one that "
             "keeps a state serves one text only: pass LLM Stateful(make), which makes one for each"
         ) from error
+    if not isinstance(changed, torch.Tensor):
+        raise RequestError(f"{name} returned {type(changed).__name__}; return the scores, [1, {shape[1]}]")
     if changed.shape != shape:
         raise RequestError(f"{name} returned shape {tuple(changed.shape)}; return [1, {shape[1]}], as it came")
     return changed

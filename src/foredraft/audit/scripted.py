@@ -60,7 +60,7 @@ class Sketch(Scripted):
 
     def q(self, path: tuple[int, ...]) -> torch.Tensor:
         chances = self.tree.following[path]
-        q = torch.zeros(self.vocab_size)
+        q = torch.zeros(self.vocab_size, dtype=torch.float32)
         q[torch.tensor(list(chances))] = (1 - self.peak) / len(chances)
         q[min(chances, key=lambda token: chances[token])] += self.peak
         return q

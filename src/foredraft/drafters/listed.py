@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from foredraft import profile
@@ -59,17 +60,25 @@ def make_drafters(specs: Sequence[DraftSpec], context: DraftContext, reasons: Se
         RequestError: as `make_drafter`; the list is empty, names something twice, or something that cannot be chosen.
     """
     specs = [unwrapped(spec) for spec in specs]
+    check_listed(specs)
     if len(specs) == 1:
         return make_drafter(specs[0], context)
-    listed = f"draft=[{', '.join(map(_word, specs))}]"
-    _check(specs, listed)
+    listed = _listed(specs)
     _check_profiles(specs, context, listed)
     unprofiled = replace(context, profile=None, force_profile=False)
     drafters = [make_drafter(spec, context if _skips(spec) else unprofiled) for spec in specs]
     return Several(_told_apart(drafters, listed), reasons)
 
 
-def _check(specs: Sequence[DraftSpec], listed: str) -> None:
+def _listed(specs: Sequence[DraftSpec]) -> str:
+    return f"draft=[{', '.join(map(_word, specs))}]"
+
+
+def check_listed(specs: Sequence[DraftSpec]) -> None:
+    """Raises RequestError as `make_drafters` does, before anything is loaded."""
+    listed = _listed(specs)
+    if len(specs) == 1:
+        return check_name(specs[0])
     if not specs:
         raise RequestError("draft=[] names no drafter; use draft='none' for plain decoding")
     seen: list[object] = []
@@ -122,7 +131,7 @@ def _word(spec: DraftSpec) -> str:
     return repr(str(spec)) if isinstance(spec, (str, Path)) else getattr(spec, "name", None) or type(spec).__name__
 
 
-def check_place(drafts: Sequence[DraftSpec], bundled: Path | None, **place: str | None) -> None:
+def check_place(drafts: Sequence[DraftSpec], bundled: Path | None, **place: str | torch.dtype | None) -> None:
     """Raises RequestError where `draft_dtype` or `draft_device` is given and says nothing to any of these drafters."""
     given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
     for draft in drafts:

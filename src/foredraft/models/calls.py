@@ -53,7 +53,7 @@ class Call:
         ints = array("i", tokens + places + ends)
         found = array("i", bytes(4 * count * (most + 2)))  # active texts, lengths, tokens
         confidences = array("f", bytes(4 * count * most))
-        logits = torch.empty(count * round_up(self.struct.vocab, 16))
+        logits = torch.empty(count * round_up(self.struct.vocab, 16), dtype=torch.float32)
         chains = (native.Chain * count)(*map(_chain, spans, guessing, rule.survivals))
         address = found.buffer_info()[0]
         status = self.function_of_chains(
@@ -100,5 +100,5 @@ class Rope:
         self.length = max(length, 2 * self.length, 1024)
         positions = torch.arange(self.length)[None]
         with torch.inference_mode():
-            tables = self.module(torch.empty(1, 1, 1), positions)
+            tables = self.module(torch.empty(1, 1, 1, dtype=torch.float32), positions)
         self.cos, self.sin = (t[0, :, : t.shape[2] // 2].float().contiguous() for t in tables)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import GRANULE, LayerShape, SlotCache
@@ -31,7 +32,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 def supports(model: PreTrainedModel) -> bool:
     """Whether the lean decoder computes what this model computes; the adapter takes every other."""
-    return _known(model.config) and _as_published(model)
+    return _known(model.config) and _as_published(model) and _as_configured(model)
 
 
 def _known(config: PreTrainedConfig) -> bool:
@@ -54,6 +55,19 @@ def _as_published(model: PreTrainedModel) -> bool:
         and not any(is_patched(m) for m in modules)
         and {p.dtype for p in model.parameters()} <= {model.dtype}
         and model.dtype in DTYPES
+    )
+
+
+def _as_configured(model: PreTrainedModel) -> bool:
+    """Whether what a layer computes besides its products is what the configuration says, on the objects too."""
+    base, activation = model.get_decoder(), type(ACT2FN["silu"])
+    table = base.embed_tokens
+    return (
+        type(table) is nn.Embedding
+        and table.max_norm is None
+        and all(type(layer.mlp.act_fn) in (activation, nn.SiLU) for layer in base.layers)
+        and all(layer.self_attn.is_causal for layer in base.layers)
+        and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in base.layers)
     )
 
 
@@ -354,7 +368,7 @@ def window(config: PreTrainedConfig, layer: int) -> int | None:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
-    return getattr(config, "sliding_window", None)
+    return None if config.model_type == "llama" else getattr(config, "sliding_window", None)
 
 
 def _fused(parts: Sequence[Any], make_linear: MakeLinear, consume: bool) -> LinearLayer:

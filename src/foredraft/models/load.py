@@ -39,7 +39,7 @@ ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "fl
 class LoadOptions:
     """How to load one model; target and drafter each have their own."""
 
-    dtype: str = "auto"
+    dtype: str | torch.dtype = "auto"
     device: str = "auto"
     device_map: str | dict[str, Any] | None = None
     trust_remote_code: bool = False
@@ -79,22 +79,25 @@ class LoadOptions:
                 )
 
 
-def parse_dtype(name: str) -> torch.dtype | None:
+def parse_dtype(asked: str | torch.dtype) -> torch.dtype | None:
     """`None` for auto.
 
     Raises:
         RequestError: no such dtype.
     """
-    name = ALIASES.get(name, name).removeprefix("torch.")
+    name = str(asked).removeprefix("torch.")
+    name = ALIASES.get(name, name)
     if name == "auto":
         return None
     if name not in DTYPES:
-        raise RequestError(f"dtype={name!r} is not known; use auto, {', '.join([*DTYPES, *ALIASES])}")
+        raise RequestError(f"dtype={asked!r} is not known; use auto, {', '.join([*DTYPES, *ALIASES])}")
     return DTYPES[name]
 
 
 def parse_device(name: str) -> torch.device:
     """Raises RequestError where the device is not known or not there."""
+    if not isinstance(name, str | torch.device):
+        raise RequestError(f"device={name!r} is not known; use auto, cpu, cuda or cuda:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

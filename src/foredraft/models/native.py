@@ -55,6 +55,8 @@ def why_not(model: PreTrainedModel) -> str:
         return f"it computes in float32 and bfloat16 on a CPU, and this model is {model.dtype} on {model.device}"
     if _head_dim(model) > MOST_DIM or _head_dim(model) % 2:
         return f"it takes even head sizes up to {MOST_DIM}, and this model's is {_head_dim(model)}"
+    if len({norm.variance_epsilon for norm in _norms(model.get_decoder())}) > 1:
+        return "its norms have several epsilons"
     layers = [linears for layer in model.get_decoder().layers for linears in _linears(layer)]
     formats = [{_bits(linear) for linear in linears} for linears in (*layers, (model.get_output_embeddings(),))]
     if any(len(bits) > 1 or None in bits for bits in formats):
@@ -75,6 +77,16 @@ def _linears(layer: Any) -> tuple[tuple[Any, ...], ...]:
     """A layer's products; those in one tuple have the same input, and are computed as one."""
     a, m = layer.self_attn, layer.mlp
     return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
+
+
+def _norms(base: Any) -> list[Any]:
+    """All of them; those of queries and keys too, where there are any."""
+    each = [(n.input_layernorm, n.post_attention_layernorm, *_head_norms(n.self_attn)) for n in base.layers]
+    return [base.norm, *(norm for norms in each for norm in norms)]
+
+
+def _head_norms(attention: Any) -> tuple[Any, ...]:
+    return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
 
 def _head_dim(model: PreTrainedModel) -> int:
@@ -247,7 +259,7 @@ class NativeModel:
                 spans += (slot, start, width)
                 if end > self.call.length:
                     self._lengthen(end)
-        logits = torch.empty(len(rows.wanted), self.vocab_size)
+        logits = torch.empty(len(rows.wanted), self.vocab_size, dtype=torch.float32)
         self.call(array("i", rows.tokens + spans + rows.wanted), rows, len(spans) // 3, self.cache, logits)
         return logits
 

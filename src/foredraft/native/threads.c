@@ -17,7 +17,7 @@
 
 #include "native.h"
 
-enum { MAX_WORKERS = 255, SPINS = 64 };
+enum { MAX_WORKERS = 255, SPINS = 64, MOST_CHUNKS = 0xffff /* of a ticket */ };
 static const int64_t AWAKE_NS = 1000000;
 
 static struct {
@@ -25,6 +25,7 @@ static struct {
   _Alignas(64) _Atomic uint64_t ticket;
   _Atomic(task) run;
   _Atomic(void *) arg;
+  _Atomic int first; /* added to a chunk's number: long phases are run in parts */
   _Atomic int members; /* workers that may take part */
   _Alignas(64) _Atomic int done;
   _Alignas(64) _Atomic int asleep; /* workers that wait to be woken */
@@ -67,10 +68,11 @@ static bool claim(bool from_back) {
   while (has_chunks(ticket)) {
     task run = atomic_load_explicit(&pool.run, memory_order_relaxed);
     void *arg = atomic_load_explicit(&pool.arg, memory_order_relaxed);
+    int first = atomic_load_explicit(&pool.first, memory_order_relaxed);
     uint64_t left = from_back ? ticket - 1 : ticket + (1 << 16);
     if (atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, left, memory_order_acq_rel,
                                               memory_order_acquire)) {
-      run(arg, (int)(from_back ? (ticket & 0xffff) - 1 : (ticket >> 16) & 0xffff));
+      run(arg, first + (int)(from_back ? (ticket & 0xffff) - 1 : (ticket >> 16) & 0xffff));
       atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
       return true;
     }
@@ -164,14 +166,10 @@ void pool_enter(int threads) {
 
 void pool_leave(void) { pthread_mutex_unlock(&pool.pass); }
 
-/* run(arg, 0), ..., run(arg, chunks - 1), in any order, on any thread. */
-void pool_run(task run, void *arg, int chunks) {
-  if (pool.threads == 1 || chunks == 1) {
-    for (int chunk = 0; chunk < chunks; chunk++) run(arg, chunk);
-    return;
-  }
+static void run_part(task run, void *arg, int first, int chunks) {
   atomic_store_explicit(&pool.run, run, memory_order_relaxed);
   atomic_store_explicit(&pool.arg, arg, memory_order_relaxed);
+  atomic_store_explicit(&pool.first, first, memory_order_relaxed);
   atomic_store_explicit(&pool.done, 0, memory_order_relaxed);
   uint64_t phase = (atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 32) + 1;
   atomic_store(&pool.ticket, phase << 32 | (uint64_t)chunks);
@@ -181,6 +179,16 @@ void pool_run(task run, void *arg, int chunks) {
     pause_briefly();
     if (spins % SPINS == 0) sched_yield();
   }
+}
+
+/* run(arg, 0), ..., run(arg, chunks - 1), in any order, on any thread. */
+void pool_run(task run, void *arg, int chunks) {
+  if (pool.threads == 1 || chunks == 1) {
+    for (int chunk = 0; chunk < chunks; chunk++) run(arg, chunk);
+    return;
+  }
+  for (int first = 0; first < chunks; first += MOST_CHUNKS)
+    run_part(run, arg, first, chunks - first < MOST_CHUNKS ? chunks - first : MOST_CHUNKS);
 }
 
 /* A child has none of its parent's workers, and may find the locks held by threads that it has not. */

@@ -82,6 +82,8 @@ def make_policy(policy: str | DraftPolicy | None, *, several: bool = False) -> D
     if policy is None or policy == "gain":
         return Choice() if several else Gain()
     if not isinstance(policy, str):
+        if not hasattr(policy, "observe_times"):
+            raise RequestError(f"policy={policy!r} is not usable; pass a name, or a DraftPolicy")
         return policy
     if policy not in POLICIES:
         raise RequestError(f"policy={policy!r} is not known; use one of {', '.join(POLICIES)}")
