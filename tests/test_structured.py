@@ -299,6 +299,8 @@ def deep(levels: int) -> dict:
         (lambda: Structured.regex(3), "is no text"),
         (lambda: Structured.grammar("  "), "is empty"),
         (lambda: Structured.regex("\ud800"), "no Unicode text"),
+        (lambda: Structured.grammar('start: x "z"\nx[max_tokens=3]: /[a-z]+/'), "uses max_tokens="),
+        (lambda: Structured.grammar('start: x "z"\nx[lazy, stop="q"]: /[a-z]+/'), "uses stop="),
         (lambda: {"description": "x" * 10_000_000}, "10,000,.* bytes; at most 1,000,000"),
         (lambda: Structured.json_schema(" " * 10_000_000), "10,000,000 characters"),
         (lambda: Structured.json_schema("[" * 500_000), "nested"),
@@ -330,6 +332,9 @@ def test_what_is_refused_when_it_is_asked_for(make, message):
         (Structured.regex("(?=a)b"), "look-around"),
         (Structured.regex(r"[^\s\S]"), "matches nothing"),
         (Structured.regex("(ab[^\\s\\S])|[^\\s\\S]c"), "matches nothing"),
+        (Structured.regex("((((a{1,1000}){1,1000}){1,1000}){1,1000})"), "cannot be followed beyond"),
+        ({"type": "integer", "minimum": 10**20}, "at #/minimum: 1000.* is too large"),
+        (deep(150), "recursion limit"),
         (Structured.grammar("start: nowhere"), "nowhere"),
         (Structured.grammar('begin: "a"'), "start"),
         (Structured.grammar("start: ("), "cannot be compiled"),
@@ -341,6 +346,12 @@ def test_what_does_not_compile_is_refused_before_anything_runs(llm, form, messag
         llm.generate([PROMPT, PROMPT], [SamplingParams(), params(form)])
     assert "<state>" not in str(caught.value)
     assert llm.engine.stats.output_tokens == before and not llm.engine.has_work
+
+
+def test_a_choice_of_thousands(llm):
+    options = [f"option {i}" for i in range(5000)]
+    result = llm.generate(PROMPT, params(Structured.choice(options)))
+    assert result.text in options
 
 
 def test_a_pattern_that_explodes_is_refused_or_followed(llm):

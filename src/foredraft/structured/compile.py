@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from foredraft.errors import GrammarError, RequestError
@@ -21,6 +22,9 @@ from foredraft.structured.spec import Structured
 SECONDS = 10.0
 KEPT = 64
 MOST_PARTS = 200  # of a schema, looked at one by one to find the fault
+LOOK_AHEAD = 20  # tokens of a text that are tried before anything runs
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength")
+MOST_NUMBER = 2**53  # what JSON's readers agree on
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
 
 
@@ -113,11 +117,25 @@ def compile_form(form: Structured, tokens: Any) -> Any:
     """
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(tokens, _source(form), log_level=0)
+    _check_numbers(form)
+    try:
+        source = _source(form)
+    except ValueError as error:  # llguidance's reader of JSON
+        raise GrammarError(f"the {form.name} cannot be compiled: {first_line(str(error))}") from error
+    matcher = LLMatcher(tokens, source, log_level=0)
     if matcher.is_error():
         raise GrammarError(_explain(form, first_line(matcher.get_error())))
     _check_start(form, matcher, tokens)
+    _check_ahead(form, matcher, tokens)
     return matcher
+
+
+def _check_numbers(form: Structured) -> None:
+    """Raises GrammarError for a bound that the compiler would round to another in silence."""
+    for pointer, part in _parts(json.loads(form.source), "#") if form.kind == "json_schema" else ():
+        for name in BOUNDS:
+            if type(part.get(name)) is int and abs(part[name]) > MOST_NUMBER:
+                raise GrammarError(f"the {form.name} cannot be compiled at {pointer}/{name}: {part[name]} is too large")
 
 
 def _source(form: Structured) -> str:
@@ -128,7 +146,7 @@ def _source(form: Structured) -> str:
     if form.kind == "regex":
         return str(LLMatcher.grammar_from_regex(form.source))
     if form.kind == "choice":
-        return "start: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(form.source))
+        return "start: OPTION\nOPTION: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(form.source))
     return str(LLMatcher.grammar_from_lark(form.source))
 
 
@@ -143,6 +161,21 @@ def _check_start(form: Structured, matcher: Any, tokens: Any) -> None:
     for text in (forced, *_literals(form)):
         if tokens.decode_bytes(tokens.greedy_tokenize(text)) != text.encode():
             raise GrammarError(f"the {form.name} wants {text!r:.200}, which this model's vocabulary cannot spell")
+
+
+def _check_ahead(form: Structured, matcher: Any, tokens: Any) -> None:
+    """Raises GrammarError where a text of some tokens already is more than the matcher can follow."""
+    path: list[int] = []
+    follower = GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens.eos_token, tokens.vocab_size)
+    try:
+        for _ in range(LOOK_AHEAD):
+            allowed = np.unpackbits(follower.allowed_after([path])[0], bitorder="little")
+            allowed[tokens.eos_token] = 0
+            if not allowed.any():
+                return
+            path.append(int(allowed.argmax()))
+    except GrammarError as error:
+        raise GrammarError(f"the {form.name} cannot be followed beyond {len(path)} tokens: {error}") from error
 
 
 def _literals(form: Structured) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Structured: what form an output must have, checked as far as that goes without a compiler."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from foredraft.errors import GrammarError
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 MAX_SOURCE = 1_000_000  # bytes
 MAX_OPTIONS = 10_000
+WITHOUT_ROLLBACK = re.compile(r"^\s*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE)
 MAX_DEPTH = 200  # nested brackets; compilers recurse
 
 
@@ -86,8 +88,14 @@ class Structured:
 
     @classmethod
     def grammar(cls, lark: str) -> "Structured":
-        """The output is derived from the rule `start`."""
-        return cls("grammar", _text(lark, "grammar"))
+        """The output is derived from the rule `start`; rules may not count tokens or hide their ends."""
+        found = WITHOUT_ROLLBACK.search(_text(lark, "grammar"))
+        if found:
+            raise GrammarError(
+                f"the grammar uses {found[1]}=, after which the compiler cannot take tokens back; bound the text with a "
+                "pattern such as /[a-z]{1,20}/ instead"
+            )
+        return cls("grammar", lark)
 
     @classmethod
     def of(cls, value: object) -> "Structured":

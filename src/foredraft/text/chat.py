@@ -43,6 +43,8 @@ def render_chat(
         )
     for index, message in enumerate(messages):
         _check_message(index, message)
+    if not isinstance(arguments, Mapping | None):
+        raise RequestError(f"template_arguments={arguments!r} is not usable; give a dict of the template's variables")
     variables = _variables(tokenizer, tools, arguments)
     ids = _rendered(tokenizer, messages, variables)
     if not ids:
