@@ -202,6 +202,8 @@ def test_launch_of_what_is_not_there(server: ServerProcess) -> None:
     assert launch(draft="/etc").status_code == 403
     assert launch(target="foredraft-bundled", size_in_billions=7).status_code == 400
     assert launch(trust_remote_code=True).status_code == 400
+    assert launch(size_in_billions=0.01).status_code == 400  # of which target?
+    assert launch(n_gpu=99).json()["error"]["param"] == "n_gpu"
     assert launch(uid="bundled").status_code == 409
     assert list(model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]) == ["bundled"]
 
@@ -212,6 +214,9 @@ def test_two_models_and_delete_while_serving(server: ServerProcess) -> None:
     )
     assert launched.status_code == 200 and launched.json()["state"] == "ready" and launched.json()["draft"] == "none"
     assert complete(server).status_code == 400  # which of the two?
+    for asked in ({"num_draft_tokens": 3}, {"gamma": 3}, {"draft": "model"}):
+        refused = complete(server, model="plain", **asked)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == next(iter(asked))
     one, other = (complete(server, model=uid).json()["choices"] for uid in ("plain", "bundled"))
     assert one == other
     with ThreadPoolExecutor(4) as pool:
