@@ -96,6 +96,36 @@ def test_drafting_off_is_the_same(client: openai.OpenAI) -> None:
     assert drafted[1:] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("path", ["/completions", "/chat/completions"])
+def test_each_drafter_by_name(client: openai.OpenAI, path: str) -> None:
+    """Whoever guesses, the text is the same; and nobody guesses but who was asked to."""
+    given = {"prompt": PROMPT} if path == "/completions" else {"messages": ASK}
+    ask = {"model": "bundled", **given, "temperature": 1, "seed": 11, "max_tokens": 64, "return_draft_info": True}
+    drafters = client.models.retrieve("bundled").drafters
+    assert drafters == ["suffix", "model"]
+    texts, guessed = [], {}
+    for name in (*drafters, "auto", "none", "off"):
+        choice = client.post(path, body={**ask, "draft": name}, cast_to=dict)["choices"][0]
+        texts.append([(token["id"], token["text"]) for token in choice["draft_info"]["tokens"]])
+        guessed[name] = {token["drafter"] for token in choice["draft_info"]["tokens"]} - {""}
+    assert all(text == texts[0] for text in texts)
+    assert guessed["model"] == {"model"} and guessed["suffix"] <= {"suffix"}
+    assert guessed["none"] == guessed["off"] == set()
+    deep = client.post(path, body={**ask, "draft": "model", "num_draft_tokens": 3}, cast_to=dict)
+    assert len(deep["usage"]["speculative_decoding"]["num_draft_tokens_per_pos"]) == 3
+    with pytest.raises(openai.BadRequestError, match="'suffix', 'model', or launch a model"):
+        client.post(path, body={**ask, "draft": "int4"}, cast_to=dict)
+
+
+def test_verifier_is_the_librarys(client: openai.OpenAI, llm: LLM) -> None:
+    ask = {"model": "bundled", "prompt": PROMPT, "temperature": 1, "seed": 5, "max_tokens": 40}
+    own = {"draft": "model", "num_draft_tokens": 4, "verifier": "rejection"}
+    params = SamplingParams(temperature=1, seed=5, max_new_tokens=40, verifier="rejection")
+    alone = llm.generate(PROMPT, params, num_draft_tokens=4, draft="model").text
+    assert client.completions.create(**ask, extra_body=own).choices[0].text == alone
+    assert client.completions.create(**ask).choices[0].text != alone
+
+
 def test_async_client(server: ServerProcess) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
@@ -201,23 +231,6 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
     assert [offset for part in streamed if part for offset in part.text_offset] == answer.text_offset
 
 
-def test_a_request_names_its_drafter(client: openai.OpenAI) -> None:
-    known = client.models.retrieve("bundled").drafters  # type: ignore[attr-defined]
-    assert known == ["suffix", "model"]
-    texts, guessers = [], []
-    for name in ("none", *known):
-        extra = {"draft": name, "return_draft_info": True}
-        answer = client.completions.create(
-            model="bundled", prompt=PROMPT, max_tokens=48, temperature=0, extra_body=extra
-        )
-        texts.append(answer.choices[0].text)
-        guessers.append({token["drafter"] for token in answer.choices[0].draft_info["tokens"]} - {""})
-    assert len(set(texts)) == 1
-    assert guessers[0] == set() and guessers[1] <= {"suffix"} and guessers[2] == {"model"}
-    with pytest.raises(openai.BadRequestError, match="'suffix', 'model', or launch a model"):
-        client.completions.create(model="bundled", prompt=PROMPT, max_tokens=4, extra_body={"draft": "int4"})
-
-
 def test_draft_info_tells_who_guessed(client: openai.OpenAI) -> None:
     ask = {"model": "bundled", "messages": ASK, "temperature": 0}
     ask["extra_body"] = {"return_draft_info": True, "num_draft_tokens": 4}
@@ -273,9 +286,16 @@ BAD = [
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": None}]}, None),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
-    ({"audio": {"voice": "x"}}, None),
-    ({"functions": [{}]}, None),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0.content.0.type",
+    ),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages.0.mood"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"functions": [{}]}, "functions"),
+    ({"stop_token_ids": [4096]}, None),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"parallel_tool_calls": False}, "parallel_tool_calls"),
@@ -286,7 +306,10 @@ BAD = [
     ({"draft": "none", "num_draft_tokens": 3}, "draft"),
     ({"draft": "/etc/passwd"}, "draft"),
     ({"verifier": "typical"}, "verifier"),
-    ({"processors": ["x"]}, None),
+    ({"draft": "sufix"}, "draft"),
+    ({"draft": "off", "gamma": 2}, "draft"),
+    ({"processors": ["x"]}, "processors"),
+    ({"min_tokens": 3}, "min_tokens"),
     ({"frobnicate": 1}, "frobnicate"),
 ]
 
@@ -302,6 +325,29 @@ def test_refused_by_name(client: openai.OpenAI, extra: dict, param: str | None) 
     assert next(iter(extra)).split(".")[0] in error["message"] or next(iter(extra)) in ("stop", "response_format")
     if param is not None:
         assert error["param"] == param
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", ""], [1, "a"], [True], {"a": 1}, None, [-1], [10**30]])
+def test_prompts_that_are_none(server: ServerProcess, prompt: object) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and ("prompt" in message or "token id" in message)
+    assert "constrained" not in message
+
+
+def test_a_form_is_told_in_words(server: ServerProcess) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": 5}).json()["error"]
+    assert answer["message"] == "prompt: it must be str or list[str] or list[int] or list[list[int]]"
+    assert answer["param"] == "prompt"
+
+
+def test_an_answer_may_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    ask = {"model": "bundled", "temperature": 0, "max_tokens": 8}
+    said = client.chat.completions.create(messages=ASK, **ask).choices[0].message
+    forms = (said, said.to_dict(), said.model_dump(), {"role": "assistant", "content": said.content})
+    turns = [[*ASK, form, {"role": "user", "content": "And then?"}] for form in forms]
+    texts = {client.chat.completions.create(messages=each, **ask).choices[0].message.content for each in turns}
+    assert len(texts) == 1
 
 
 def test_unknown_model(client: openai.OpenAI) -> None:
@@ -320,7 +366,9 @@ def test_context_length(client: openai.OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"null", b'{"prompt": NaN}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"null", b'{"prompt": NaN}', rb'{"prompt": "\ud800"}']
+)
 def test_bodies_that_are_none(server: ServerProcess, body: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
@@ -333,6 +381,12 @@ def test_not_json_is_refused(server: ServerProcess) -> None:
         f"{server.url}/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": "text/plain"}
     )
     assert answer.status_code == 400
+    assert "application/json" in answer.json()["error"]["message"]
+
+
+def test_packed_bodies_are_refused(server: ServerProcess) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert httpx.post(f"{server.url}/v1/completions", content=b"{}", headers=headers).status_code == 415
 
 
 def test_foreign_host_is_refused(server: ServerProcess) -> None:

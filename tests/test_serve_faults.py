@@ -36,6 +36,13 @@ def small() -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
+def strict() -> Iterator[ServerProcess]:
+    """Little memory, little time."""
+    with ServerProcess("--memory-budget", "100M", "--request-timeout", "0.3") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("--max-batch-size", "4") as process:
         yield process
@@ -123,14 +130,13 @@ def test_full_queue(small: ServerProcess) -> None:
     assert complete(small).status_code == 200
 
 
-def test_timeout(tmp_path: Path) -> None:
-    with ServerProcess("--request-timeout", "0.3") as server:
-        late = complete(server, **LONG, max_tokens=1000)
-        assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
-        sock = start_stream(server)
-        assert b'"code":"timeout"' in read_until(sock, b'"error"') + sock.recv(65536)
-        sock.close()
-        until(server.idle)
+def test_timeout(strict: ServerProcess) -> None:
+    late = complete(strict, model="bundled", **LONG | {"max_tokens": 1000})
+    assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+    sock = start_stream(strict, model="bundled")
+    assert b'"code":"timeout"' in read_until(sock, b'"error"') + sock.recv(65536)
+    sock.close()
+    until(strict.idle)
 
 
 def test_sigterm_under_load_finishes(server: ServerProcess) -> None:
@@ -202,6 +208,8 @@ def test_launch_of_what_is_not_there(server: ServerProcess) -> None:
     assert launch(draft="/etc").status_code == 403
     assert launch(target="foredraft-bundled", size_in_billions=7).status_code == 400
     assert launch(trust_remote_code=True).status_code == 400
+    assert launch(size_in_billions=0.01).status_code == 400  # of which target?
+    assert launch(n_gpu=99).json()["error"]["param"] == "n_gpu"
     assert launch(uid="bundled").status_code == 409
     assert list(model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]) == ["bundled"]
 
@@ -212,6 +220,9 @@ def test_two_models_and_delete_while_serving(server: ServerProcess) -> None:
     )
     assert launched.status_code == 200 and launched.json()["state"] == "ready" and launched.json()["draft"] == "none"
     assert complete(server).status_code == 400  # which of the two?
+    for asked in ({"num_draft_tokens": 3}, {"gamma": 3}, {"draft": "model"}):
+        refused = complete(server, model="plain", **asked)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == next(iter(asked))
     one, other = (complete(server, model=uid).json()["choices"] for uid in ("plain", "bundled"))
     assert one == other
     with ThreadPoolExecutor(4) as pool:
@@ -226,13 +237,12 @@ def test_two_models_and_delete_while_serving(server: ServerProcess) -> None:
     assert complete(server).status_code == 200
 
 
-def test_memory_budget_says_by_how_much() -> None:
-    with ServerProcess("--memory-budget", "100M") as server:
-        refused = httpx.post(f"{server.url}/v1/models", json={"wait": True}, timeout=PATIENCE)
-        assert refused.status_code == 507
-        assert "MiB too much" in refused.json()["error"]["message"]
-        small = {"wait": True, "uid": "small", "max_model_len": 64, "max_batch_size": 1, "draft": "none"}
-        assert httpx.post(f"{server.url}/v1/models", json=small, timeout=PATIENCE).status_code == 200
+def test_memory_budget_says_by_how_much(strict: ServerProcess) -> None:
+    refused = httpx.post(f"{strict.url}/v1/models", json={"wait": True}, timeout=PATIENCE)
+    assert refused.status_code == 507
+    assert "MiB too much" in refused.json()["error"]["message"]
+    small = {"wait": True, "uid": "small", "max_model_len": 64, "max_batch_size": 1, "draft": "none"}
+    assert httpx.post(f"{strict.url}/v1/models", json=small, timeout=PATIENCE).status_code == 200
 
 
 def test_keys(tmp_path: Path) -> None:

@@ -30,11 +30,9 @@ class FakeAnswer:
         one = Finished("ok", "stop", 3, 0, stats, 0.0, pieces)
         self.finished: list[Finished | None] = [one] * len(asks)
 
-    async def deltas(self) -> AsyncIterator[Delta | None]:
-        yield None
-        for index, one in enumerate(self.finished):
-            assert one is not None
-            yield Delta(index, "ok", one.tokens, (), 1, 1, "stop")
+    async def deltas(self) -> AsyncIterator[Sequence[Delta]]:
+        yield []
+        yield [Delta(i, "ok", one.tokens, (), 1, 1, "stop") for i, one in enumerate(self.finished) if one is not None]
 
     async def wait(self) -> list[Finished]:
         await asyncio.sleep(0)

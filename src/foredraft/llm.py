@@ -319,7 +319,7 @@ class LLM:
         params = params or SamplingParams()
         self._check_draft_length(num_draft_tokens)
         check_asked(self.drafter, draft, num_draft_tokens)
-        self._check_bias(params)
+        self._check_ids(params)
         ids = self.encode(prompt)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
         stream = None if self._tokenizer is None else TextStream(self._tokenizer, params.stop, ids)
@@ -381,11 +381,12 @@ class LLM:
         repeats = params.verifier == "rejection" and not params.greedy and num_draft_tokens
         return self.drafter.steady if repeats and isinstance(self.drafter, Several) else None
 
-    def _check_bias(self, params: SamplingParams) -> None:
-        outside = [token for token in params.logit_bias if not 0 <= token < self.model.vocab_size]
-        if outside:
-            most = self.model.vocab_size - 1
-            raise RequestError(f"logit_bias names tokens {outside}; this vocabulary has ids 0 to {most}")
+    def _check_ids(self, params: SamplingParams) -> None:
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            outside = [token for token in ids if not 0 <= token < self.model.vocab_size]
+            if outside:
+                most = self.model.vocab_size - 1
+                raise RequestError(f"{name} names tokens {outside}; this vocabulary has ids 0 to {most}")
 
     def _run(self, jobs: list[Job]) -> list[GenerationResult]:
         """Drive until these have ended; leave none of them behind when the caller is interrupted."""

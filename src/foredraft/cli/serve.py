@@ -78,6 +78,10 @@ class ServeOptions:
     shutdown_timeout: Annotated[
         float, flag("--shutdown-timeout", help="Seconds that requests may go on after SIGTERM.", panel=LIMITS)
     ] = 30.0
+    stream_interval: Annotated[
+        float,
+        flag("--stream-interval", help="Seconds between a stream's chunks at least; 0: one each step.", panel=LIMITS),
+    ] = 0.02
     log_level: Annotated[str, flag("--log-level", help="debug, info, warning, error.", panel=NETWORK)] = "info"
 
 
@@ -142,6 +146,7 @@ def read_limits(options: ServeOptions) -> "Limits":
         shutdown_timeout=options.shutdown_timeout,
         max_body=parse_bytes(options.max_body),
         max_output_tokens=options.max_output_tokens,
+        stream_interval=options.stream_interval,
     )
 
 

@@ -22,7 +22,7 @@ from foredraft.errors import ForedraftError
 from foredraft.server.auth import Keys, parse_keys, require_admin
 from foredraft.server.chat import chat
 from foredraft.server.completions import complete
-from foredraft.server.errors import ApiError, as_api_error
+from foredraft.server.errors import ApiError, as_api_error, invalid_body
 from foredraft.server.launching import LaunchSpec, from_launch, from_speculative_launch
 from foredraft.server.metrics import Metrics
 from foredraft.server.middleware import Guard
@@ -223,16 +223,8 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
-    """The first thing that is wrong with a body, in one sentence; never the body itself."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        answer = ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}")
-    else:
-        param = ".".join(where) or None
-        answer = ApiError(400, f"{param}: {message}" if param else message, param)
+    answer = invalid_body(error.errors(), request.headers.get("content-type", ""))
     return JSONResponse(answer.body(), answer.status)
 
 

@@ -57,7 +57,8 @@ class EngineModel:
     def submit(self, prepared: Sequence[Job], *, stream: bool, details: bool) -> Answer:
         jobs = list(prepared)
         self._admit(len(jobs))
-        texts = [Text(index, job, self.info.drafter, self._metrics, stream, details) for index, job in enumerate(jobs)]
+        how = (self.info.drafter, self._metrics, stream, details, self._limits.stream_interval)
+        texts = [Text(index, job, *how) for index, job in enumerate(jobs)]
         generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
         late = ApiError(
             504, f"not finished within this server's limit of {self._limits.request_timeout:g} s", code="timeout"

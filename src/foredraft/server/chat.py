@@ -58,21 +58,19 @@ def _choice(index: int, one: Finished, model: Model, *, details: bool) -> Json:
 
 async def _stream(
     body: ChatRequest, request: Request, uid: str, model: Model, answer: Answer
-) -> AsyncIterator[Json | None]:
+) -> AsyncIterator[list[Json]]:
     head = new_head("chatcmpl", "chat.completion.chunk", uid)
     rest: Json = {"usage": None} if body.include_usage else {}
     chunks = Chunks(
         head, model, bool(body.return_draft_info), {i: Withheld() for i in range(body.n or 1) if body.tools}
     )
     with watched(answer):
-        for index in range(body.n or 1):
-            opening = {"role": "assistant", "content": ""}
-            yield head.payload([{"index": index, "delta": opening, "finish_reason": None, "logprobs": None}]) | rest
-        async for delta in answer.deltas():
-            yield None if delta is None else chunks.of(delta, answer.finished[delta.index]) | rest
+        yield [chunks.opening(index) | rest for index in range(body.n or 1)]
+        async for deltas in answer.deltas():
+            yield [chunks.of(delta, answer.finished[delta.index]) | rest for delta in deltas]
         note_usage(request, answer.finished)
         if body.include_usage:
-            yield head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}
+            yield [head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +81,10 @@ class Chunks:
     model: Model
     details: bool
     withheld: dict[int, Withheld]
+
+    def opening(self, index: int) -> Json:
+        delta = {"role": "assistant", "content": ""}
+        return self.head.payload([{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}])
 
     def of(self, delta: Delta, one: Finished | None) -> Json:
         """`one` is the whole text, with its last delta."""

@@ -68,18 +68,21 @@ async def _stream(
     model: Model,
     answer: Answer,
     opened: Sequence[str],
-) -> AsyncIterator[Json | None]:
+) -> AsyncIterator[list[Json]]:
     rest: Json = {"usage": None} if body.include_usage else {}
     offsets = [Offset() for _ in opened]
     with watched(answer):
-        for index, text in enumerate(opened):
-            if text:
-                yield head.payload([{"index": index, "text": text, "finish_reason": None, "logprobs": None}]) | rest
-        async for delta in answer.deltas():
-            yield None if delta is None else _chunk(head, delta, model, offsets, body) | rest
+        if any(opened):
+            yield [_opening(head, index, text) | rest for index, text in enumerate(opened) if text]
+        async for deltas in answer.deltas():
+            yield [_chunk(head, delta, model, offsets, body) | rest for delta in deltas]
         note_usage(request, answer.finished)
         if body.include_usage:
-            yield head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}
+            yield [head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}]
+
+
+def _opening(head: Head, index: int, text: str) -> Json:
+    return head.payload([{"index": index, "text": text, "finish_reason": None, "logprobs": None}])
 
 
 def _chunk(head: Head, delta: Delta, model: Model, offsets: "list[Offset]", body: CompletionRequest) -> Json:

@@ -3,6 +3,8 @@
 Owns the mapping from our exceptions to answers. Knows nothing of handlers.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,7 @@ TYPES = {
     504: "timeout_error",
     507: "unavailable_error",
 }
+FORM = re.compile(r"str|int|float|bool|constrained-str|(list|dict|literal|nullable)\[.*\]")  # pydantic's, of a union
 
 
 @dataclass(slots=True)
@@ -67,3 +70,44 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ForedraftError):
         return ApiError(500, message)
     return ApiError(500, "the model failed on this request; the server's log has the reason", code="internal_error")
+
+
+def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiError:
+    """What is wrong with a body, in one sentence, from pydantic's list; never the body itself."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "refused":
+        return ApiError(400, str(first["msg"]), first["ctx"]["name"])
+    if tuple(first["loc"]) == ("body",) and "json" not in content_type:
+        was = f"this was {content_type!r}" if content_type else "this had none"
+        return ApiError(400, f"send the body with 'Content-Type: application/json'; {was}")
+    at, message = _what(first, errors)
+    param = ".".join(map(str, at)) or None
+    return ApiError(400, f"{param}: {message}" if param else message, param)
+
+
+def _what(first: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> tuple[Sequence[object], str]:
+    """Where it is wrong, and how. Of a value that may have several forms, what the one that came closest lacks."""
+    if first["type"] == "extra_forbidden":
+        return _fields(first), "there is no such field here, and none is ignored; leave it out"
+    place = _fields(first)
+    tried = [error for error in errors if _fields(error)[: len(place)] == place]
+    forms = list(dict.fromkeys(form for error in tried if (form := _form(error, place))))
+    if not forms:
+        return place, str(first["msg"]).removeprefix("Value error, ")
+    close = [error for error in tried if not str(error["type"]).endswith("_type")]
+    if close:
+        best = max(close, key=lambda error: len(error["loc"]))
+        return _fields(best), str(best["msg"])
+    return place, f"it must be {' or '.join(forms)}"
+
+
+def _fields(error: Mapping[str, Any]) -> list[object]:
+    return [part for part in error["loc"] if part != "body" and not FORM.fullmatch(str(part))]
+
+
+def _form(error: Mapping[str, Any], place: Sequence[object]) -> str:
+    """Which form of the value at `place` this is about; empty where it has but one."""
+    after = [str(part) for part in error["loc"] if part != "body"][len(place) :]
+    return after[0].removeprefix("constrained-") if after and FORM.fullmatch(after[0]) else ""

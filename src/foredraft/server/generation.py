@@ -4,7 +4,6 @@ Knows jobs and step outputs, nothing of the web.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +28,7 @@ class Text:
     metrics: ModelMetrics
     stream: bool
     details: bool
+    interval: float = 0.0  # seconds from one delta to the next, at least; with `details` each step has its own
     tokens: list[TokenPiece] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -36,29 +36,33 @@ class Text:
     accepted: int = 0
     scored: int = 0
     last_step: float | None = None
+    last_delta: float = 0.0
     queued: float = 0.0
 
-    def take(self, output: StepOutput) -> Delta:
-        """Count a step, and make of it what a stream shows."""
+    def take(self, output: StepOutput) -> Delta | None:
+        """Count a step, and make of it what a stream shows; None where that can wait for the next one."""
         if output.finish_reason in ("abort", "error"):  # nobody reads on; nothing here may fail any more
             return Delta(self.index, "", finish_reason=output.finish_reason)
         stats = self.job.request.stats
         drafted, accepted = stats.drafted - self.drafted, stats.accepted - self.accepted
         self.drafted, self.accepted = stats.drafted, stats.accepted
-        self._measure(output, drafted, accepted)
-        self.kinds += _kinds(output.from_draft, drafted, accepted)
-        self.sources += [output.source if flag else "" for flag in output.from_draft]
-        text, pieces = self._pieces(output) if self.stream or self.details else ("", ())
-        return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
-
-    def _measure(self, output: StepOutput, drafted: int, accepted: int) -> None:
         now = perf_counter()
+        self._measure(output, drafted, accepted, now)
+        if self.details:
+            text, pieces = self._pieces(output, drafted, accepted)
+            return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
+        if output.finish_reason is None and not (self.stream and now - self.last_delta >= self.interval):
+            return None
+        self.last_delta = now
+        return Delta(self.index, self._text(output), (), self._new_logprobs(), finish_reason=output.finish_reason)
+
+    def _measure(self, output: StepOutput, drafted: int, accepted: int, now: float) -> None:
         since = None if self.last_step is None else now - self.last_step
+        off = self._why_off()
         if self.last_step is None:
             self.queued = max(0.0, self.job.request.started - self.job.request.arrived)
         self.last_step = now
         if output.token_ids:
-            off = self._why_off()
             self.metrics.step(StepFigures(len(output.token_ids), drafted, accepted, output.source, off, since))
 
     def _why_off(self) -> str:
@@ -66,10 +70,21 @@ class Text:
             return "asked"
         if self.drafter == "none":
             return "no_drafter"
-        return "first_token" if not self.kinds else "policy"
+        return "first_token" if self.last_step is None else "policy"
 
-    def _pieces(self, output: StepOutput) -> tuple[str, tuple[TokenPiece, ...]]:
+    def _text(self, output: StepOutput) -> str:
+        """What is settled and was not shown yet."""
+        stream = self.job.stream
+        if stream is None or not self.stream:
+            return ""
+        if output.finish_reason:
+            stream.close()
+        return stream.take()
+
+    def _pieces(self, output: StepOutput, drafted: int, accepted: int) -> tuple[str, tuple[TokenPiece, ...]]:
         """The text that is settled now, and this step's tokens; text that waited comes with the token that owns it."""
+        self.kinds += _kinds(output.from_draft, drafted, accepted)
+        self.sources += [output.source if flag else "" for flag in output.from_draft]
         stream = self.job.stream
         if stream is None:
             return "", ()
@@ -81,8 +96,6 @@ class Text:
         for piece, owner in stream.take_pieces(range(len(self.kinds))):  # type: ignore[arg-type]  # numbers as flags
             whole.append(piece)
             texts[int(owner)] = texts.get(int(owner), "") + piece
-        if not self.details:
-            return "".join(whole), ()
         ids = self.job.request.output_ids
         named = tuple(TokenPiece(ids[i], text, self.kinds[i], self.sources[i]) for i, text in sorted(texts.items()))
         if not self.stream:
@@ -128,7 +141,7 @@ class Generation:
         self._cancel = cancel
         self._mail = mail
         self._bell = Bell(loop)
-        self._deltas: deque[Delta] = deque()
+        self._deltas: list[Delta] = []
         self._error: Exception | None = None
         self._left = len(texts)
         self._ended: Callable[[], None] = lambda: None
@@ -141,7 +154,7 @@ class Generation:
     def take(self, text: Text, output: StepOutput) -> None:
         """A step of one of the texts, or its end."""
         delta = text.take(output)
-        if text.stream or output.finish_reason:
+        if delta is not None and (text.stream or output.finish_reason):
             self._mail.post(partial(self._arrive, text, delta))
 
     def _arrive(self, text: Text, delta: Delta) -> None:
@@ -171,17 +184,17 @@ class Generation:
             if self.finished[text.index] is None:
                 self._cancel(text.job.request)
 
-    async def deltas(self) -> AsyncIterator[Delta | None]:
+    async def deltas(self) -> AsyncIterator[Sequence[Delta]]:
         ended = 0
         while ended < len(self.texts):
-            while self._deltas and self._error is None:
-                delta = self._deltas.popleft()
-                ended += delta.finish_reason is not None
-                yield delta
+            came = bool(self._deltas) or self._error is not None or await self._bell.wait(ALIVE_EVERY)
             if self._error is not None:
                 raise self._error
-            if ended < len(self.texts) and not await self._bell.wait(ALIVE_EVERY):
-                yield None
+            if came and not self._deltas:
+                continue
+            arrived, self._deltas = self._deltas, []
+            ended += sum(delta.finish_reason is not None for delta in arrived)
+            yield arrived
 
     async def wait(self) -> list[Finished]:
         while self._left and self._error is None:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from foredraft.drafters import DRAFTERS
+from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED, LLM
 from foredraft.models.load import DTYPES, LoadOptions, parse_device, parse_dtype
 from foredraft.server.errors import ApiError
@@ -45,6 +46,8 @@ class LaunchSpec:
 def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
     """Raises ApiError, RequestError."""
     weight_format = quantization(body.quantization)
+    if body.target is None and body.size_in_billions is not None:
+        raise ApiError(400, "size_in_billions says which size of a target; name the target too", "size_in_billions")
     target = None if body.target is None else registry.resolve(body.target, body.size_in_billions)
     draft = _draft(body.draft, body.draft_size_in_billions, registry)
     LoadOptions(body.dtype, body.device)
@@ -106,6 +109,10 @@ def _placement(n_gpu: int | str | None, device: str) -> tuple[str, str | None]:
     assert isinstance(n_gpu, int)
     if n_gpu < 0 or device != "auto":
         raise ApiError(400, f"n_gpu={n_gpu} contradicts device={device!r}, or is no number of GPUs", "n_gpu")
+    try:
+        parse_device(f"cuda:{n_gpu - 1}")
+    except RequestError as error:
+        raise ApiError(400, f"n_gpu={n_gpu} is more than there are: {error}", "n_gpu") from None
     return "auto", "auto"
 
 

@@ -77,6 +77,7 @@ class Guard:
             scope["state"]["key"] = None
             if scope["path"] not in OPEN and not scope["path"].startswith("/playground/"):
                 scope["state"]["key"] = self.keys.check(headers.get(b"authorization", b"").decode("latin-1") or None)
+            _check_encoding(headers.get(b"content-encoding", b"identity"))
             body = await read_body(receive, self.limits, headers.get(b"content-length"))
         except ApiError as error:
             await _respond(error, scope, receive, send)
@@ -138,6 +139,11 @@ async def read_body(receive: Receive, limits: Limits, length: bytes | None) -> b
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_timeout:g} s") from None
     return b"".join(parts)
+
+
+def _check_encoding(name: bytes) -> None:
+    if name.lower() != b"identity":
+        raise ApiError(415, f"the body is encoded as {name.decode('latin-1')!r}; send it as it is")
 
 
 def _too_long(limits: Limits) -> ApiError:

@@ -12,6 +12,7 @@ from foredraft.server.settings import Limits
 from foredraft.types import SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on until it ends
+OFF = ("none", "off")  # no drafts
 TEMPERATURE = 1.0  # as above, for both
 
 
@@ -57,10 +58,12 @@ class Drafting:
         """Raises ApiError for fields that contradict each other, and for a drafter that this model has not."""
         if body.gamma is not None and body.num_draft_tokens not in (None, body.gamma):
             raise ApiError(400, "gamma contradicts num_draft_tokens; they mean the same, give one", "gamma")
-        length = body.num_draft_tokens if body.gamma is None else body.gamma
-        if body.draft == "none":
+        field, length = ("gamma", body.gamma) if body.gamma is not None else ("num_draft_tokens", body.num_draft_tokens)
+        if length and tuple(drafters) == ("none",):
+            raise ApiError(400, f"{field}={length}: this model was launched without a drafter; leave it out", field)
+        if body.draft in OFF:
             if length:
-                raise ApiError(400, f"draft 'none' contradicts num_draft_tokens={length}; drop one of them", "draft")
+                raise ApiError(400, f"draft={body.draft!r} contradicts {field}={length}; drop one of them", "draft")
             return cls(0, None)
         if body.draft in (None, "auto"):
             return cls(length, None)

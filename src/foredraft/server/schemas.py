@@ -6,7 +6,8 @@ would change the answer (`user`, `metadata`, ...) are accepted and stay without 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 REFUSED = {
     "audio": "this server generates text only",
@@ -62,6 +63,10 @@ class Message(Body):
     tool_calls: list[CallMade] | None = None
     tool_call_id: str | None = None
     refusal: None = None
+    # what clients send back of an answer, empty
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "Message":
@@ -141,7 +146,11 @@ class Generate(Body):
     ignore_eos: bool | None = None
     num_draft_tokens: int | None = Field(None, ge=0, description="Draft exactly so many; 0 is plain decoding.")
     gamma: int | None = Field(None, ge=0, description="num_draft_tokens, as Xinference calls it.")
-    draft: str | None = Field(None, description="auto, none, or one of the model's drafters by name.")
+    draft: str | None = Field(
+        None,
+        max_length=100,
+        description="auto, none (or off), or one of the model's drafters: GET /v1/models has them.",
+    )
     verifier: Literal["coupled", "rejection"] | None = None
     return_draft_info: bool | None = Field(None, description="Tell which tokens were drafted, and by whom.")
 
@@ -154,7 +163,8 @@ class Generate(Body):
         for name, value in body.items():
             if name in REFUSED and name not in cls.model_fields:
                 if value is not None and value not in HARMLESS_VALUES.get(name, ()):
-                    raise ValueError(f"{name} is not supported: {REFUSED[name]}")
+                    about = {"name": name, "why": REFUSED[name]}
+                    raise PydanticCustomError("refused", "{name} is not supported: {why}", about)
             else:
                 kept[name] = value
         return kept
@@ -187,6 +197,13 @@ class CompletionRequest(Generate):
     prompt: Text | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: Any) -> Any:
+        if not prompt:
+            raise ValueError("it is empty; give at least one token")
+        return prompt
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -42,7 +42,7 @@ class TokenPiece:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one of the texts asked for."""
+    """What one step, or several, added to one of the texts asked for."""
 
     index: int
     text: str
@@ -73,8 +73,8 @@ class Answer(Protocol):
 
     finished: list[Finished | None]  # in the order asked
 
-    def deltas(self) -> AsyncIterator[Delta | None]:
-        """All texts' deltas as they come, until each has ended; None where nothing came for some seconds.
+    def deltas(self) -> AsyncIterator[Sequence[Delta]]:
+        """All texts' deltas, those that are there at once, until each has ended; none where none came for some seconds.
 
         Raises:
             Exception: whatever made one of them fail; the others are cancelled.

@@ -26,11 +26,14 @@ class Limits:
     max_choices: int = 16  # prompts times n of one request
     max_stop: int = 16
     max_logit_bias: int = 1024
+    stream_interval: float = 0.02  # from one chunk of a stream to the next, at least; the first and the last go at once
 
     def __post_init__(self) -> None:
         for name in ("request_timeout", "shutdown_timeout", "drain_timeout", "body_timeout"):
             if not 0 < getattr(self, name) <= 86400:
                 raise RequestError(f"{name}={getattr(self, name)!r} is not usable; give seconds, up to 86400")
+        if not 0 <= self.stream_interval <= 10:
+            raise RequestError(f"stream_interval={self.stream_interval!r} is not usable; give seconds, 0 to 10")
         for name, least in (("max_queue", 0), ("max_body", 1024), ("max_choices", 1), ("max_output_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -4,7 +4,7 @@ Knows nothing of what the payloads mean.
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -16,24 +16,27 @@ DONE = b"data: [DONE]\n\n"
 ALIVE = b": alive\n\n"
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not hold events back
 
-Payload = Mapping[str, Any]
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+Payloads = Sequence[Mapping[str, Any]]
 
 
-def event(payload: Payload) -> bytes:
-    return (
-        b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
-    )
+def event(payload: Mapping[str, Any]) -> bytes:
+    return f"data: {ENCODER.encode(payload)}\n\n".encode("utf-8", "replace")
 
 
-def sse(payloads: AsyncIterator[Payload | None], request_id: str) -> StreamingResponse:
-    """A response that streams these (None: a sign of life); whatever they raise becomes its last event."""
+def sse(payloads: AsyncIterator[Payloads], request_id: str) -> StreamingResponse:
+    """A response that streams these (none: a sign of life); whatever they raise becomes its last event.
+
+    What comes together goes out together: a write costs more than an event.
+    """
     return StreamingResponse(_events(payloads, request_id), media_type="text/event-stream", headers=HEADERS)
 
 
-async def _events(payloads: AsyncIterator[Payload | None], request_id: str) -> AsyncIterator[bytes]:
+async def _events(payloads: AsyncIterator[Payloads], request_id: str) -> AsyncIterator[bytes]:
     try:
-        async for payload in payloads:
-            yield event(payload) if payload is not None else ALIVE
+        async for some in payloads:
+            yield b"".join(map(event, some)) or ALIVE
     except Exception as error:
         log("stream failed", error=error, request_id=request_id)
         yield event(as_api_error(error).body())

@@ -1,0 +1,99 @@
+"""Parts of the server by themselves: what is counted, and how often a stream speaks."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from foredraft import LLM, SamplingParams
+from foredraft.server.backend import EngineModel
+from foredraft.server.metrics import Metrics, StepFigures
+from foredraft.server.service import Ask, Delta, Figures, Finished
+from foredraft.server.settings import Limits
+from foredraft.stats import SpecStats
+
+PROMPT = "User: I need a taxi.\nAssistant:"
+
+
+def shown(metrics: Metrics, name: str) -> dict[str, float]:
+    """A metric's samples, by their labels but the model's."""
+    text, _ = metrics.render()
+    found = re.findall(rf"^foredraft:{name}{{([^}}]*)}} (\S+)$", text.decode(), re.MULTILINE)
+    return {re.sub(r',?model_name="m",?', "", labels): float(value) for labels, value in found}
+
+
+def test_steps_are_counted() -> None:
+    metrics = Metrics()
+    model = metrics.of("m")
+    model.step(StepFigures(3, 4, 2, "suffix", "", None))
+    model.step(StepFigures(2, 1, 1, "model", "", 0.005))
+    model.step(StepFigures(1, 0, 0, "none", "policy", 100.0))
+    one = {"spec_decode_num_drafts": 2, "spec_decode_num_draft_tokens": 5, "spec_decode_num_accepted_tokens": 3}
+    for name, value in {**one, "generation_tokens": 6, "requests_refused": 0}.items():
+        assert shown(metrics, f"{name}_total") == {"": value}
+    drafted, accepted = (shown(metrics, f"spec_decode_num_{one}_tokens_per_pos_total") for one in ("draft", "accepted"))
+    assert list(drafted.values()) == [2, 1, 1, 1] and list(accepted.values()) == [2, 1]
+    assert list(drafted) == [f'position="{i}"' for i in range(4)]
+    by_source = {f'source="{name}"': value for name, value in (("target", 3), ("suffix", 2), ("model", 1))}
+    assert shown(metrics, "tokens_by_source_total") == by_source
+    assert shown(metrics, "speculation_off_total") == {'reason="policy"': 1}
+
+
+def test_buckets_hold_their_bounds() -> None:
+    metrics = Metrics()
+    model = metrics.of("m")
+    model.step(StepFigures(2, 4, 1, "suffix", "", 0.005))  # 2.5 ms for each of two tokens, on a bound
+    model.step(StepFigures(1, 40, 0, "suffix", "", 100.0))
+    gaps = shown(metrics, "inter_token_latency_seconds_bucket")
+    assert (gaps['le="0.001"'], gaps['le="0.0025"'], gaps['le="5.0"'], gaps['le="+Inf"']) == (0, 2, 2, 3)
+    assert shown(metrics, "inter_token_latency_seconds_sum") == {"": 100.005}
+    lengths = shown(metrics, "draft_length_tokens_bucket")
+    assert (lengths['le="3.0"'], lengths['le="4.0"'], lengths['le="32.0"'], lengths['le="+Inf"']) == (0, 1, 1, 2)
+    assert shown(metrics, "draft_length_tokens_count") == {"": 2}
+
+
+def test_counters_outlive_their_model_and_gauges_do_not() -> None:
+    metrics = Metrics()
+    model = metrics.of("m")
+    model.watch(lambda: Figures(2, 1, 0.5))
+    model.finished("stop", SpecStats(prompt_tokens=7, output_tokens=3, seconds_total=1.0), 0.25)
+    assert shown(metrics, "num_requests_running") == {"": 2} and shown(metrics, "kv_cache_usage_perc") == {"": 0.5}
+    model.forget()
+    assert shown(metrics, "num_requests_running") == {}
+    metrics.of("m").finished("length", SpecStats(prompt_tokens=7), 0.0)  # launched again
+    assert shown(metrics, "prompt_tokens_total") == {"": 14}
+    ended = shown(metrics, "request_success_total")
+    assert (ended['finished_reason="stop"'], ended['finished_reason="length"']) == (1, 1)
+    assert shown(metrics, "request_queue_time_seconds_sum") == {"": 0.25}
+    assert shown(metrics, "time_to_first_token_seconds_count") == {"": 0}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    yield LLM(draft="none", max_model_len=128, max_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("interval", "logprobs", "details"), [(0, None, False), (9, None, False), (9, 0, False), (9, None, True)]
+)
+def test_a_stream_speaks_as_often_as_asked(llm: LLM, interval: float, logprobs: int | None, details: bool) -> None:
+    """Tokens that wait for the next chunk are lost nowhere; whoever wants each step's drafts hears each step."""
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=logprobs)
+
+    async def listen() -> tuple[list[Delta], Finished | None]:
+        limits = Limits(stream_interval=interval)
+        model = EngineModel(llm, limits, Metrics().of("m"), asyncio.get_running_loop())
+        answer = model.submit(await model.prepare([Ask(params, PROMPT)]), stream=True, details=details)
+        deltas = [delta async for some in answer.deltas() for delta in some]
+        llm.runner.stop()
+        return deltas, answer.finished[0]
+
+    deltas, whole = asyncio.run(listen())
+    assert whole is not None and "".join(delta.text for delta in deltas) == whole.text
+    assert len(deltas) == (24 if interval == 0 or details else 2)
+    assert deltas[0].text and [delta.finish_reason for delta in deltas[-2:]] == [None, "length"]
+    assert sum(len(delta.logprobs) for delta in deltas) == len(whole.logprobs) == (24 if logprobs is not None else 0)
+    assert sum(len(delta.tokens) for delta in deltas) == (24 if details else 0)
