@@ -358,7 +358,9 @@ def test_the_default_dtype_of_another_thread_changes_nothing():
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert llm.generate(draws(20), params).token_ids == wanted
-        assert LLM(tiny("llama", torch.float32), "ngram", runtime="native").generate(draws(20), params).token_ids == wanted
+        assert (
+            LLM(tiny("llama", torch.float32), "ngram", runtime="native").generate(draws(20), params).token_ids == wanted
+        )
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -98,9 +98,9 @@ class LLM:
         runtime: str = "auto",
         require_exact: bool = False,
     ) -> None:
-        if not isinstance(max_batch_size, Integral) or max_batch_size < 1:
+        if not _is_whole(max_batch_size) or max_batch_size < 1:
             raise RequestError(f"max_batch_size={max_batch_size!r} is not usable; it must be 1 or more, and whole")
-        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        if not _is_tokenizer(tokenizer):
             raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
         options = LoadOptions(dtype, device, device_map, trust_remote_code, runtime, weight_format)
         make_policy(policy)  # an unknown name is said before anything is loaded
@@ -437,6 +437,14 @@ def _raise_errors(results: list[GenerationResult], *, single: bool) -> None:
     ) from first
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
+def _is_tokenizer(value: object) -> bool:
+    return isinstance(value, PreTrainedTokenizerBase | None)
+
+
 def _never(token_id: int) -> bool:
     return False
 
@@ -444,7 +452,7 @@ def _never(token_id: int) -> bool:
 def _context(asked: int | None, most: int) -> int:
     if asked is None:
         return most
-    if not isinstance(asked, Integral) or not 2 <= asked <= most:
+    if not _is_whole(asked) or not 2 <= asked <= most:
         raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
     return asked
 

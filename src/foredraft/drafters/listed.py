@@ -136,7 +136,9 @@ def check_place(drafts: Sequence[DraftSpec], bundled: Path | None, **place: str 
     given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
     for draft in drafts:
         if isinstance(draft, PreTrainedModel):
-            LoadOptions(place["draft_dtype"] or "auto", place["draft_device"] or "auto").check_object(draft, "draft_")
+            LoadOptions(place["draft_dtype"] or "auto", str(place["draft_device"] or "auto")).check_object(
+                draft, "draft_"
+            )
     if not given or any(_loads(draft, bundled) for draft in drafts):
         return
     kinds = [DRAFTERS.get(str(draft)) for draft in drafts]

@@ -146,7 +146,9 @@ def _source(form: Structured) -> str:
     if form.kind == "regex":
         return str(LLMatcher.grammar_from_regex(form.source))
     if form.kind == "choice":
-        return "start: OPTION\nOPTION: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(form.source))
+        return "start: OPTION\nOPTION: " + " | ".join(
+            json.dumps(option, ensure_ascii=False) for option in json.loads(form.source)
+        )
     return str(LLMatcher.grammar_from_lark(form.source))
 
 

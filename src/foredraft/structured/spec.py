@@ -11,7 +11,9 @@ from foredraft.errors import GrammarError
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 MAX_SOURCE = 1_000_000  # bytes
 MAX_OPTIONS = 10_000
-WITHOUT_ROLLBACK = re.compile(r"^\s*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE)
+WITHOUT_ROLLBACK = re.compile(
+    r"^\s*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE
+)
 MAX_DEPTH = 200  # nested brackets; compilers recurse
 
 
@@ -92,7 +94,7 @@ class Structured:
         found = WITHOUT_ROLLBACK.search(_text(lark, "grammar"))
         if found:
             raise GrammarError(
-                f"the grammar uses {found[1]}=, after which the compiler cannot take tokens back; bound the text with a "
+                f"the grammar uses {found[1]}=, which cannot be rolled back; bound the text with a "
                 "pattern such as /[a-z]{1,20}/ instead"
             )
         return cls("grammar", lark)

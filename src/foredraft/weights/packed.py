@@ -133,7 +133,9 @@ def _rows(parts: Sequence[Part], order: list[np.ndarray]) -> Rows:
 def _bias(parts: Sequence[Part], chosen: np.ndarray) -> torch.Tensor | None:
     if all(part.bias is None for part in parts):
         return None
-    each = [torch.zeros(len(p.weight), dtype=torch.float32) if p.bias is None else p.bias.detach().float() for p in parts]
+    each = [
+        torch.zeros(len(p.weight), dtype=torch.float32) if p.bias is None else p.bias.detach().float() for p in parts
+    ]
     return F.pad(torch.cat(each), (0, 1))[torch.from_numpy(chosen)].contiguous()
 
 
