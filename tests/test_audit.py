@@ -160,6 +160,8 @@ def test_a_bug_in_the_installed_copy_fails_with_a_command(
     show(found, stdout_console(width=100), "foredraft audit --model here")
     shown = capsys.readouterr().out
     assert "foredraft audit --model here --draft int4 --case '{" in shown and "FAILED: drafting changes" in shown
+    assert "are not the target's distribution" in shown
+    assert "foredraft audit --model here --draft int4 --seed 0 --quick" in shown
 
 
 def test_an_interrupt_keeps_what_was_compared(llm: LLM) -> None:

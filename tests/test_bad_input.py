@@ -384,3 +384,8 @@ def test_a_processor_that_returns_nothing(llm):
 
     with pytest.raises(RequestError, match="Silent returned NoneType"):
         llm.generate([1, 2], SamplingParams(processors=(Silent(),)))
+
+
+def test_of_several_prompts_the_error_names_the_one(llm):
+    with pytest.raises(RequestError, match=r"prompts\[1\]: the prompt is empty"):
+        llm.generate([[1, 2], []], SamplingParams(max_new_tokens=2))

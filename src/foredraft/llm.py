@@ -7,6 +7,7 @@ import operator
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -213,7 +214,10 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"{len(each)} sampling parameters for {len(batch)} prompts; give one, or one each")
-        jobs = [self.job(prompt, own, num_draft_tokens, draft=draft) for prompt, own in zip(batch, each, strict=True)]
+        jobs: list[Job] = []
+        for prompt, own in zip(batch, each, strict=True):
+            with _which(None if single else len(jobs)):
+                jobs.append(self.job(prompt, own, num_draft_tokens, draft=draft))
         results = self._run(jobs)
         if on_error == "raise":
             _raise_errors(results, single=single)
@@ -419,6 +423,17 @@ class LLM:
                     return
         finally:
             self.runner.cancel(job.request)
+
+
+@contextmanager
+def _which(index: int | None) -> Iterator[None]:
+    """An error about one of several prompts says which."""
+    try:
+        yield
+    except RequestError as error:
+        if index is None:
+            raise
+        raise type(error)(f"prompts[{index}]: {error}") from error
 
 
 def _raise_errors(results: list[GenerationResult], *, single: bool) -> None:

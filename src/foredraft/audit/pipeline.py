@@ -102,7 +102,7 @@ class Run:
         finally:
             complete = tested is not None
             digest = fingerprint(self.llm, it.drafter)
-            self.checked.append(Checked(it.name, digest, found, tested, complete))
+            self.checked.append(Checked(it.name, it.flag, digest, found, tested, complete))
         if found.differences and self.failure is None:
             self.watcher.stage(f"{it.name}: looking for the smallest case", 0)
             self.failure = Failure(it.name, it.flag, smallest(self.llm, subject, found.differences[0]))

@@ -18,6 +18,7 @@ class Checked:
     """One drafter: texts against plain decoding, and the distribution under rejection sampling."""
 
     drafter: str
+    flag: str  # what the command line calls it
     model_hash: str  # of a draft model; empty for others
     compared: Compared
     tested: Tested | None  # None: interrupted before

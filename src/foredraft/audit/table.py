@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foredraft.audit.distribution import Tested
+from foredraft.audit.options import AuditOptions
 from foredraft.audit.result import Audit, Checked, Planted
 
 
@@ -63,6 +65,14 @@ def _verdict(it: Planted) -> Text:
     return Text("caught", "green") if it.caught else Text("MISSED", "red")
 
 
+def _why(tested: Tested) -> str:
+    if tested.error:
+        return f"rejection sampling fails ({tested.error})"
+    return (
+        f"{tested.samples:,} texts of rejection sampling are not the target's distribution (p = {tested.p_value:.1e})"
+    )
+
+
 def _conclude(found: Audit, console: Console, command: str) -> None:
     caught = sum(it.caught is True for it in found.controls)
     planted = sum(it.caught is not None for it in found.controls)
@@ -76,6 +86,12 @@ def _conclude(found: Audit, console: Console, command: str) -> None:
         )
         flags = f"--draft {shlex.quote(found.failure.flag)} --case {shlex.quote(found.failure.case)}"
         console.print(f"{command} {flags}", soft_wrap=True, markup=False, highlight=False)
+    for it in found.checked:
+        if it.tested is not None and not it.tested.passed:
+            console.print(f"{it.drafter}: {_why(it.tested)}. It repeats with", style="red", soft_wrap=True)
+            quick = " --quick" if found.options.samples < AuditOptions().samples else ""
+            flags = f"--draft {shlex.quote(it.flag)} --seed {found.options.seed}{quick}"
+            console.print(f"{command} {flags}", soft_wrap=True, markup=False, highlight=False)
     words = {
         "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference",
         "failed": "FAILED: drafting changes something here",

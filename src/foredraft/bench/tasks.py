@@ -82,7 +82,7 @@ def _read(path: Path) -> str:
 def _task(path: Path, number: int, line: str) -> Task:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}, line {number} is not JSON ({error}): {line[:60]!r}") from error
     data = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(data, dict):

@@ -139,9 +139,9 @@ def compare(question: Question, params: "SamplingParams", num_draft_tokens: int 
 
 
 def _table(comparison: Comparison) -> "Any":
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("", "tokens", "median s", "min", "max", "tok/s", "accepted", "per pass")
+    table = Table(Column("", no_wrap=True), "tokens", "median s", "min", "max", "tok/s", "accepted", "per pass")
     for arm in (comparison.plain, comparison.speculative):
         stats = arm.results[-1].stats
         table.add_row(

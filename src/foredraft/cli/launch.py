@@ -116,9 +116,10 @@ def connect(options: ServerOptions) -> "Client":
 
 
 def show(models: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("uid", "model", "state", "draft", "context", "batch", "dtype", "device", "memory")
+    uid = Column("uid", overflow="fold", min_width=12)  # whole: `terminate` needs it
+    table = Table(uid, "model", "state", "draft", "context", "batch", "dtype", "device", "memory")
     for model in models:
         memory = sum((model["memory"] or {}).values()) or model["progress"]["bytes"]
         state = model["state"] if not model["error"] else f"{model['state']}: {model['error']}"

@@ -155,9 +155,12 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     from foredraft.models.load import LoadOptions
     from foredraft.server.app import Launch
     from foredraft.server.launching import LaunchSpec
+    from foredraft.weights.checkpoint import check_source
 
     if options.no_model:
         return ()
+    if options.model:
+        check_source(options.model)
     if options.max_batch_size < 1:
         raise RequestError(f"--max-batch-size {options.max_batch_size} is not usable; it must be 1 or more")
     LoadOptions(options.dtype, options.device, weight_format=options.weight_format)

@@ -215,7 +215,7 @@ class SpeculativeModel(PreparedCalls):
         """
         check_call(kwargs, generation_config, self.generation_config)
         drafting = Drafting.take(kwargs, generation_config, self.generation_config)
-        if seed is not None and not 0 <= seed < 2**63:
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
             raise RequestError(f"seed={seed!r} is not usable; it must be in [0, 2**63)")
         if self._busy == threading.get_ident():
             raise RequestError("generate() was called from within generate(); call it from outside, or another model")
