@@ -23,6 +23,7 @@ class ServerProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         environment.pop("FOREDRAFT_API_KEYS", None) if "FOREDRAFT_API_KEYS" not in (environment or {}) else None
         self.lines: list[str] = []
+        self.headers: dict[str, str] = {}  # of our own questions, where a key is asked for
         self.process = subprocess.Popen(
             [*(command or COMMAND), *arguments],
             stderr=subprocess.PIPE,
@@ -72,7 +73,7 @@ class ServerProcess:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
         total = 0.0
-        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", headers=self.headers).text.splitlines():
             found = re.fullmatch(r"([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)", line)
             if found and found[1] == name and all(f'{k}="{v}"' in (found[2] or "") for k, v in labels.items()):
                 total += float(found[3])

@@ -82,7 +82,7 @@ def test_completion_stream(client: openai.OpenAI) -> None:
     whole = client.completions.create(**ask)
     pieces = [chunk.choices[0].text for chunk in client.completions.create(**ask, stream=True)]
     assert "".join(pieces) == whole.choices[0].text
-    assert len(pieces) > 2
+    assert len(pieces) >= 2
 
 
 def test_drafting_off_is_the_same(client: openai.OpenAI) -> None:
@@ -281,6 +281,7 @@ BAD = [
     ({"stop": [""]}, None),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"99999999": 1}}, None),
+    ({"logit_bias": {"5": 1e300}}, "logit_bias"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"messages": []}, "messages"),
@@ -401,7 +402,9 @@ def test_body_limit(server: ServerProcess) -> None:
 
 
 def test_unknown_route_and_method(server: ServerProcess) -> None:
-    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
+    missing = httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}).json()["error"]
+    assert missing["type"] == "not_found_error"
+    assert missing["message"] == "there is no POST /v1/embeddings here; GET /openapi.json lists what there is"
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
 
 

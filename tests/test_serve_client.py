@@ -52,11 +52,13 @@ def test_our_client(server: ServerProcess, plain: tuple[str, str]) -> None:
     with Client(server.url) as client:
         uid = client.launch_speculative_llm(*PAIR)
         assert client.list_models()[uid]["state"] == "ready"
+        known = client.call("GET", "/v1/model_registrations/LLM")
+        assert {"model_name": "foredraft-bundled", "is_builtin": True, "sizes_in_billions": [0.01, 0.001]} in known
         model = client.get_model(uid)
         whole = model.generate(PROMPT, GREEDY)
         streamed = model.generate(PROMPT, {**GREEDY, "stream": True})
         assert whole["choices"][0]["text"] == "".join(c["choices"][0]["text"] for c in streamed) == plain[0]
-        answer = model.chat("I need a taxi.", generate_config=GREEDY)
+        answer = model.chat("I need a taxi.", generate_config={**GREEDY, "gamma": 4})
         assert answer["choices"][0]["message"]["content"] == plain[1]
         assert answer["usage"]["speculative_decoding"]["num_accepted_draft_tokens"] > 0
         client.terminate_model(uid)
@@ -84,6 +86,7 @@ def test_xinferences_client(server: ServerProcess, plain: tuple[str, str]) -> No
     streamed = model.generate(PROMPT, {**GREEDY, "stream": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == plain[0]
     answer = model.chat("I need a taxi.", chat_history=[], generate_config=GREEDY)
+    assert "foredraft-bundled" in {model["model_name"] for model in client.list_model_registrations("LLM")}
     assert answer["choices"][0]["message"]["content"] == plain[1]
     client.terminate_model(uid)
     assert uid not in client.list_models()

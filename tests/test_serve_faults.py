@@ -245,48 +245,57 @@ def test_memory_budget_says_by_how_much(strict: ServerProcess) -> None:
     assert httpx.post(f"{strict.url}/v1/models", json=small, timeout=PATIENCE).status_code == 200
 
 
-def test_keys(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("boss 0123456789abcdef-boss\nuser 0123456789abcdef-user use\n")
-    with ServerProcess("--api-key-file", str(keys)) as server:
+KEYS = "boss 0123456789abcdef-boss\nuser 0123456789abcdef-user use\n"
 
-        def status(key: str | None, method: str = "GET", path: str = "/v1/models", **body: object) -> int:
-            headers = {} if key is None else {"Authorization": f"Bearer 0123456789abcdef-{key}"}
-            json_body = body or None
-            return httpx.request(
-                method, server.url + path, headers=headers, json=json_body, timeout=PATIENCE
-            ).status_code
 
-        assert status(None, path="/health") == 200
-        assert [status(key) for key in (None, "none", "boss", "user")] == [401, 401, 200, 200]
-        assert status(None, path="/metrics") == 401
-        assert status("user", "POST", "/v1/completions", **SHORT) == 200
-        assert status("user", "POST", "/v1/models", uid="x") == 403
-        assert status("user", "DELETE", "/v1/models/bundled") == 403
-        keys.write_text("boss 0123456789abcdef-boss\n")
-        assert [status(key) for key in ("boss", "user")] == [200, 401]
-        keys.unlink()
-        assert status("boss") == 401
-        assert not any("0123456789abcdef" in line for line in server.lines)
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(KEYS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def keyed(keys: Path) -> Iterator[ServerProcess]:
+    with ServerProcess("--api-key-file", str(keys)) as process:
+        process.headers = {"Authorization": "Bearer 0123456789abcdef-boss"}
+        yield process
+
+
+def send(server: ServerProcess, key: str | None, method: str, path: str, **body: object) -> httpx.Response:
+    headers = {} if key is None else {"Authorization": f"Bearer 0123456789abcdef-{key}"}
+    return httpx.request(method, server.url + path, headers=headers, json=body or None, timeout=PATIENCE)
+
+
+def test_keys(keyed: ServerProcess, keys: Path) -> None:
+    def status(key: str | None, method: str = "GET", path: str = "/v1/models", **body: object) -> int:
+        return send(keyed, key, method, path, **body).status_code
+
+    assert status(None, path="/health") == 200
+    assert [status(key) for key in (None, "none", "boss", "user")] == [401, 401, 200, 200]
+    assert status(None, path="/metrics") == 401
+    assert status("user", "POST", "/v1/completions", **SHORT) == 200
+    assert status("user", "POST", "/v1/models", uid="x") == 403
+    assert status("user", "DELETE", "/v1/models/bundled") == 403
+    keys.write_text("boss 0123456789abcdef-boss\n")
+    assert [status(key) for key in ("boss", "user")] == [200, 401]
+    keys.unlink()
+    assert status("boss") == 401
+    keys.write_text(KEYS)
+    assert status("user") == 200
+    assert not any("0123456789abcdef" in line for line in keyed.lines)
 
 
 @pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
-def test_a_prompts_prefix_is_shared_within_one_key_alone(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("one 0123456789abcdef-one\ntwo 0123456789abcdef-two\n")
-    with ServerProcess("--api-key-file", str(keys)) as server:
+def test_a_prompts_prefix_is_shared_within_one_key_alone(keyed: ServerProcess) -> None:
+    def counted() -> list[float]:
+        return [keyed.metric(f"foredraft:prefix_cache_{name}_total") for name in ("queries", "hits")]
 
-        def send(key: str, method: str, path: str, **body: object) -> httpx.Response:
-            headers = {"Authorization": f"Bearer 0123456789abcdef-{key}"}
-            return httpx.request(method, server.url + path, headers=headers, json=body or None, timeout=PATIENCE)
-
-        prompt = list(range(100, 250))
-        answers = [send(key, "POST", "/v1/completions", **SHORT | {"prompt": prompt}) for key in ("one", "two", "one")]
-        usages = [answer.json()["usage"] for answer in answers]
-        assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 0, 128]
-        shown = send("one", "GET", "/metrics").text
-        for name, value in (("queries", 450.0), ("hits", 128.0)):
-            assert f'foredraft:prefix_cache_{name}_total{{model_name="bundled"}} {value}' in shown
+    before, asked = counted(), SHORT | {"prompt": list(range(100, 250))}
+    answers = [send(keyed, key, "POST", "/v1/completions", **asked) for key in ("boss", "user", "boss")]
+    usages = [answer.json()["usage"] for answer in answers]
+    assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 0, 128]
+    assert [after - one for after, one in zip(counted(), before, strict=True)] == [450, 128]
 
 
 def test_without_keys_no_prefix_is_shared(server: ServerProcess) -> None:

@@ -183,6 +183,12 @@ def _model_routes(app: FastAPI) -> None:
         await here.models.launched(entry)
         return {"model_uid": entry.uid}
 
+    @app.get("/v1/model_registrations/{model_type}", tags=["models"], summary="The registry: what names there are")
+    async def registrations(model_type: str, request: Request) -> list[dict[str, Any]]:
+        if model_type != "LLM":
+            raise ApiError(400, f"model_type={model_type[:100]!r} is not served here; ask for LLM", "model_type")
+        return services(request).registry.describe()
+
     @app.get("/v1/cluster/auth", include_in_schema=False)
     async def cluster_auth() -> dict[str, bool]:
         """Xinference's client asks whether to send its key."""
@@ -230,5 +236,9 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    answer = ApiError(error.status_code, str(error.detail))
+    message = str(error.detail)
+    if error.status_code in (404, 405) and request.scope.get("route") is None:
+        known = "GET /openapi.json lists what there is"
+        message = f"there is no {request.method} {request.url.path[:100]} here; {known}"
+    answer = ApiError(error.status_code, message)
     return JSONResponse(answer.body(), answer.status, error.headers)

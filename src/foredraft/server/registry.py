@@ -81,6 +81,19 @@ class Registry:
             raise ApiError(403, f"{field}: {message}", field, "folder_not_allowed")
         return real
 
+    def describe(self) -> list[dict[str, Any]]:
+        """Every name and its sizes, in the form of Xinference's registrations."""
+        names = dict.fromkeys(entry.name for entry in self.entries)
+        of = {name: [entry for entry in self.entries if entry.name == name] for name in names}
+        return [
+            {
+                "model_name": name,
+                "is_builtin": not any(entry.trusted for entry in entries),
+                "sizes_in_billions": [entry.size for entry in entries if entry.size is not None],
+            }
+            for name, entries in of.items()
+        ]
+
     def _names(self) -> str:
         return ", ".join(sorted({entry.name for entry in self.entries}))
 

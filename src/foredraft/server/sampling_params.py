@@ -13,6 +13,7 @@ from foredraft.types import SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on until it ends
 OFF = ("none", "off")  # no drafts
+MOST_BIAS = 1e6  # far beyond any score, and far from where scores overflow
 TEMPERATURE = 1.0  # as above, for both
 
 
@@ -115,6 +116,12 @@ def _max_tokens(body: Generate, limits: Limits, longest: int) -> int:
 def _bias(biases: Mapping[str, float]) -> dict[int, float]:
     if not all(name.isascii() and name.isdecimal() and len(name) < 12 for name in biases):
         raise ApiError(400, "logit_bias must map token ids (as strings) to numbers", "logit_bias")
+    beyond = next(
+        (name for name, bias in biases.items() if not (abs(bias) <= MOST_BIAS or bias == float("-inf"))), None
+    )
+    if beyond is not None:
+        message = f"logit_bias of token {beyond} is {biases[beyond]!r}; give -100 to ban it, 100 to force it"
+        raise ApiError(400, message, "logit_bias")
     return {int(name): bias for name, bias in biases.items()}
 
 
