@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from foredraft.models.native import NativeModel
 from foredraft.models.pages import PAGE, PageCache
 from foredraft.models.rows import RowBatch, Span, plan
 from foredraft.native import library
+from foredraft.structured import mask
 from foredraft.weights.choice import quantise
 from foredraft.weights.packed import Packed, Part, pack, quantized, stacked
 from foredraft.weights.quantize import Quantizer
@@ -53,6 +55,29 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("count", [1, 15, 16, 40, 157])
+def test_a_mask_leaves_what_is_allowed_and_what_is_no_number(isa, count):
+    scores = torch.randn(3, count, generator=torch.Generator().manual_seed(count))
+    scores[0, 0], scores[1, -1], scores[2, count // 2] = torch.nan, torch.inf, -torch.inf
+    sets = np.random.default_rng(count).integers(0, 256, (3, -(-count // 8)), np.uint8)
+    allowed = torch.from_numpy(np.unpackbits(sets, axis=1, bitorder="little"))[:, :count].bool()
+    found = torch.full((3, count + 1), 7.0)  # one more: nothing is written behind the end
+    before, loaded = scores.clone(), library.load()
+    loaded.functions.foredraft_mask(
+        loaded.isa(isa), scores.data_ptr(), sets.ctypes.data, 3, count, found.flatten().data_ptr()
+    )
+    found, behind = found.flatten()[: 3 * count].view(3, count), found.flatten()[3 * count :]
+    wanted = torch.where(allowed | scores.isnan(), scores, -torch.inf)
+    others = mask.by_table(scores, sets), mask.only(scores, sets), mask.only(scores.T.contiguous().T, sets)
+    for masked in (found, *others):
+        assert torch.equal(masked.nan_to_num(nan=9), wanted.nan_to_num(nan=9))
+    assert (behind == 7).all() and torch.equal(scores.nan_to_num(nan=9), before.nan_to_num(nan=9))
 
 
 # --- products --------------------------------------------------------------------------------------------------------

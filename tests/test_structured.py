@@ -227,6 +227,19 @@ def test_looking_ahead_leaves_no_trace(llm, grammars):
     assert looked.forced(4) == ()
 
 
+@pytest.mark.parametrize("ends", [(0,), (7,), (7, 0, 9)])
+def test_a_text_ends_where_its_form_is_complete_in_any_of_its_ends(llm, ends):
+    """And a model without the tokenizer's last tokens is never offered them."""
+    constraint = Grammars(llm.tokenizer, 301).constraint(Structured.regex("[ab]{2,3}"), ends)
+    a, b = llm.tokenizer.convert_tokens_to_ids(["a", "b"])
+    for path, complete in (((), False), ((a,), False), ((a, b), True), ((a, b, a), True)):
+        bits = constraint.allowed_after([path])
+        allowed = set(np.flatnonzero(np.unpackbits(bits[0], bitorder="little")).tolist())
+        assert bits.shape == (1, 38) and max(allowed) < 301
+        assert allowed & {0, 7, 9} == (set(ends) if complete else set())
+        assert {a, b} <= allowed or len(path) == 3
+
+
 def test_rows_behind_a_token_that_may_not_come_are_left_alone(grammars):
     constraint = grammars.constraint(Structured.regex("ab"), (0,))
     assert not constraint.allowed_after([()]).all()

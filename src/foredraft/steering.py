@@ -9,18 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers import SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from foredraft.errors import ExactnessError, RequestError
 from foredraft.structured import Constraint
-from foredraft.structured.constraint import Bits
+from foredraft.structured.mask import only
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 KNOWN_STATEFUL = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-BYTES = np.arange(256, dtype=np.uint8)[:, None]
-LIMITS = np.where(np.unpackbits(BYTES, axis=1, bitorder="little"), np.float32(np.inf), np.float32(-np.inf))  # [256, 8]
 CHECK_EVERY = 8  # passes between two spot checks of processors, after the first few
 
 
@@ -75,7 +72,7 @@ class Steering:
             pairs = zip(scores, paths, strict=True)
             scores = torch.cat([self._process(row, [*prefix, *path], len(path)) for row, path in pairs])
         if self.constraint is not None:
-            scores = _only(scores, self.constraint.allowed_after(paths))
+            scores = only(scores, self.constraint.allowed_after(paths))
         return scores
 
     def commit(self, tokens: Sequence[int], *, ended: bool) -> None:
@@ -123,17 +120,6 @@ class Steering:
             for sample in (*self.first, *self.latest):
                 _ask_again(sample)
         self.passes += 1
-
-
-def _only(scores: torch.Tensor, allowed: Bits) -> torch.Tensor:
-    """A copy of the scores with -inf where a token's bit is not set. # [n, V], [n, ceil(V / 8)] -> [n, V]
-
-    By numpy on a CPU: torch's threads and the native runtime's would take turns at the cores, for milliseconds.
-    """
-    limits = LIMITS.take(allowed, axis=0).reshape(len(scores), -1)[:, : scores.shape[1]]
-    if scores.is_cpu:
-        return torch.from_numpy(np.minimum(scores.detach().numpy(), limits))
-    return scores.minimum(torch.from_numpy(limits).to(scores.device))
 
 
 def _fork(processor: Any) -> Processor:

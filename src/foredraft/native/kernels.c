@@ -7,5 +7,7 @@ void ISA(product)(const linear *w, int epilogue, int first, int last, const char
 void ISA(write)(const attention *a, const unit *u);
 void ISA(attend)(const attention *a, const unit *u);
 int32_t ISA(draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
+void ISA(mask)(const float *x, const uint8_t *allowed, int count, float *out);
 
-const kernels ISA(kernels) = {ISA_NAME, ISA(embed), ISA(encode), ISA(product), ISA(write), ISA(attend), ISA(draw)};
+const kernels ISA(kernels) = {ISA_NAME,    ISA(embed),  ISA(encode), ISA(product),
+                              ISA(write), ISA(attend), ISA(draw),   ISA(mask)};

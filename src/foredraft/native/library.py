@@ -11,7 +11,7 @@ from typing import Any
 from foredraft.errors import ForedraftError
 from foredraft.native.build import NAME
 
-ABI = 2
+ABI = 3
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
@@ -120,6 +120,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_int,
     ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
+    "foredraft_mask": (c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
     "foredraft_pack": (c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
 }
 
@@ -171,7 +172,7 @@ def load(path: Path | None = None) -> Library:
         raise LibraryError(f"{path} has interface {found}, and this version needs {ABI}; rebuild it with `make native`")
     for name, arguments in SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
-    functions.foredraft_pack.restype = None
+    functions.foredraft_pack.restype = functions.foredraft_mask.restype = None
     return Library(functions, _present(functions.foredraft_isas()), ISAS[functions.foredraft_fastest_isa()])
 
 

@@ -21,7 +21,7 @@
 
 typedef uint16_t bf16;
 
-enum { ABI = 2 };         /* raise it with every change that native/library.py must follow */
+enum { ABI = 3 };         /* raise it with every change that native/library.py must follow */
 enum { BLOCK = 32 };      /* outputs that are packed together */
 enum { PAGE = 64 };       /* tokens of a page of the cache */
 enum { MAX_DIM = 256 };   /* of a head */
@@ -100,6 +100,7 @@ typedef struct {
   void (*attend)(const attention *a, const unit *u);
   /* A token from logits [count], and how sure of it they are; temperature 0 takes the likeliest. */
   int32_t (*draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
+  void (*mask)(const float *x, const uint8_t *allowed, int count, float *out);
 } kernels;
 
 extern const kernels kernels_portable;

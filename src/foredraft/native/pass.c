@@ -270,6 +270,13 @@ EXPORT int foredraft_pass(const model *m, const int32_t *ints, int rows, int spa
   return status;
 }
 
+/* out [rows][count] has x, and -infinity where the bit of a token is not set in `allowed` [rows][(count + 7) / 8]. */
+EXPORT void foredraft_mask(int isa, const float *x, const uint8_t *allowed, int rows, int count, float *out) {
+  const kernels *k = kernels_of(isa);
+  for (size_t r = 0; r < (size_t)rows; r++)
+    k->mask(x + r * count, allowed + r * ((count + 7) / 8), count, out + r * count);
+}
+
 /* y [rows][width] = x [rows][count] W^T + b alone, for tests and measurements. x is padded to a multiple of sixteen. */
 EXPORT int foredraft_linear(const linear *w, int isa, const float *x, int rows, int count, float *y, int width, int threads) {
   char *encoded;

@@ -56,7 +56,7 @@ class Grammars:
                 "in stop_token_ids"
             )
         matcher = self._matcher(form).deep_copy()
-        return GrammarConstraint(matcher, ends, self._vocabulary().eos_token, self.vocab_size)
+        return GrammarConstraint(matcher, ends, self._vocabulary(), self.vocab_size)
 
     def mark(self, text: str) -> str:
         """How a grammar writes a mark of a chat template: as a token of its own, or letter by letter."""
@@ -154,9 +154,8 @@ def _source(form: Structured) -> str:
 
 def _check_start(form: Structured, matcher: Any, tokens: Any) -> None:
     """Raises GrammarError where no text can begin, or a text that must come has no tokens."""
-    end = tokens.eos_token
     try:
-        GrammarConstraint(matcher.deep_copy(), (end,), end, tokens.vocab_size).allowed_after([()])
+        GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size).allowed_after([()])
     except GrammarError as error:
         raise GrammarError(f"the {form.name} matches nothing that this vocabulary can spell: {error}") from error
     forced = bytes(matcher.compute_ff_bytes()).decode(errors="ignore")

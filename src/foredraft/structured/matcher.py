@@ -19,11 +19,14 @@ class GrammarConstraint:
     tokens that end a text, the likeliest first: they may come where the grammar is satisfied, and are never fed to it.
     """
 
-    def __init__(self, matcher: Any, ends: tuple[int, ...], own_end: int, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, ends: tuple[int, ...], tokens: Any, vocab_size: int) -> None:
         self.matcher = matcher
         self.ends = ends
-        self.own_end = own_end  # the one that the matcher itself allows where the grammar is satisfied
+        self.own_end: int = tokens.eos_token  # the one that the matcher itself allows where the grammar is satisfied
+        self.all_ends = (self.own_end, *ends)
         self.vocab_size = vocab_size
+        self.longer = tokens.vocab_size > vocab_size  # the matcher's vocabulary than the model's
+        self.nothing = bytes(len(matcher.compute_bitmask()))
         self.ahead: list[int] = []
         self.known: dict[tuple[int, ...], Bits] = {}  # what may come after paths from the committed output
         self.ended = False
@@ -73,6 +76,8 @@ class GrammarConstraint:
 
     def _walk(self, path: Ids) -> bool:
         """Bring the matcher to the committed output and `path`; False where the grammar does not allow that."""
+        if not path and not self.ahead:
+            return True
         shared = 0
         while shared < min(len(path), len(self.ahead)) and path[shared] == self.ahead[shared]:
             shared += 1
@@ -89,25 +94,29 @@ class GrammarConstraint:
 
     def _compute(self) -> Bits:
         """What may come where the matcher is. # [ceil(V / 8)]"""
-        bits = bytearray(self.matcher.compute_bitmask())  # its vocabulary may be longer than the model's, or shorter
+        bits: bytes | bytearray = self.matcher.compute_bitmask()
         if self.matcher.is_error():
             raise _lost(self.matcher)
-        size = -(-self.vocab_size // 8)
-        if len(bits) != size:
-            bits = bits[:size].ljust(size, b"\0")
-        bits[-1] &= 0xFF >> -self.vocab_size % 8
+        if self.longer or any(contains(bits, token) for token in self.all_ends):
+            bits = self._own(bytearray(bits))
+        if bits == self.nothing:
+            raise _lost(self.matcher)
+        return np.frombuffer(bits, np.uint8, count=-(-self.vocab_size // 8))
+
+    def _own(self, bits: bytearray) -> bytearray:
+        """With the text's ends in place of the matcher's, and without tokens that the model does not have."""
         satisfied = contains(bits, self.own_end)
-        for token in (self.own_end, *self.ends):
+        for token in self.all_ends:
             bits[token // 8] &= 0xFF ^ 1 << token % 8
         for token in self.ends if satisfied else ():
             bits[token // 8] |= 1 << token % 8
-        allowed = np.frombuffer(bits, np.uint8)
-        if not allowed.any():
-            raise _lost(self.matcher)
-        return allowed
+        size = -(-self.vocab_size // 8)
+        bits[size:] = bytes(len(bits) - size)
+        bits[size - 1] &= 0xFF >> -self.vocab_size % 8
+        return bits
 
 
-def contains(bits: Bits | bytearray, token: int) -> bool:
+def contains(bits: Bits | bytes | bytearray, token: int) -> bool:
     """Whether a token is in a set. # [ceil(V / 8)]"""
     return bool(bits[token // 8] >> token % 8 & 1)
 
