@@ -292,7 +292,14 @@ def test_drafters_that_cannot_be_audited_are_named(llm: LLM) -> None:
     assert "model" not in [it.name for it in audited] and "skip" in left_out
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format":9}', '{"format":1,"batch":1,"index":3,"asks":[]}'])
+CASE = '{"format":1,"batch":%d,"index":%d,"asks":[{"prompt":[1],"params":{}}]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"format":9}', "[" * 100_000, CASE % (1, 3), CASE % (0, 0), CASE % (1, -1)],
+    ids=["empty", "nothing", "list", "format", "deep", "index", "batch", "negative"],
+)
 def test_a_case_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="the case is not usable"):
         casefile.loads(text)

@@ -43,8 +43,9 @@ def loads(text: str) -> Case:
             raise ValueError(f"format {found['format']}, and this release reads format {FORMAT}")
         asks = tuple(_ask(it) for it in found["asks"])
         case = Case(asks, int(found["batch"]), int(found["index"]))
-        _ = case.ask
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if case.batch < 1 or not 0 <= case.index < len(asks):
+            raise ValueError(f"batch {case.batch} and index {case.index} of {len(asks)} requests")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise RequestError(f"the case is not usable ({problem}); copy the whole line that the audit printed") from error
     return case

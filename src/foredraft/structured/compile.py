@@ -158,7 +158,7 @@ def _check_start(form: Structured, matcher: Any, tokens: Any) -> None:
         GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size).allowed_after([()])
     except GrammarError as error:
         raise GrammarError(f"the {form.name} matches nothing that this vocabulary can spell: {error}") from error
-    forced = bytes(matcher.compute_ff_bytes()).decode(errors="ignore")
+    forced = bytes(matcher.deep_copy().compute_ff_bytes()).decode(errors="ignore")
     for text in (forced, *_literals(form)):
         if tokens.decode_bytes(tokens.greedy_tokenize(text)) != text.encode():
             raise GrammarError(f"the {form.name} wants {text!r:.200}, which this model's vocabulary cannot spell")
@@ -167,7 +167,7 @@ def _check_start(form: Structured, matcher: Any, tokens: Any) -> None:
 def _check_ahead(form: Structured, matcher: Any, tokens: Any) -> None:
     """Raises GrammarError where a text of some tokens already is more than the matcher can follow."""
     path: list[int] = []
-    follower = GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens.eos_token, tokens.vocab_size)
+    follower = GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size)
     try:
         for _ in range(LOOK_AHEAD):
             allowed = np.unpackbits(follower.allowed_after([path])[0], bitorder="little")
