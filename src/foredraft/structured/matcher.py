@@ -121,9 +121,14 @@ def contains(bits: Bits | bytes | bytearray, token: int) -> bool:
     return bool(bits[token // 8] >> token % 8 & 1)
 
 
+def too_complex(matcher: Any) -> bool:
+    """Whether a matcher gave up, rather than come to where no token goes on."""
+    return bool(matcher.is_error()) and not matcher.get_error().startswith("NoExtension")
+
+
 def _lost(matcher: Any) -> GrammarError:
     """Why no token can come."""
-    if not matcher.is_error() or matcher.get_error().startswith("NoExtension"):
+    if not too_complex(matcher):
         return GrammarError(
             "no token of this vocabulary can go on with the text as the grammar wants it; use one that can be "
             "satisfied, with characters that this model has tokens for"
