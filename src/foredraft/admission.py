@@ -15,7 +15,7 @@ import torch
 
 from foredraft.errors import RequestError
 from foredraft.models.base import Cache
-from foredraft.types import Request
+from foredraft.types import Request, is_whole
 
 SHARE = 0.9  # of the memory that is free once the models are loaded
 KEPT = 0.25, 2**30  # for what ended texts leave: a share of that, and the most
@@ -36,9 +36,12 @@ class CacheLimits:
         Raises:
             RequestError: a number is not usable.
         """
-        for name, value, least in (("cache_bytes", cache_bytes, 1), ("prefix_cache", prefix_cache, 0)):
-            usable = value is None or type(value) is int if name == "cache_bytes" else isinstance(value, int)
-            if not usable or (value is not None and value < least):
+        checks = (
+            ("cache_bytes", cache_bytes, 1, cache_bytes is None or is_whole(cache_bytes, 1)),
+            ("prefix_cache", prefix_cache, 0, isinstance(prefix_cache, bool) or is_whole(prefix_cache, 0)),
+        )
+        for name, value, least, usable in checks:
+            if not usable:
                 raise RequestError(f"{name}={value!r} is not usable; it must be a number of bytes, {least} or more")
         total = int(SHARE * free_memory(device)) if cache_bytes is None else cache_bytes
         share, most = KEPT

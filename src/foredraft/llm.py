@@ -34,7 +34,7 @@ from foredraft.structured import Constraint, Structured
 from foredraft.structured.compile import Grammars
 from foredraft.structured.tools import Calling, ToolChoice
 from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
-from foredraft.types import Request, SamplingParams, StepOutput
+from foredraft.types import Request, SamplingParams, StepOutput, is_whole
 from foredraft.upstream.modules import unwrapped
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -99,7 +99,7 @@ class LLM:
         runtime: str = "auto",
         require_exact: bool = False,
     ) -> None:
-        if not _is_whole(max_batch_size) or max_batch_size < 1:
+        if not is_whole(max_batch_size, 1):
             raise RequestError(f"max_batch_size={max_batch_size!r} is not usable; it must be 1 or more, and whole")
         if not _is_tokenizer(tokenizer):
             raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
@@ -373,8 +373,7 @@ class LLM:
 
     def _check_draft_length(self, num_draft_tokens: int | None) -> None:
         most = self.model.row_invariance.max_draft_tokens
-        usable = isinstance(num_draft_tokens, Integral) and 0 <= num_draft_tokens <= most
-        if num_draft_tokens is not None and not usable:
+        if num_draft_tokens is not None and not is_whole(num_draft_tokens, 0, most):
             raise RequestError(
                 f"num_draft_tokens={num_draft_tokens!r} is not usable; it must be whole and in [0, {most}], the widest "
                 "pass that was probed to be exact"
@@ -452,10 +451,6 @@ def _raise_errors(results: list[GenerationResult], *, single: bool) -> None:
     ) from first
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral)
-
-
 def _is_tokenizer(value: object) -> bool:
     return isinstance(value, PreTrainedTokenizerBase | None)
 
@@ -467,7 +462,7 @@ def _never(token_id: int) -> bool:
 def _context(asked: int | None, most: int) -> int:
     if asked is None:
         return most
-    if not _is_whole(asked) or not 2 <= asked <= most:
+    if not is_whole(asked, 2, most):
         raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
     return asked
 

@@ -99,19 +99,19 @@ class SamplingParams:
             object.__setattr__(self, name, (value,) if alone else tuple(value))
         checks = (
             ("temperature", _number(self.temperature, 1e-7) or self.temperature == 0, "0 (greedy) or more (1e-7)"),
-            ("top_k", _whole(self.top_k, 0), "0 (off) or more, and whole"),
+            ("top_k", is_whole(self.top_k, 0), "0 (off) or more, and whole"),
             ("top_p", _number(self.top_p, 1e-9, 1), "in (0, 1]"),
             ("min_p", _number(self.min_p, 0, 1), "in [0, 1]"),
             ("repetition_penalty", _number(self.repetition_penalty, 1e-6, 1e6), "more than 0 (1e-6 to 1e6); 1 is off"),
             ("presence_penalty", _number(self.presence_penalty, -2, 2), "in [-2, 2]"),
             ("frequency_penalty", _number(self.frequency_penalty, -2, 2), "in [-2, 2]"),
             ("logit_bias", _biases(self.logit_bias), "a dict of token ids and finite numbers (or -inf)"),
-            ("max_new_tokens", _whole(self.max_new_tokens, 1), "1 or more, and whole"),
-            ("seed", self.seed is None or _whole(self.seed, 0, 2**63 - 1), "None or whole, in [0, 2**63)"),
+            ("max_new_tokens", is_whole(self.max_new_tokens, 1), "1 or more, and whole"),
+            ("seed", self.seed is None or is_whole(self.seed, 0, 2**63 - 1), "None or whole, in [0, 2**63)"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
-            ("stop_token_ids", all(_whole(token, 0) for token in self.stop_token_ids), "token ids"),
+            ("stop_token_ids", all(is_whole(token, 0) for token in self.stop_token_ids), "token ids"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
-            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0, 100), "None or whole, in [0, 100]"),
+            ("logprobs", self.logprobs is None or is_whole(self.logprobs, 0, 100), "None or whole, in [0, 100]"),
             ("processors", all(map(_processes, self.processors)), "LogitsProcessors or Stateful(make)"),
             ("verifier", self.verifier in ("coupled", "rejection"), "'coupled' or 'rejection'"),
         )
@@ -134,7 +134,8 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _whole(value: object, least: int, most: float = math.inf) -> bool:
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Whether it is a whole number within these bounds; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
@@ -148,7 +149,8 @@ def _processes(value: object) -> bool:
 
 def _biases(value: object) -> bool:
     return isinstance(value, Mapping) and all(
-        _whole(token, 0) and (_number(bias, -sys.float_info.max) or bias == -math.inf) for token, bias in value.items()
+        is_whole(token, 0) and (_number(bias, -sys.float_info.max) or bias == -math.inf)
+        for token, bias in value.items()
     )
 
 

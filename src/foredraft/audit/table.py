@@ -73,6 +73,10 @@ def _why(tested: Tested) -> str:
     )
 
 
+def _show_command(console: Console, command: str, draft: str, flags: str) -> None:
+    console.print(f"{command} --draft {shlex.quote(draft)} {flags}", soft_wrap=True, markup=False, highlight=False)
+
+
 def _conclude(found: Audit, console: Console, command: str) -> None:
     caught = sum(it.caught is True for it in found.controls)
     planted = sum(it.caught is not None for it in found.controls)
@@ -84,14 +88,12 @@ def _conclude(found: Audit, console: Console, command: str) -> None:
             style="red",
             soft_wrap=True,
         )
-        flags = f"--draft {shlex.quote(found.failure.flag)} --case {shlex.quote(found.failure.case)}"
-        console.print(f"{command} {flags}", soft_wrap=True, markup=False, highlight=False)
+        _show_command(console, command, found.failure.flag, f"--case {shlex.quote(found.failure.case)}")
     for it in found.checked:
         if it.tested is not None and not it.tested.passed:
             console.print(f"{it.drafter}: {_why(it.tested)}. It repeats with", style="red", soft_wrap=True)
             quick = " --quick" if found.options.samples < AuditOptions().samples else ""
-            flags = f"--draft {shlex.quote(it.flag)} --seed {found.options.seed}{quick}"
-            console.print(f"{command} {flags}", soft_wrap=True, markup=False, highlight=False)
+            _show_command(console, command, it.flag, f"--seed {found.options.seed}{quick}")
     words = {
         "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference",
         "failed": "FAILED: drafting changes something here",

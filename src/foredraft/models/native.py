@@ -189,7 +189,7 @@ class NativeModel:
             index,
             decoder.window(self.config, index) or 0,
             [vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)],
-            [vector(n.weight, s.dim) for n in (a.q_norm, a.k_norm)] if hasattr(a, "q_norm") else [],
+            [vector(n.weight, s.dim) for n in _head_norms(a)],
             pack(self.library, stacked([_padded_heads(part, s) for part in qkv]), s.hidden),
             pack(self.library, stacked([_padded_inputs(part, s) for part in out]), s.heads * s.dim),
             pack(self.library, interleaved(*gate_up), s.hidden),

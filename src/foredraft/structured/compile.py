@@ -125,8 +125,9 @@ def compile_form(form: Structured, tokens: Any) -> Any:
     matcher = LLMatcher(tokens, source, log_level=0)
     if matcher.is_error():
         raise GrammarError(_explain(form, first_line(matcher.get_error())))
-    _check_start(form, matcher, tokens)
-    _check_ahead(form, matcher, tokens)
+    follower = GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size)
+    _check_start(form, follower, tokens)
+    _check_ahead(form, follower)
     return matcher
 
 
@@ -152,26 +153,25 @@ def _source(form: Structured) -> str:
     return str(LLMatcher.grammar_from_lark(form.source))
 
 
-def _check_start(form: Structured, matcher: Any, tokens: Any) -> None:
+def _check_start(form: Structured, follower: GrammarConstraint, tokens: Any) -> None:
     """Raises GrammarError where no text can begin, or a text that must come has no tokens."""
     try:
-        GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size).allowed_after([()])
+        follower.allowed_after([()])
     except GrammarError as error:
         raise GrammarError(f"the {form.name} matches nothing that this vocabulary can spell: {error}") from error
-    forced = bytes(matcher.deep_copy().compute_ff_bytes()).decode(errors="ignore")
+    forced = bytes(follower.matcher.deep_copy().compute_ff_bytes()).decode(errors="ignore")
     for text in (forced, *_literals(form)):
         if tokens.decode_bytes(tokens.greedy_tokenize(text)) != text.encode():
             raise GrammarError(f"the {form.name} wants {text!r:.200}, which this model's vocabulary cannot spell")
 
 
-def _check_ahead(form: Structured, matcher: Any, tokens: Any) -> None:
+def _check_ahead(form: Structured, follower: GrammarConstraint) -> None:
     """Raises GrammarError where a text of some tokens already is more than the matcher can follow."""
     path: list[int] = []
-    follower = GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size)
     try:
         for _ in range(LOOK_AHEAD):
             allowed = np.unpackbits(follower.allowed_after([path])[0], bitorder="little")
-            allowed[tokens.eos_token] = 0
+            allowed[follower.own_end] = 0
             if not allowed.any():
                 return
             path.append(int(allowed.argmax()))

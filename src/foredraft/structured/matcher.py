@@ -26,7 +26,6 @@ class GrammarConstraint:
         self.all_ends = (self.own_end, *ends)
         self.vocab_size = vocab_size
         self.longer = tokens.vocab_size > vocab_size  # the matcher's vocabulary than the model's
-        self.nothing = bytes(len(matcher.compute_bitmask()))
         self.ahead: list[int] = []
         self.known: dict[tuple[int, ...], Bits] = {}  # what may come after paths from the committed output
         self.ended = False
@@ -99,7 +98,7 @@ class GrammarConstraint:
             raise _lost(self.matcher)
         if self.longer or any(contains(bits, token) for token in self.all_ends):
             bits = self._own(bytearray(bits))
-        if bits == self.nothing:
+        if bits == bytes(len(bits)):
             raise _lost(self.matcher)
         return np.frombuffer(bits, np.uint8, count=-(-self.vocab_size // 8))
 
