@@ -285,6 +285,29 @@ def test_comes_back_when_acceptance_recovers(batch):
     assert phases[2].drafted / phases[2].steps / batch > 2
 
 
+class Asked(Gain):
+    """Counts how often it let a request draft."""
+
+    asked = 0
+
+    def start(self, request):
+        length = super().start(request)
+        self.asked += length > 0
+        return length
+
+
+@pytest.mark.parametrize(("batch", "finds", "least"), [(1, 0.0, 0.97), (8, 0.0, 0.97), (1, 0.05, 1.1)])
+def test_a_drafter_that_finds_nothing_is_hardly_asked(batch, finds, least):
+    """Looking up costs little, but it costs it in every step: 4 % of random texts, of which nothing came."""
+    world, count, policy = replace(FAST, batch=batch), 2000 // batch, Asked()
+    seldom, often = (Kind("lookup", (0.9,), 0.08, finds=share, looks_up=True) for share in (finds, 0.8))
+    clock = run_with([seldom], world, policy, count)[0]
+    assert clock.rate >= least * run(world, Fixed(0), count)[0].rate
+    assert finds or policy.asked < 0.5 * clock.steps * batch
+    late, at_once = (run_with([often], world, own, count)[0].rate for own in (policy, Gain()))
+    assert late > 0.95 * at_once  # and it is back once there is something to find
+
+
 @pytest.mark.parametrize("policy", [Gain(), Choice()])
 def test_drafters_need_not_ask_at_every_depth(policy):
     """One that drafts by way of text may ask of three tokens when the others have ended after one."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foredraft.policy.base import StepTimes, StopRule
-from foredraft.policy.costs import PLAIN_EVERY, Costs
-from foredraft.policy.source import MARGIN, TRIED, Source, margin
+from foredraft.policy.costs import PLAIN_EVERY, Average, Costs
+from foredraft.policy.source import MARGIN, TRIED, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
@@ -16,6 +16,8 @@ class Step:
     """What the requests have decided so far in this step."""
 
     asked: list[Request] = field(default_factory=list)
+    gains: bool | None = None  # does drafting pay for those of the step before? None: not worked out yet
+    drafting: set[Request] = field(default_factory=set)  # for whom a draft is asked
     longest: int = 0
     trying: set[Request] = field(default_factory=set)
     right: int = 0
@@ -29,12 +31,15 @@ class Gain:
     The price of a drafted token is what it adds to a step in seconds, at the current rate of tokens; its gain is the
     probability that it and all before it are accepted, from calibrated confidences. If no length gains anything over
     plain decoding, nothing is drafted except a few tokens now and then, by all requests at once, so that drafting can
-    come back. A plain step now and then keeps the price of plain decoding up to date.
+    come back. The same where a drafter hardly ever has a draft (one that looks up, in a text that does not repeat) and
+    asking it costs more than it brings. A plain step now and then keeps the price of plain decoding up to date.
     """
 
     def __init__(self, maximum: int = 16, plain_every: int = PLAIN_EVERY) -> None:
         self.num_draft_tokens = maximum
         self.source = Source(maximum)
+        self.found = Blend(Average(1.0, count=8, memory=200), memory=100, trust=50)  # how often a draft comes of asking
+        self.asking = Average()  # seconds that it takes to be told, for each request, that there is none
         self.costs = Costs(plain_every=plain_every)
         self.step = Step()
         self.group: list[Request] = []  # of the step before
@@ -52,14 +57,31 @@ class Gain:
         return self._begin(request, TRIED)
 
     def _begin(self, request: Request, most: int) -> int:
+        self.step.drafting.add(request)
         self.step.behind = max(self.step.behind, self.source.reads(request))
         return self.source.begin(most)
 
     def _pays(self, request: Request) -> bool:
         """Whether drafting pays for this request and those of the step before together, and for it at all."""
         alpha, now = self.source.alpha.of(request), self.costs.now
-        alphas = [alpha, *(self.source.alpha.of(other) for other in self.group if other is not request)]
-        return self._gains(alphas) and alpha > now.rate * now.row_price(0, now.batch)
+        return self._gains_with(request) and alpha > now.rate * now.row_price(0, now.batch) and self._finds(request)
+
+    def _gains_with(self, request: Request) -> bool:
+        """Whether the requests of the step before gain by drafting together, this one among them."""
+        joins = request not in self.group
+        if joins or self.step.gains is None:
+            group = [request, *self.group] if joins else self.group
+            gains = self._gains([self.source.alpha.of(one) for one in group])
+            if joins:
+                return gains
+            self.step.gains = gains
+        return self.step.gains
+
+    def _finds(self, request: Request) -> bool:
+        """Whether drafts come often enough to pay for the times that there was none."""
+        found, now = self.found.of(request), self.costs.now
+        brings, _ = self.source.worth([self.source.alpha.of(request)], now, now.plain_rate)
+        return found * brings >= (1 - found) * now.plain_rate * self.asking.value
 
     def _gains(self, alphas: Sequence[float]) -> bool:
         """Whether requests with these acceptances should gain by drafting together.
@@ -80,6 +102,8 @@ class Gain:
 
     def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         self.source.learn(request, draft, verdict)
+        if request in self.step.drafting and request.draft_limit and not request.lead:
+            self.found.add(request, float(len(draft) > 0))
         self.step.longest = max(self.step.longest, len(draft))
         if draft.tokens and request in self.step.trying:
             self.step.made += 1
@@ -93,6 +117,8 @@ class Gain:
         first = self.source.rested
         if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
             self.source.gained.add(times.emitted - self.costs.now.plain_rate * times.total)  # over plain decoding
+        if step.drafting and not step.longest:
+            self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
         if step.asked:
             self.group = step.asked
@@ -101,7 +127,8 @@ class Gain:
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
         if step.trying:
-            cost = times.drafting + times.batch * now.row_price(0, times.batch)
+            rows = times.batch * now.row_price(0, times.batch) if step.longest else 0.0
+            cost = times.drafting + rows
             if first and step.right:
                 trials.again(elapsed, cost)
             else:
@@ -116,5 +143,6 @@ class Gain:
 
     def forget(self, request: Request) -> None:
         self.source.forget(request)
+        self.found.own.pop(request, None)
         if request in self.group:
             self.group.remove(request)
