@@ -6,6 +6,7 @@ Numbers are those of the list in the documentation of losslessness. Nothing outs
 import torch
 
 from foredraft import sampling, verify
+from foredraft.scores import adjust
 from foredraft.types import Draft, Verdict
 from foredraft.verify import residual as true_residual
 
@@ -45,12 +46,12 @@ def scaled_in_place(logits, prefix, paths, prompt_len, params, steering=None):
 
 def one_prefix_for_all(logits, prefix, paths, prompt_len, params, steering=None):
     """9: penalties do not see the draft tokens before a row."""
-    return sampling.adjust(logits, prefix, [()] * len(logits), prompt_len, params)
+    return adjust(logits, prefix, [()] * len(logits), prompt_len, params)
 
 
 def shifted_prefix(logits, prefix, paths, prompt_len, params, steering=None):
     """9: each row is penalised with the token it is about to judge."""
-    return sampling.adjust(logits, prefix, [*paths[1:], paths[-1]], prompt_len, params)
+    return adjust(logits, prefix, [*paths[1:], paths[-1]], prompt_len, params)
 
 
 def processors_dropped(logits, prefix, paths, prompt_len, params, steering=None):
@@ -61,14 +62,14 @@ def processors_dropped(logits, prefix, paths, prompt_len, params, steering=None)
 def noise_by_row(draft, logits, request):
     """Noise keyed by the row in the pass instead of the position in the text."""
     rows = verify.paths(draft)
-    scores = sampling.adjust(logits, request.token_ids, rows, request.prompt_len, request.params)
+    scores = adjust(logits, request.token_ids, rows, request.prompt_len, request.params)
     return verify.match(draft, sampling.choose(scores, request.params, request.seed, range(len(rows))))
 
 
 def bonus_unwarped(draft, logits, request):
     """7: the token after a fully accepted draft is drawn from raw logits."""
     params, start = request.params, len(request.token_ids)
-    scores = sampling.adjust(logits, request.token_ids, verify.paths(draft), request.prompt_len, params)
+    scores = adjust(logits, request.token_ids, verify.paths(draft), request.prompt_len, params)
     scores = torch.cat((scores[:-1], logits[-1:].float()))
     return verify.match(draft, sampling.choose(scores, params, request.seed, range(start, start + len(scores))))
 

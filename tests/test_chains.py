@@ -18,6 +18,7 @@ from foredraft.models.rows import Span, plan
 from foredraft.native import library
 from foredraft.noise import Stream
 from foredraft.policy import DraftPolicy, Fixed, Gain, PerRequest, StepTimes, StopRule
+from foredraft.scores import adjust
 from foredraft.types import Draft, Request, Verdict
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
@@ -119,7 +120,7 @@ def test_every_instruction_set_draws_by_the_targets_noise(isa, dtype):
             whole = tokens + drawn
             logits = model.forward(plan([Span(1, 0, whole[:-1], 50)], 1, 1))
             positions = list(range(40, 90))
-            scores = sampling.adjust(logits, whole, [()], 0, params)
+            scores = adjust(logits, whole, [()], 0, params)
             assert drawn == sampling.choose(scores, params, seed, positions)
             chances = scores.softmax(-1).gather(1, torch.tensor(drawn)[:, None]).flatten()
             assert torch.tensor(confidences) == pytest.approx(chances, rel=1e-4)

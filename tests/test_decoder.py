@@ -9,7 +9,8 @@ from models import CONFIGS, SLIDING, tiny
 from transformers import GenerationConfig
 
 from foredraft import LLM, SamplingParams
-from foredraft.models.decoder import FAMILY, Decoder
+from foredraft.models.decoder import Decoder
+from foredraft.models.family import FAMILY
 from foredraft.models.hf import HFModel
 
 NEW_TOKENS = 48

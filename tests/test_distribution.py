@@ -20,7 +20,7 @@ from foredraft.drafters.base import NoDrafter
 from foredraft.drafters.model import ModelDrafter
 from foredraft.engine import Engine
 from foredraft.policy import Fixed, Threshold
-from foredraft.sampling import process
+from foredraft.scores import process
 from foredraft.types import Draft, SamplingParams
 
 VOCAB, AHEAD, SAMPLES = 4, 3, 1500

@@ -10,19 +10,15 @@ from foredraft.errors import ModelError
 from foredraft.weights.linear import PlainLinear, linear
 from foredraft.weights.quantize import (
     FORMATS,
-    GROUPS,
     DynamicInt8Linear,
     Int4Linear,
     Int8Linear,
     Quantizer,
     dense,
     for_drafting,
-    pick_group,
     quant_linear,
-    round_int4,
-    round_int8,
-    values_int4,
 )
+from foredraft.weights.rounding import GROUPS, pick_group, round_int4, round_int8, values_int4
 
 SHAPES = [(64, 64), (160, 96), (100, 40), (17, 33), (1, 7), (300, 256)]
 DTYPES = [torch.float32, torch.bfloat16]

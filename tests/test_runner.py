@@ -227,7 +227,7 @@ def inexact(monkeypatch):
         model.row_invariance = FIXED
         return model
 
-    monkeypatch.setattr("foredraft.llm.load_target", load)
+    monkeypatch.setattr("foredraft.assembly.load_target", load)
 
 
 def test_a_promise_that_does_not_hold_is_told(inexact):

@@ -19,7 +19,8 @@ from transformers import (
 
 from foredraft.errors import NumericsError, RequestError
 from foredraft.noise import Stream, exponential
-from foredraft.sampling import adjust, choose, draw, logprobs, probabilities, process, restrict
+from foredraft.sampling import choose, draw, logprobs
+from foredraft.scores import adjust, probabilities, process, restrict
 from foredraft.types import Request, SamplingParams
 
 VOCAB = 300

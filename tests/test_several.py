@@ -27,6 +27,7 @@ from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, wrap
 from foredraft.policy import Choice, Fixed, Gain
 from foredraft.types import Request, Verdict
+from foredraft.waiting import run
 
 PARAMS = SamplingParams(max_new_tokens=40)
 PROMPT = draws(12) * 2
@@ -149,7 +150,7 @@ def test_under_rejection_a_given_length_keeps_to_one_drafter_so_that_a_seed_repe
 def test_requests_of_one_batch_may_draft_differently() -> None:
     llm = listed("suffix", "int8")
     jobs = [llm.job(PROMPT, PARAMS, draft=name) for name in ("suffix", "int8", None, "none")]
-    results = llm._run(jobs)
+    results = run(llm.runner, jobs)
     assert len({tuple(result.token_ids) for result in results}) == 1
     used = [{who for who, it in r.stats.by_source.items() if it.drafted} for r in results]
     assert used[0] <= {"suffix"} and used[1] == {"int8"} and used[3] == set()

@@ -403,7 +403,7 @@ def test_contradictions_and_what_is_missing(llm, monkeypatch):
         params(PERSON, ignore_eos=True)
     with pytest.raises(RequestError, match="names none; give one in stop_token_ids"):
         llm.grammars.constraint(Structured.regex("a"), ())
-    monkeypatch.setattr(llm, "grammars", None)
+    monkeypatch.setattr(llm.jobs, "grammars", None)
     with pytest.raises(RequestError, match="needs a tokenizer"):
         llm.generate([5, 6], params(PERSON))
 

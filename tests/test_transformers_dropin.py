@@ -624,7 +624,7 @@ def test_an_assistant_is_made_once(llama: PreTrainedModel) -> None:
         same_ids = plainly.generate(prompts(), max_new_tokens=NEW, assistant_model=given, num_assistant_tokens=4)
         assert same_ids.tolist() == llama.generate(prompts(), max_new_tokens=NEW).tolist()
         assert plainly.n_matched > 0
-    assert len(plainly._drafters) == 2
+    assert len(plainly._choices._drafters) == 2
     plainly.generate(prompts(), max_new_tokens=NEW)
     assert plainly.n_drafted == 0
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import foredraft
 from foredraft import LLM, SamplingParams, accelerate
 from foredraft.errors import ModelError, RequestError, UnsupportedModelError
+from foredraft.models import load, pretrained
 from foredraft.models.hf import HFModel
 from foredraft.upstream import kernels
 from foredraft.upstream.modules import is_product
@@ -87,14 +88,12 @@ def test_making_an_empty_model_concerns_no_other_thread(monkeypatch: pytest.Monk
     assert [other.weight.device.type for other in others] == ["cpu"]
 
 
-@pytest.mark.parametrize("name", ["check_source", "check_supported"])
-def test_a_load_checks_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from foredraft.models import load
-
+@pytest.mark.parametrize(("owner", "name"), [(pretrained, "check_source"), (load, "check_supported")])
+def test_a_load_checks_once(owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("gpt2").save_pretrained(tmp_path)
     calls: list[object] = []
-    check = getattr(load, name)
-    monkeypatch.setattr(load, name, lambda source: (calls.append(source), check(source)))
+    check = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda source: (calls.append(source), check(source)))
     LLM(tmp_path, "none")
     assert len(calls) == 1
 

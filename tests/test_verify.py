@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from foredraft import verify as module
 from foredraft.errors import ExactnessError, NumericsError, VocabularyMismatchError
-from foredraft.sampling import adjust, choose, draw
+from foredraft.sampling import choose, draw
+from foredraft.scores import adjust
 from foredraft.types import Draft, Request, SamplingParams, Verdict
 from foredraft.verify import match, paths, rejection, verify
 

@@ -4,36 +4,26 @@ Each step proposes drafts, checks them in one pass of the target, keeps what the
 Knows nothing of text; stop rules come with the requests.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
 from foredraft import sampling
+from foredraft.accounting import Clock, account, teach
 from foredraft.admission import Admission, CacheLimits, take_over
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter, NoDrafter, check_draft
 from foredraft.errors import ForedraftError, NumericsError, RequestError
 from foredraft.models.base import Cache, CausalModel
 from foredraft.models.rows import Span, plan
-from foredraft.policy import DraftPolicy, PerRequest, StepTimes
+from foredraft.policy import DraftPolicy, PerRequest
 from foredraft.scheduler import Scheduler, chunk_end
+from foredraft.spoilt import Spoilt
 from foredraft.stats import SpecStats
 from foredraft.types import Draft, FinishReason, Phase, Request, StepOutput, Verdict
 from foredraft.verify import verify, verify_reached
-
-
-@dataclass(slots=True)
-class Clock:
-    """When a step began, when its drafts and its pass of the target were there, and when it was done."""
-
-    began: float = field(default_factory=perf_counter)
-    drafted: float = 0.0
-    verified: float = 0.0
-    ended: float = 0.0
 
 
 class Engine:
@@ -60,7 +50,7 @@ class Engine:
         self.admission = Admission(limits or CacheLimits(), max_model_len, self.caches)
         self.scheduler = Scheduler(max_batch_size, fits=self.admission.fits)
         self.stats = SpecStats()  # of the requests that have ended
-        self.recomputed: set[Request] = set()  # whose next pass tells whether drafts spoilt the last one
+        self.spoilt = Spoilt()
 
     @property
     def has_work(self) -> bool:
@@ -95,21 +85,8 @@ class Engine:
         """Let a request wait for its turn. Raises RequestError where the caches could never hold it."""
         self.admission.check(request)
         request.arrived = request.arrived or perf_counter()
-        self._mind_processors(request)
+        request.steering.mind(drafts=request.num_draft_tokens != 0 and not isinstance(self.drafter, NoDrafter))
         self.scheduler.add(request)
-
-    def _mind_processors(self, request: Request) -> None:
-        """Where drafts may come: watch for processors with a hidden state, say so where one cannot follow drafts."""
-        steering = request.steering
-        drafts = request.num_draft_tokens != 0 and not isinstance(self.drafter, NoDrafter)
-        steering.watched = drafts and steering.follows_drafts
-        if drafts and not steering.follows_drafts:
-            warnings.warn(
-                "a Stateful processor without copy() cannot follow drafts: this text is decoded without them; give the "
-                "processor a method copy() that returns it in the same state, or pass num_draft_tokens=0",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def abort(self, request: Request) -> None:
         """Take a request out wherever it is, unless it has ended; what it has produced stays with it."""
@@ -168,9 +145,10 @@ class Engine:
         outputs = self._commit_all(requests, drafts, spans, logits)
         for request in requests:
             self.target.cache.publish(request.slot, request.token_ids, request.cached, request.memory)
-        self._account(requests, outputs, clock)
+        clock.stop()
+        account(requests, outputs, self.drafter, clock)
         if len(outputs) == len(requests):
-            self._teach(outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
+            teach(self.policy, outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
         return outputs
 
     def _propose(self, requests: list[Request]) -> list[Draft]:
@@ -226,30 +204,9 @@ class Engine:
             return self._commit(request, draft, logits)
         except NumericsError as error:
             drafted = request.may_draft and (draft.tokens or request.stats.drafts)
-            return self._without_drafts(request) if drafted else self._failed(request, error)
+            return self.spoilt.again(request, self.target.cache) if drafted else self._failed(request, error)
         except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
             return self._failed(request, error)
-
-    def _without_drafts(self, request: Request) -> StepOutput:
-        """Compute the place again, alone, and draft no more for this text.
-
-        A guess may have left NaN in the cache beyond the committed tokens, and there even a masked key counts: 0 times
-        NaN is NaN.
-        """
-        self.target.cache.clear(request.slot, request.cached)
-        request.may_draft = False
-        self.recomputed.add(request)
-        return StepOutput(request, (), (), None)
-
-    def _blame_drafts(self, request: Request) -> None:
-        """Without drafts the same place has numbers, so a draft was the cause."""
-        self.recomputed.discard(request)
-        warnings.warn(
-            f"a guess of drafter {self.drafter.name!r} made the target's logits no numbers after "
-            f"{len(request.token_ids)} tokens; this text goes on without drafts",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
     def _failed(self, request: Request, error: Exception) -> StepOutput:
         request.error = error
@@ -258,8 +215,7 @@ class Engine:
     def _commit(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
         """Verify one draft [n] against logits [n + 1, V], and append what is kept up to where the request ends."""
         verdict = self._verify(draft, logits, request)
-        if request in self.recomputed:
-            self._blame_drafts(request)
+        self.spoilt.settle(request, self.drafter.name)
         start = len(request.token_ids)
         kept = [draft.tokens[i] for i in verdict.accepted]
         reason: FinishReason | None = None
@@ -308,7 +264,7 @@ class Engine:
         if was_running:
             self.admission.settle(self.scheduler.running)
             self.target.cache.free(request.slot)
-        self.recomputed.discard(request)
+        self.spoilt.forget(request)
         request.finish_reason = reason
         request.stats.seconds_total = perf_counter() - request.arrived
         self.stats.add(request.stats)
@@ -319,35 +275,3 @@ class Engine:
                 forget(request)
             except Exception as error:  # of a user's own
                 self.fail(request, error)
-
-    def _charge(self, requests: list[Request], drafting: float) -> None:
-        """Share the seconds of each drafter among the requests that asked for drafts."""
-        if isinstance(self.drafter, NoDrafter):
-            return
-        spent: dict[str, float] = getattr(self.drafter, "spent", {self.drafter.name: drafting})
-        for request in requests:
-            for name, seconds in spent.items():
-                request.stats.source(name).seconds += seconds / len(requests)
-
-    def _account(self, requests: list[Request], outputs: list[StepOutput], clock: Clock) -> None:
-        """Share the step's seconds among all that took part."""
-        ended = clock.ended = perf_counter()
-        drafting, verifying = clock.drafted - clock.began, clock.verified - clock.drafted
-        for request in requests:
-            request.stats.seconds_drafting += drafting / len(requests)
-            request.stats.seconds_verifying += verifying / len(requests)
-            request.stats.seconds_other += (ended - clock.verified) / len(requests)
-        self._charge([request for request in requests if request.draft_limit > 0], drafting)
-        for output in outputs:
-            if output.token_ids and not output.request.stats.seconds_to_first_token:
-                output.request.stats.seconds_to_first_token = ended - output.request.arrived
-
-    def _teach(self, outputs: list[StepOutput], spans: list[Span], rows: int, drafted: int, clock: Clock) -> None:
-        """Tell the policy what a step costs; forced tokens cost no drafting, so theirs is not typical."""
-        if any(output.request.lead for output in outputs):
-            return
-        emitted = sum(len(output.token_ids) for output in outputs)
-        read = sum(len(span.tokens) for span in spans) - drafted - len(outputs)
-        drafting, verifying = clock.drafted - clock.began, clock.verified - clock.drafted
-        total = clock.ended - clock.began
-        self.policy.observe_times(StepTimes(len(outputs), drafted, rows, emitted, drafting, verifying, total, read))

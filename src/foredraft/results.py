@@ -6,6 +6,7 @@ Owns how a step's tokens become text. Knows nothing of models or of who drives.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from foredraft.errors import GenerationError
 from foredraft.runner import Sink
 from foredraft.stats import SpecStats
 from foredraft.structured.tools import ToolCall
@@ -104,3 +105,19 @@ class Job:
         except Exception as error:  # of the tokenizer
             self.request.error = self.request.error or error
             return ""
+
+
+def raise_errors(results: list[GenerationResult], *, single: bool) -> None:
+    """Raises the error of a single request; of several a GenerationError that has all results."""
+    failed = [(i, result.error) for i, result in enumerate(results) if result.error is not None]
+    if not failed:
+        return
+    first = failed[0][1]
+    if single:
+        raise first
+    where = ", ".join(str(i) for i, _ in failed)
+    raise GenerationError(
+        f"{len(failed)} of {len(results)} requests failed (index {where}; the first: {type(first).__name__}: {first}); "
+        "`results` of this error has all of them, and on_error='return' returns them instead",
+        results,
+    ) from first

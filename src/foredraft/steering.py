@@ -5,6 +5,7 @@ functions of their arguments do not mind. Those with a state get a copy for each
 that were kept live on. Knows nothing of models and drafts.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,6 +66,17 @@ class Steering:
     def follows_drafts(self) -> bool:
         """Whether every state can be copied, so that guesses can be judged."""
         return all(hasattr(p, "copy") for p, stateful in zip(self.ahead[0], self.stateful, strict=True) if stateful)
+
+    def mind(self, *, drafts: bool) -> None:
+        """Where drafts may come: watch for processors with a hidden state, say so where one cannot follow drafts."""
+        self.watched = drafts and self.follows_drafts
+        if drafts and not self.follows_drafts:
+            warnings.warn(
+                "a Stateful processor without copy() cannot follow drafts: this text is decoded without them; give the "
+                "processor a method copy() that returns it in the same state, or pass num_draft_tokens=0",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def apply(self, scores: torch.Tensor, prefix: Sequence[int], paths: Sequence[Sequence[int]]) -> torch.Tensor:
         """Row i judges the token after `prefix + paths[i]`. # [n, V] -> [n, V] float32, a copy"""

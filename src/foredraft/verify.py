@@ -14,7 +14,8 @@ import torch
 from foredraft import noise
 from foredraft.errors import ExactnessError, VocabularyMismatchError
 from foredraft.noise import Stream
-from foredraft.sampling import adjust, check_finite, choose, probabilities, race, restrict
+from foredraft.sampling import check_finite, choose, race
+from foredraft.scores import adjust, probabilities, restrict
 from foredraft.types import Draft, Request, Verdict
 
 

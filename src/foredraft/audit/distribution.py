@@ -14,7 +14,7 @@ from foredraft.audit.asks import Ask
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import PLAIN, Subject, play
 from foredraft.llm import LLM
-from foredraft.sampling import process
+from foredraft.scores import process
 from foredraft.types import SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, top_k=3, ignore_eos=True, verifier="rejection")

@@ -9,6 +9,7 @@ from foredraft import noise, sampling, verify
 from foredraft.audit.faulty_verification import adjusted
 from foredraft.engine import Engine
 from foredraft.noise import Stream
+from foredraft.scores import probabilities, restrict
 from foredraft.types import Draft, Request, Verdict
 
 Accept = Callable[[float, float], float]
@@ -25,7 +26,7 @@ class FaultyRejection(Engine):
         if request.params.greedy or request.params.verifier != "rejection" or draft.probs is None:
             return super()._verify(draft, logits, request)
         scores = adjusted(draft, logits, request, request.params)
-        p = sampling.probabilities(sampling.restrict(scores, request.params))
+        p = probabilities(restrict(scores, request.params))
         start = len(request.token_ids)
         key = noise.fold(request.seed, start)
         places = range(start, start + len(p))

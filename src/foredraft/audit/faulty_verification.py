@@ -6,6 +6,7 @@ import torch
 
 from foredraft import sampling, verify
 from foredraft.engine import Engine
+from foredraft.scores import adjust
 from foredraft.types import Draft, Request, SamplingParams, Verdict
 
 
@@ -47,7 +48,7 @@ class ScalesTwice(Engine):
 class PenalisesWithOnePrefix(Engine):
     def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         p, ids = request.params, request.token_ids
-        scores = sampling.adjust(logits, ids, [()] * len(logits), request.prompt_len, p, request.steering)
+        scores = adjust(logits, ids, [()] * len(logits), request.prompt_len, p, request.steering)
         return chosen(draft, scores, request)
 
 
@@ -56,7 +57,7 @@ class PenalisesWithTheJudgedToken(Engine):
         rows = verify.paths(draft)
         shifted = [*rows[1:], rows[-1]]
         p, ids = request.params, request.token_ids
-        scores = sampling.adjust(logits, ids, shifted, request.prompt_len, p, request.steering)
+        scores = adjust(logits, ids, shifted, request.prompt_len, p, request.steering)
         return chosen(draft, scores, request)
 
 
@@ -77,7 +78,7 @@ class DecidesGreedyByRatio(Engine):
 def adjusted(draft: Draft, logits: torch.Tensor, request: Request, params: SamplingParams) -> torch.Tensor:
     rows = verify.paths(draft)
     steering = request.steering if params.processors == request.params.processors else None
-    return sampling.adjust(logits, request.token_ids, rows, request.prompt_len, params, steering)
+    return adjust(logits, request.token_ids, rows, request.prompt_len, params, steering)
 
 
 def chosen(draft: Draft, scores: torch.Tensor, request: Request) -> Verdict:

@@ -18,7 +18,8 @@ from foredraft.drafters.several import Several, drafters_of
 from foredraft.drafters.translated import TranslatingDrafter
 from foredraft.llm import LLM
 from foredraft.models.base import CausalModel
-from foredraft.models.decoder import Attention, Decoder
+from foredraft.models.decoder import Decoder
+from foredraft.models.decoder_layers import Attention
 from foredraft.models.native import NativeModel
 from foredraft.models.rows import RowInvariance
 from foredraft.weights.linear import PackedLinear, PlainLinear, can_pack

@@ -17,7 +17,7 @@ from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.several import Several, drafters_of
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel
-from foredraft.models.load import LoadOptions
+from foredraft.models.options import LoadOptions
 from foredraft.upstream.modules import unwrapped
 
 WORTH_IT = 1.1  # speed-up that a profile must have measured

@@ -14,7 +14,8 @@ from foredraft.drafters.translated import TranslatingDrafter
 from foredraft.drafters.vocabulary import Translation, first_difference
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
 from foredraft.models.base import CausalModel
-from foredraft.models.load import LoadOptions, load_model, load_tokenizer
+from foredraft.models.load import LoadOptions, load_model
+from foredraft.models.pretrained import load_tokenizer
 from foredraft.upstream.modules import unwrapped
 from foredraft.weights.checkpoint import looks_like_path
 from foredraft.weights.quantize import for_drafting

@@ -5,25 +5,27 @@ over where its loop over tokens would begin.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from foredraft.drafters.base import Drafter
 from foredraft.engine import Engine
 from foredraft.errors import RequestError
-from foredraft.integrations.decoding import Benchmarks, Call, decode
+from foredraft.integrations.choices import Choices
+from foredraft.integrations.decoding import decode
 from foredraft.integrations.drafting import Drafting
+from foredraft.integrations.output import Benchmarks
 from foredraft.integrations.recipe import Recipe
 from foredraft.integrations.refusals import check_call, check_prepared, check_processors
+from foredraft.integrations.rows import Call
 from foredraft.models.base import NO_SKIP, SkipSet
 from foredraft.models.invariance import check_exact
-from foredraft.models.load import is_on
-from foredraft.policy import DraftPolicy, make_policy
+from foredraft.models.options import is_on
+from foredraft.policy import make_policy
 from foredraft.runner import Runner
 from foredraft.stats import SpecStats
 from foredraft.types import VerifierName
@@ -69,8 +71,6 @@ class SpeculativeModel(PreparedCalls):
         check_exact(target)
         target.cache.max_slots = recipe.max_batch_size
         self.recipe = recipe
-        self._drafters: dict[Any, Drafter] = {}  # those that calls have asked for, by what was asked for
-        self._policies: dict[Any, DraftPolicy] = {}
         self.engine = Engine(
             target,
             recipe.own_drafter(target),
@@ -79,6 +79,7 @@ class SpeculativeModel(PreparedCalls):
             max_model_len=target.max_positions,
         )
         self.runner = Runner(self.engine)
+        self._choices = Choices(recipe, target)
 
     # --- what a transformers model offers besides ---------------------------------------------------------------
 
@@ -122,15 +123,7 @@ class SpeculativeModel(PreparedCalls):
         dtype = self.dtype if dtype is None else dtype
         if is_on(self.device, device) and dtype == self.dtype:
             return self
-        recipe = self.recipe
-        if isinstance(recipe.source, PreTrainedModel) or not isinstance(recipe.draft, (str, Path, type(None))):
-            raise RequestError(
-                f"to({device}, {dtype}): this model or its drafter was made from an object in memory, on {self.device} "
-                f"in {self.dtype}; move the object first, and make this one from it"
-            )
-        name = str(dtype).removeprefix("torch.")
-        options = replace(recipe.options, device=str(device), dtype=name, device_map=None)
-        self._build(replace(recipe, options=options))
+        self._build(self.recipe.moved(device, dtype))
         return self
 
     def cpu(self) -> "SpeculativeModel":
@@ -217,21 +210,19 @@ class SpeculativeModel(PreparedCalls):
         drafting = Drafting.take(kwargs, generation_config, self.generation_config)
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
             raise RequestError(f"seed={seed!r} is not usable; it must be in [0, 2**63)")
+        hooks = (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
+        with self._alone(seed, verifier), self._choices.applied(self.engine, drafting):
+            return cast(Any, GenerationMixin.generate)(self, inputs, generation_config, *hooks, **kwargs)
+
+    @contextmanager
+    def _alone(self, seed: int | None, verifier: VerifierName) -> Iterator[None]:
+        """One call at a time; what `decode_prepared` needs of it is kept meanwhile."""
         if self._busy == threading.get_ident():
             raise RequestError("generate() was called from within generate(); call it from outside, or another model")
         with self._lock:
             self._busy, self._seed, self._verifier = threading.get_ident(), seed, verifier
             try:
-                with self.engine.using(policy=self._policy(drafting), drafter=self._drafter(drafting)):
-                    return cast(Any, GenerationMixin.generate)(
-                        self,
-                        inputs,
-                        generation_config,
-                        logits_processor,
-                        stopping_criteria,
-                        prefix_allowed_tokens_fn,
-                        **kwargs,
-                    )
+                yield
             finally:
                 self._busy = None
 
@@ -259,22 +250,6 @@ class SpeculativeModel(PreparedCalls):
         self.th_stop_draft = getattr(self.engine.policy.policy, "threshold", None)
         return ids
 
-    def _policy(self, drafting: Drafting) -> DraftPolicy | None:
-        """The policy that this call asks for, if any; one that learns on is kept for the next call that asks for it."""
-        policy = drafting.policy(self.engine.target.row_invariance.max_draft_tokens)
-        if policy is None or not drafting.learns_on:
-            return policy
-        return self._policies.setdefault(drafting.options, policy)
-
-    def _drafter(self, drafting: Drafting) -> Drafter | None:
-        """The drafter that this call asks for, if any; made once, and kept for the next one that asks."""
-        if drafting.lookup:
-            return self._kept(("ngram", drafting.drafter().min_match), drafting.drafter)
-        if drafting.assistant is None:
-            return None
-        spec = _draft_source(drafting.assistant)
-        return self._kept(spec, lambda: self.recipe.drafter(spec, self.engine.target))
-
     def set_skip_layers(self, attn_skip_layer_ids: Iterable[int], mlp_skip_layer_ids: Iterable[int]) -> None:
         """From here on draft with this model less these layers' attention and MLP (Draft & Verify's name).
 
@@ -291,11 +266,6 @@ class SpeculativeModel(PreparedCalls):
         skip = getattr(self.engine.drafter, "skip", NO_SKIP)
         return skip.attention, skip.mlp
 
-    def _kept(self, key: Any, make: Callable[[], Drafter]) -> Drafter:
-        if key not in self._drafters:
-            self._drafters[key] = make()
-        return self._drafters[key]
-
     def clear_benchmarks(self) -> None:
         """Forget the figures of the last call."""
         self._publish(Benchmarks())
@@ -303,8 +273,3 @@ class SpeculativeModel(PreparedCalls):
     def _publish(self, benchmarks: Benchmarks) -> None:
         for spec in fields(benchmarks):
             setattr(self, spec.name, getattr(benchmarks, spec.name))
-
-
-def _draft_source(assistant: Any) -> Any:
-    """What a drafter is made from. For a model of ours: what that was made from, as its cache cannot be shared."""
-    return assistant.recipe.source if isinstance(assistant, SpeculativeModel) else assistant

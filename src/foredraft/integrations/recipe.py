@@ -3,10 +3,11 @@
 Owns loading. Knows nothing of generate().
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -15,7 +16,9 @@ from foredraft.drafters.make import DraftContext, make_drafter
 from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
-from foredraft.models.load import LoadOptions, load_target, load_tokenizer, parse_device, parse_dtype, probed, wrap
+from foredraft.models.load import LoadOptions, load_target, probed, wrap
+from foredraft.models.options import parse_device, parse_dtype
+from foredraft.models.pretrained import load_tokenizer
 from foredraft.policy import DraftPolicy
 from foredraft.weights.checkpoint import explained
 from foredraft.weights.lowbit import is_low_bit
@@ -67,6 +70,16 @@ class Recipe:
     def drafter(self, spec: DraftSpec, target: CausalModel) -> Drafter:
         """The drafter that a call of generate() asks for."""
         return make_drafter(spec, DraftContext(target, self._tokenizer(spec), self.options))
+
+    def moved(self, device: torch.device, dtype: torch.dtype) -> "Recipe":
+        """The same on another device or in another dtype. Raises RequestError where it is made of objects in memory."""
+        if isinstance(self.source, PreTrainedModel) or not isinstance(self.draft, (str, Path, type(None))):
+            raise RequestError(
+                f"to({device}, {dtype}): this model or its drafter was made from an object in memory; move the object "
+                "first, and make this one from it"
+            )
+        name = str(dtype).removeprefix("torch.")
+        return replace(self, options=replace(self.options, device=str(device), dtype=name, device_map=None))
 
     def _tokenizer(self, spec: DraftSpec) -> Any:
         """The target's tokenizer, to compare its vocabulary with a draft checkpoint's; None if it has none."""

@@ -7,58 +7,43 @@ cache. Knows nothing of requests, drafts or sampling.
 import copy
 from array import array
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from foredraft.errors import ModelError
-from foredraft.models import decoder
 from foredraft.models.base import NO_SKIP, Convert, Guessing, SkipSet, unchanged
 from foredraft.models.calls import Call, Rope
+from foredraft.models.family import FAMILY, supports, window
+from foredraft.models.native_layers import WIDTH, Sizes, block_of, head_norms, linears, part_of
 from foredraft.models.pages import PageCache, PageShape
 from foredraft.models.rows import RowBatch, RowInvariance, Span
 from foredraft.native import library as native
-from foredraft.native.library import BLOCK, MOST_DIM, Library
+from foredraft.native.library import MOST_DIM, Library
 from foredraft.policy import StopRule
-from foredraft.weights.packed import (
-    FORMATS,
-    Packed,
-    Part,
-    interleaved,
-    of_stored,
-    pack,
-    quantized,
-    round_up,
-    stacked,
-    vector,
-)
+from foredraft.weights.packed import FORMATS, Packed, pack, quantized, stacked, vector
 from foredraft.weights.quantize import Quantizer, for_drafting
 from foredraft.weights.stored import StoredLinear
 
 EXACT = RowInvariance(min_rows=1, key_multiple=1, row_multiple=1, max_rows=129, exact=True, prefill=True)
-WIDTH = 16  # heads are padded to a multiple of this
 
 
 def why_not(model: PreTrainedModel) -> str:
     """Why no library of ours computes what this model computes; empty where one does."""
     config = model.config
-    if not decoder.supports(model):
-        return f"it computes the published {', '.join(decoder.FAMILY)} models, and this {config.model_type} is none"
+    if not supports(model):
+        return f"it computes the published {', '.join(FAMILY)} models, and this {config.model_type} is none"
     if model.device.type != "cpu" or model.dtype not in FORMATS:
         return f"it computes in float32 and bfloat16 on a CPU, and this model is {model.dtype} on {model.device}"
     if _head_dim(model) > MOST_DIM or _head_dim(model) % 2:
         return f"it takes even head sizes up to {MOST_DIM}, and this model's is {_head_dim(model)}"
     if len({norm.variance_epsilon for norm in _norms(model.get_decoder())}) > 1:
         return "its norms have several epsilons"
-    layers = [linears for layer in model.get_decoder().layers for linears in _linears(layer)]
-    formats = [{_bits(linear) for linear in linears} for linears in (*layers, (model.get_output_embeddings(),))]
+    layers = [products for layer in model.get_decoder().layers for products in linears(layer)]
+    formats = [{_bits(linear) for linear in products} for products in (*layers, (model.get_output_embeddings(),))]
     if any(len(bits) > 1 or None in bits for bits in formats):
         return "some of its layers are neither plain nor in four or eight bits, or unlike those beside them"
     if _head_dim(model) % WIDTH and any(bits != {0} for bits in formats):
@@ -73,82 +58,14 @@ def _bits(linear: Any) -> int | None:
     return 0 if isinstance(linear, nn.Linear) else None
 
 
-def _linears(layer: Any) -> tuple[tuple[Any, ...], ...]:
-    """A layer's products; those in one tuple have the same input, and are computed as one."""
-    a, m = layer.self_attn, layer.mlp
-    return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
-
-
 def _norms(base: Any) -> list[Any]:
     """All of them; those of queries and keys too, where there are any."""
-    each = [(n.input_layernorm, n.post_attention_layernorm, *_head_norms(n.self_attn)) for n in base.layers]
+    each = [(n.input_layernorm, n.post_attention_layernorm, *head_norms(n.self_attn)) for n in base.layers]
     return [base.norm, *(norm for norms in each for norm in norms)]
-
-
-def _head_norms(attention: Any) -> tuple[Any, ...]:
-    return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
 
 def _head_dim(model: PreTrainedModel) -> int:
     return int(model.get_decoder().layers[0].self_attn.head_dim)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """One layer: its norms and packed products; None where a sub-layer is left out."""
-
-    index: int
-    window: int
-    norms: list[torch.Tensor]  # of attention and MLP
-    head_norms: list[torch.Tensor]  # of queries and keys, where the model has them
-    qkv: Packed
-    out: Packed
-    gate_up: Packed
-    down: Packed
-    skip: tuple[bool, bool] = (False, False)  # of attention and MLP
-
-    @property
-    def products(self) -> tuple[Packed, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
-
-    def without(self, skip: SkipSet) -> "Block":
-        return replace(self, skip=(self.index in skip.attention, self.index in skip.mlp))
-
-    def converted(self, convert: Callable[[Packed], Packed]) -> "Block":
-        """With other products; one that is skipped stays as it is, for nobody computes it."""
-        attention, mlp = ((lambda layer: layer) if skipped else convert for skipped in self.skip)
-        return replace(
-            self,
-            qkv=attention(self.qkv),
-            out=attention(self.out),
-            gate_up=mlp(self.gate_up),
-            down=mlp(self.down),
-        )
-
-    def struct(self) -> native.Layer:
-        """For the library, as long as this object lives."""
-        q, k = [norm.data_ptr() for norm in self.head_norms] or (None, None)
-        attention, mlp = (norm.data_ptr() for norm in self.norms)
-        products = (product.struct() for product in self.products)
-        return native.Layer(attention, mlp, q, k, *products, self.window, *self.skip, self.index)
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Of a model; `dim` is the head size in memory."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def dim(self) -> int:
-        return round_up(self.head_dim, WIDTH)
-
-    @property
-    def width(self) -> int:
-        return round_up(self.hidden, BLOCK)
 
 
 class NativeModel:
@@ -175,29 +92,15 @@ class NativeModel:
         self.eps: float = base.norm.variance_epsilon
         self.embedding = base.embed_tokens.weight.detach().contiguous()
         self.norm = vector(base.norm.weight, self.sizes.width)
-        self.blocks = [self._block(i, layer, consume) for i, layer in enumerate(base.layers)]
-        self.head = pack(library, stacked([_part(model.get_output_embeddings())]), self.sizes.hidden)
+        self.blocks = [
+            block_of(library, layer, i, window(config, i) or 0, self.sizes, consume=consume)
+            for i, layer in enumerate(base.layers)
+        ]
+        self.head = pack(library, stacked([part_of(model.get_output_embeddings())]), self.sizes.hidden)
         self.rope = Rope(base.rotary_emb)
         s = self.sizes
         self.cache = PageCache(PageShape(self.num_layers, s.kv_heads, s.dim, self.dtype))
         self.call = self.prepared()
-
-    def _block(self, index: int, layer: Any, consume: bool) -> Block:
-        s, a, m = self.sizes, layer.self_attn, layer.mlp
-        qkv, out, gate_up, down = ([_part(linear) for linear in linears] for linears in _linears(layer))
-        made = Block(
-            index,
-            decoder.window(self.config, index) or 0,
-            [vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)],
-            [vector(n.weight, s.dim) for n in _head_norms(a)],
-            pack(self.library, stacked([_padded_heads(part, s) for part in qkv]), s.hidden),
-            pack(self.library, stacked([_padded_inputs(part, s) for part in out]), s.heads * s.dim),
-            pack(self.library, interleaved(*gate_up), s.hidden),
-            pack(self.library, stacked(down), m.down_proj.in_features),
-        )
-        for linear in chain(*_linears(layer)) if consume else ():
-            _empty(linear)
-        return made
 
     def prepared(self) -> Call:
         """The call of a pass over its blocks as they are now."""
@@ -277,33 +180,3 @@ class NativeModel:
     def _lengthen(self, length: int) -> None:
         self.rope.reserve(length)
         self.call.point_to(self.rope)
-
-
-def _part(linear: Any) -> Part:
-    return of_stored(linear) if isinstance(linear, StoredLinear) else Part(linear.weight.detach(), linear.bias)
-
-
-def _empty(linear: Any) -> None:
-    """Let go of a packed layer's own weights."""
-    if isinstance(linear, StoredLinear):
-        linear.empty()
-    else:
-        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
-
-
-def _padded_heads(part: Part, sizes: Sizes) -> Part:
-    """Each head's outputs with zeros up to `dim`."""
-    if sizes.dim == sizes.head_dim:
-        return part
-    more = (0, sizes.dim - sizes.head_dim)
-    weight = F.pad(part.weight.unflatten(0, (-1, sizes.head_dim)), (0, 0, *more)).flatten(0, 1)
-    bias = None if part.bias is None else F.pad(part.bias.detach().view(-1, sizes.head_dim), more).flatten()
-    return Part(weight, bias)
-
-
-def _padded_inputs(part: Part, sizes: Sizes) -> Part:
-    """The same of a layer's inputs."""
-    if sizes.dim == sizes.head_dim:
-        return part
-    heads = part.weight.unflatten(1, (-1, sizes.head_dim))
-    return Part(F.pad(heads, (0, sizes.dim - sizes.head_dim)).flatten(1), part.bias)

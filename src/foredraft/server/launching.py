@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from foredraft.drafters import DRAFTERS
 from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED, LLM
-from foredraft.models.load import DTYPES, LoadOptions, parse_device, parse_dtype
+from foredraft.models.options import DTYPES, LoadOptions, parse_device, parse_dtype
 from foredraft.server.errors import ApiError
 from foredraft.server.registry import Registry, Size
 from foredraft.server.schemas import LaunchRequest, SpeculativeLaunchRequest

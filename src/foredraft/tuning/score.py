@@ -18,6 +18,7 @@ from foredraft.drafters.base import Drafter
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import SHORT_SPAN, Span, plan
 from foredraft.policy import Fixed
+from foredraft.scores import adjust, probabilities, restrict
 from foredraft.tuning.acceptance import Acceptance, run_lengths
 from foredraft.tuning.calibration import CalibrationText
 from foredraft.tuning.forecast import MAX_GAMMA
@@ -165,7 +166,7 @@ class Scorer:
         )
         missing = self.target.vocab_size - logits.shape[1]
         logits = F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
-        return sampling.adjust(logits, (), (), 0, self.params)
+        return adjust(logits, (), (), 0, self.params)
 
     def _agrees(self, scores: torch.Tensor, blocks: Mapping[int, tuple[int, int]]) -> list[bool]:
         """Whether each row's token, drawn with the sample's own noise, is the text's next one."""
@@ -182,7 +183,7 @@ class Scorer:
 
     def _overlap(self, scores: torch.Tensor, blocks: Mapping[int, tuple[int, int]]) -> float:
         """Sum over rows of sum min(p, q), q from the draft's scores [rows, V]."""
-        q = sampling.probabilities(sampling.restrict(scores, self.params))
+        q = probabilities(restrict(scores, self.params))
         own = [slice(self.firsts[k] + offset, self.firsts[k] + offset + n) for k, (offset, n) in blocks.items()]
         ids, probs = (torch.cat([table[rows] for rows in own]) for table in (self.ids, self.probs))
         return float(torch.minimum(probs, q.gather(1, ids)).sum())
@@ -194,7 +195,7 @@ class Scorer:
             for k, count in enumerate(self.counts):
                 for offset in range(0, count, SHORT_SPAN):
                     scores = self._scores(self.target, {k: (offset, min(SHORT_SPAN, count - offset))})
-                    p = sampling.probabilities(sampling.restrict(scores, self.params))
+                    p = probabilities(restrict(scores, self.params))
                     kept.append(p.topk(min(KEPT, p.shape[1])))
         return torch.cat([it.indices for it in kept]), torch.cat([it.values for it in kept])
 

@@ -19,7 +19,7 @@ from foredraft.errors import ModelError, RequestError
 from foredraft.upstream.weights import empty_model
 from foredraft.weights.choice import BITS, Layer, chosen_layers
 from foredraft.weights.lowbit import FORMATS, LayerRecord, Manifest
-from foredraft.weights.quantize import GROUPS
+from foredraft.weights.rounding import GROUPS
 from foredraft.weights.shards import FileRecord, ShardWriter, parse_size
 from foredraft.weights.source import Origin, Tensors, find
 from foredraft.weights.stored import quantize_weight

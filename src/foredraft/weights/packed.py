@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from foredraft.native.library import BLOCK, Format, Library, Linear
-from foredraft.weights.quantize import Quantizer, check_group, pick_group, round_int4, round_int8
+from foredraft.weights.quantize import Quantizer
+from foredraft.weights.rounding import check_group, pick_group, round_int4, round_int8
 from foredraft.weights.stored import StoredLinear
 
 HALF = BLOCK // 2  # outputs of a vector: gate and up alternate by so many

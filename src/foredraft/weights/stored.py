@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from foredraft.weights.quantize import CHUNK, Int4Linear, Int8Linear, QuantLinear, pick_group, round_int4, round_int8
+from foredraft.weights.quantize import Int4Linear, Int8Linear, QuantLinear
+from foredraft.weights.rounding import CHUNK, pick_group, round_int4, round_int8
 
 TENSORS = {4: ("codes", "grid"), 8: ("codes", "scale")}  # of a layer with so many bits, beside its bias
 

@@ -1,0 +1,64 @@
+"""What a step took, and whose it was: seconds shared among requests, and the prices that the policy learns."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.models.rows import Span
+from foredraft.policy import PerRequest, StepTimes
+from foredraft.types import Request, StepOutput
+
+
+@dataclass(slots=True)
+class Clock:
+    """When a step began, when its drafts and its pass of the target were there, and when it was done."""
+
+    began: float = field(default_factory=perf_counter)
+    drafted: float = 0.0
+    verified: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def drafting(self) -> float:
+        return self.drafted - self.began
+
+    @property
+    def verifying(self) -> float:
+        return self.verified - self.drafted
+
+    def stop(self) -> None:
+        self.ended = perf_counter()
+
+
+def account(requests: list[Request], outputs: list[StepOutput], drafter: Drafter, clock: Clock) -> None:
+    """Share the step's seconds among all that took part."""
+    for request in requests:
+        request.stats.seconds_drafting += clock.drafting / len(requests)
+        request.stats.seconds_verifying += clock.verifying / len(requests)
+        request.stats.seconds_other += (clock.ended - clock.verified) / len(requests)
+    _charge([request for request in requests if request.draft_limit > 0], drafter, clock.drafting)
+    for output in outputs:
+        if output.token_ids and not output.request.stats.seconds_to_first_token:
+            output.request.stats.seconds_to_first_token = clock.ended - output.request.arrived
+
+
+def _charge(requests: list[Request], drafter: Drafter, drafting: float) -> None:
+    """Share the seconds of each drafter among the requests that asked for drafts."""
+    if isinstance(drafter, NoDrafter):
+        return
+    spent: dict[str, float] = getattr(drafter, "spent", {drafter.name: drafting})
+    for request in requests:
+        for name, seconds in spent.items():
+            request.stats.source(name).seconds += seconds / len(requests)
+
+
+def teach(
+    policy: PerRequest, outputs: list[StepOutput], spans: list[Span], rows: int, drafted: int, clock: Clock
+) -> None:
+    """Tell the policy what a step costs; forced tokens cost no drafting, so theirs is not typical."""
+    if any(output.request.lead for output in outputs):
+        return
+    emitted = sum(len(output.token_ids) for output in outputs)
+    read = sum(len(span.tokens) for span in spans) - drafted - len(outputs)
+    total = clock.ended - clock.began
+    policy.observe_times(StepTimes(len(outputs), drafted, rows, emitted, clock.drafting, clock.verifying, total, read))

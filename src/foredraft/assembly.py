@@ -1,0 +1,123 @@
+"""What an LLM is made of: its arguments, checked before anything is loaded, and then target, drafter and engine.
+
+Knows nothing of requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foredraft.admission import CacheLimits
+from foredraft.drafters.listed import automatic, check_listed, check_place, make_drafters
+from foredraft.drafters.make import DraftContext, DraftSpec
+from foredraft.drafters.several import Several
+from foredraft.engine import Engine
+from foredraft.errors import RequestError
+from foredraft.models.cache import GRANULE
+from foredraft.models.invariance import check_exact
+from foredraft.models.load import LoadOptions, load_target, model_or_name
+from foredraft.models.pretrained import find_tokenizer
+from foredraft.models.rows import round_up
+from foredraft.policy import DraftPolicy, make_policy
+from foredraft.types import is_whole
+from foredraft.upstream.modules import unwrapped
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of an LLM's batch, context and caches, as `LLM` documents them."""
+
+    max_model_len: int | None = None
+    max_batch_size: int = 8
+    cache_bytes: int | None = None
+    prefix_cache: bool | int = True
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.max_batch_size, 1):
+            raise RequestError(f"max_batch_size={self.max_batch_size!r} is not usable; it must be 1 or more, and whole")
+
+    def context(self, most: int) -> int:
+        """Tokens of prompt and output together; the model allows `most`."""
+        asked = self.max_model_len
+        if asked is None:
+            return most
+        if not is_whole(asked, 2, most):
+            raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
+        return asked
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """Who drafts and by which rule, as `LLM` documents it."""
+
+    draft: DraftSpec | Sequence[DraftSpec] = "auto"
+    dtype: str | torch.dtype | None = None
+    device: str | None = None
+    profile: str | Path | None = None
+    force_profile: bool = False
+    policy: str | DraftPolicy | None = None
+
+    @property
+    def drafts(self) -> list[DraftSpec]:
+        return [unwrapped(it) for it in (self.draft if isinstance(self.draft, (list, tuple)) else [self.draft])]
+
+    def options(self, target: LoadOptions) -> LoadOptions:
+        """How a draft model is loaded: where nothing is said, like the target."""
+        dtype, device = self.dtype or target.dtype, self.device or target.device
+        return LoadOptions(dtype, device, None, target.trust_remote_code, target.runtime)
+
+    def check(self, bundled: Path | None) -> None:
+        """Raises RequestError for what can be seen before anything is loaded."""
+        make_policy(self.policy)
+        check_listed(self.drafts)
+        check_place(self.drafts, bundled, draft_dtype=self.dtype, draft_device=self.device)
+
+
+class Parts(NamedTuple):
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def assemble(
+    target: str | Path | PreTrainedModel | None,
+    options: LoadOptions,
+    drafting: Drafting,
+    sizes: Sizes,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    require_exact: bool,
+) -> Parts:
+    """Check, then load. Arguments and errors as for `LLM`."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
+    bundled = BUNDLED / "draft" if target is None else None
+    source = model_or_name(BUNDLED / "target" if target is None else target)
+    if isinstance(source, PreTrainedModel):
+        options.check_object(source)
+    draft_options = drafting.options(options)
+    drafting.check(bundled)
+    model = load_target(source, options)
+    check_exact(model, required=require_exact)
+    if tokenizer is None and not isinstance(source, PreTrainedModel):
+        tokenizer = find_tokenizer(source, options)
+    length = sizes.context(model.max_positions)
+    context = DraftContext(model, tokenizer, draft_options, drafting.profile, drafting.force_profile)
+    drafts = drafting.drafts
+    drafter = automatic(context, bundled) if drafts == ["auto"] else make_drafters(drafts, context)
+    model.cache.max_slots = sizes.max_batch_size
+    model.cache.max_length = round_up(length, GRANULE)
+    engine = Engine(
+        model,
+        drafter,
+        make_policy(drafting.policy, several=isinstance(drafter, Several)),
+        max_batch_size=sizes.max_batch_size,
+        max_model_len=length,
+        limits=CacheLimits.of(sizes.cache_bytes, sizes.prefix_cache, model.device),
+    )
+    return Parts(engine, tokenizer)

@@ -1,0 +1,65 @@
+"""The Llama family as published: what the lean decoder and the native library may compute by code of ours.
+
+Everything here is read off a loaded model; whoever differs in anything runs on its own modules. Computes nothing.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from foredraft.upstream.modules import is_patched
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+OWN_CODE = ("transformers.models.", "transformers.activations", "torch.nn.", "foredraft.")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def supports(model: PreTrainedModel) -> bool:
+    """Whether the lean decoder computes what this model computes; the adapter takes every other."""
+    return _known(model.config) and _as_published(model) and _as_configured(model)
+
+
+def _known(config: PreTrainedConfig) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        config.model_type in FAMILY
+        and getattr(config, "hidden_act", "silu") == "silu"
+        and rope.get("rope_type", "default") in STATIC_ROPE
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+    )
+
+
+def _as_published(model: PreTrainedModel) -> bool:
+    """Whether all of it is transformers' own code on weights of one dtype: no subclass, adapter, hook or patch."""
+    modules = list(model.modules())
+    linears = [m for m in modules if isinstance(m, nn.Linear)]
+    return (
+        all(type(m).__module__.startswith(OWN_CODE) for m in modules)
+        and all(type(m) is nn.Linear for m in linears)
+        and not any(is_patched(m) for m in modules)
+        and {p.dtype for p in model.parameters()} <= {model.dtype}
+        and model.dtype in DTYPES
+    )
+
+
+def _as_configured(model: PreTrainedModel) -> bool:
+    """Whether what a layer computes besides its products is what the configuration says, on the objects too."""
+    base, activation = model.get_decoder(), type(ACT2FN["silu"])
+    table = base.embed_tokens
+    return (
+        type(table) is nn.Embedding
+        and table.max_norm is None
+        and all(type(layer.mlp.act_fn) in (activation, nn.SiLU) for layer in base.layers)
+        and all(layer.self_attn.is_causal for layer in base.layers)
+        and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in base.layers)
+    )
+
+
+def window(config: PreTrainedConfig, layer: int) -> int | None:
+    """Tokens a row sees, itself included; None is all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return None if config.model_type == "llama" else getattr(config, "sliding_window", None)
