@@ -16,7 +16,7 @@ class Step:
     """What the requests have decided so far in this step."""
 
     asked: list[Request] = field(default_factory=list)
-    gains: bool | None = None  # does drafting pay for those of the step before? None: not worked out yet
+    gain: float | None = None  # of each by drafting together, as in the step before; None: not worked out yet
     drafting: set[Request] = field(default_factory=set)  # for whom a draft is asked
     longest: int = 0
     trying: set[Request] = field(default_factory=set)
@@ -62,35 +62,34 @@ class Gain:
         return self.source.begin(most)
 
     def _pays(self, request: Request) -> bool:
-        """Whether drafting pays for this request and those of the step before together, and for it at all."""
-        alpha, now = self.source.alpha.of(request), self.costs.now
-        return self._gains_with(request) and alpha > now.rate * now.row_price(0, now.batch) and self._finds(request)
+        """Whether drafting pays for this request and those of the step before together, and for it at all.
 
-    def _gains_with(self, request: Request) -> bool:
-        """Whether the requests of the step before gain by drafting together, this one among them."""
-        joins = request not in self.group
-        if joins or self.step.gains is None:
-            group = [request, *self.group] if joins else self.group
-            gains = self._gains([self.source.alpha.of(one) for one in group])
-            if joins:
-                return gains
-            self.step.gains = gains
-        return self.step.gains
+        Also for the times that it is asked and there is no draft.
+        """
+        alpha, found, now = self.source.alpha.of(request), self.found.of(request), self.costs.now
+        gain = found * self._gain_of(request) - (1 - found) * now.plain_rate * self.asking.value
+        return gain > 0 and alpha > now.rate * now.row_price(0, now.batch)
 
-    def _finds(self, request: Request) -> bool:
-        """Whether drafts come often enough to pay for the times that there was none."""
-        found, now = self.found.of(request), self.costs.now
-        brings, _ = self.source.worth([self.source.alpha.of(request)], now, now.plain_rate)
-        return found * brings >= (1 - found) * now.plain_rate * self.asking.value
+    def _gain_of(self, request: Request) -> float:
+        """Tokens that each gains where this request and those of the step before draft together; 0: it does not pay."""
+        if request not in self.group:
+            return self._gain([request, *self.group])
+        if self.step.gain is None:
+            self.step.gain = self._gain(self.group)
+        return self.step.gain
 
-    def _gains(self, alphas: Sequence[float]) -> bool:
-        """Whether requests with these acceptances should gain by drafting together.
+    def _gain(self, group: Sequence[Request]) -> float:
+        return self._expected([self.source.alpha.of(request) for request in group]) / len(group)
 
-        Not where steps with drafts were slower than plain ones, whatever is expected of them.
+    def _expected(self, alphas: Sequence[float]) -> float:
+        """Tokens that requests with these acceptances should gain by drafting together; 0 where it does not pay.
+
+        Nor where steps with drafts were slower than plain ones, whatever is expected of them.
         """
         least, gained, now = margin(len(alphas)), self.source.gained, self.costs.now
         expected, _ = self.source.worth(alphas, now, now.plain_rate)
-        return expected > least and (gained.count < ENOUGH or gained.value > -MARGIN * len(alphas))
+        pays = expected > least and (gained.count < ENOUGH or gained.value > -MARGIN * len(alphas))
+        return expected if pays else 0.0
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return self.source.go_on(request, confidences, self.costs.now)
@@ -139,7 +138,7 @@ class Gain:
     def _went_well(self, step: Step, batch: int) -> bool:
         """Whether drafts as good as those of the latest trials would pay; that they were right is not enough."""
         self.source.hope.add(step.right / step.made if step.made else 0.0)
-        return self._gains([self.source.hope.value] * batch)
+        return self._expected([self.source.hope.value] * batch) > 0
 
     def forget(self, request: Request) -> None:
         self.source.forget(request)
