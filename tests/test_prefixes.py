@@ -20,6 +20,8 @@ from foredraft.models.pages import PAGE, PageCache, PageShape
 from foredraft.native import library
 from foredraft.policy import Gain
 from foredraft.scheduler import Scheduler
+from foredraft.types import StepOutput
+from foredraft.waiting import run
 
 needs_library = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 RUNTIMES = ["torch", pytest.param("native", marks=needs_library)]
@@ -211,7 +213,7 @@ def test_requests_of_one_name_share_and_others_do_not():
     for name in ("a", "b", None, "a"):
         job = made.job(draws(200), FEW)
         job.request.memory = name
-        made._run([job])
+        run(made.runner, [job])
         taken.append(job.request.stats.prefix_tokens)
     assert taken == [0, 0, 0, 3 * PAGE]
 
@@ -271,7 +273,7 @@ class OneByte:
     def __init__(self) -> None:
         self.kept: list[int] = []
 
-    def need(self, lengths) -> int:
+    def need(self, lengths, slots=0) -> int:
         return sum(lengths)
 
     def keep(self, nbytes: int) -> None:
@@ -324,6 +326,42 @@ def test_a_limit_holds_target_and_draft_and_changes_no_token(runtime):
         made.generate(draws(600), FEW)
     result = made.generate([draws(600), draws(9)], FEW, on_error="return")
     assert isinstance(result[0].error, RequestError) and result[1].error is None
+
+
+@pytest.mark.parametrize("total", [190, 256, 512])
+def test_no_pass_takes_more_than_a_request_was_admitted_with(total):
+    """A block that doubles with the keys of padding rows took twice the limit at 512 tokens."""
+    model = tiny("llama", torch.float32)
+    few = SamplingParams(max_new_tokens=8)
+    need = LLM(model, draft="none", runtime="torch").engine.caches()[0].need([total])
+    made = LLM(model, draft="none", runtime="torch", cache_bytes=need)
+    peaks = Peaks(made)
+    made.generate([draws(total - 8, seed) for seed in range(3)], few)
+    assert 0 < peaks.most <= need
+
+
+def test_slots_that_others_left_count():
+    """Two texts, of which one has the fourth slot, take a block of four."""
+    model = tiny("llama", torch.float32)
+    need = LLM(model, draft="none", runtime="torch").engine.caches()[0].need([100] * 4)
+    made = LLM(model, draft="none", runtime="torch", cache_bytes=need)
+    peaks = Peaks(made)
+    short, long = SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=60)
+    made.generate([draws(10), draws(11), draws(12), draws(13), draws(400)], [short, short, short, long, short])
+    assert 0 < peaks.most <= need
+
+
+class Peaks:
+    """The most bytes that the target's cache held after any step."""
+
+    def __init__(self, made: LLM) -> None:
+        self.most, self.made, self.step = 0, made, made.engine.step
+        made.engine.step = self.watch  # type: ignore[method-assign]
+
+    def watch(self) -> list[StepOutput]:
+        outputs = self.step()
+        self.most = max(self.most, self.made.memory["target_cache"])
+        return outputs
 
 
 def spare(made: LLM) -> int:

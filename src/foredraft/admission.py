@@ -60,7 +60,8 @@ class Admission:
     def need(self, requests: Sequence[Request]) -> int:
         """Bytes that they may come to hold together."""
         lengths = [self._length(request) for request in requests]
-        return sum(cache.need(lengths) for cache in self.caches())
+        slots = max([request.slot + 1 for request in requests], default=0)  # a newcomer takes the lowest that is free
+        return sum(cache.need(lengths, slots) for cache in self.caches())
 
     def _length(self, request: Request) -> int:
         return min(request.prompt_len + request.params.max_new_tokens, self.max_model_len)

@@ -74,8 +74,8 @@ class Cache(Protocol):
         """All that is held, the same tensors until it grows."""
         ...
 
-    def need(self, lengths: Sequence[int]) -> int:
-        """Bytes that texts of these lengths take together."""
+    def need(self, lengths: Sequence[int], slots: int = 0) -> int:
+        """Bytes that texts of these lengths take together at most, in so many slots or one for each."""
         ...
 
     def reserve(self, slots: int, length: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from foredraft.errors import CacheMemoryError
-from foredraft.models.rows import round_up
+from foredraft.models.rows import SHORT_SPAN, round_keys, round_up
 
 GRANULE = 512  # a cache's most positions are a multiple of this, hence of every key multiple
 LEAST = 128  # positions of the smallest block
@@ -71,9 +71,13 @@ class SlotCache:
     def bytes_per_token(self) -> int:
         return sum(shape.width for shape in self.layers) * self.dtype.itemsize
 
-    def need(self, lengths: Sequence[int]) -> int:
-        """Bytes that texts of these lengths take together."""
-        slots, length = self._size(len(lengths), max(lengths, default=0))
+    def need(self, lengths: Sequence[int], slots: int = 0) -> int:
+        """Bytes that texts of these lengths take together at most, in so many slots or one for each.
+
+        With the rows and keys that a pass adds for the sake of its shape.
+        """
+        longest = round_keys(max(lengths, default=0) + SHORT_SPAN, LEAST)
+        slots, length = self._size(max(slots, len(lengths)), longest)
         return slots * length * self.bytes_per_token
 
     def _size(self, slots: int, length: int) -> tuple[int, int]:
@@ -98,10 +102,9 @@ class SlotCache:
             return
         used = self.used | dict.fromkeys(missing, length)
         slots, length = self._size(max(used) + 1, max(used.values()))
-        if self.slots * self.length > self.slack * slots * length:
+        large = self.slots * self.length > self.slack * slots * length
+        if large or slots > self.slots or length > self.length:
             self._resize(slots, length)
-        elif slots > self.slots or length > self.length:
-            self._resize(max(slots, self.slots), max(length, self.length))
         self.used = used
 
     def _resize(self, slots: int, length: int) -> None:

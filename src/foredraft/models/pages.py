@@ -74,8 +74,8 @@ class PageCache:
         """All pages in use, slot after slot."""
         return [page.memory for pages in self.pages for page in pages]
 
-    def need(self, lengths: Sequence[int]) -> int:
-        """Bytes that texts of these lengths take together."""
+    def need(self, lengths: Sequence[int], slots: int = 0) -> int:
+        """Bytes that texts of these lengths take together, in whatever slots."""
         return sum(-(-length // PAGE) for length in lengths) * self.shape.nbytes
 
     def reserve(self, slots: int, length: int) -> None:
