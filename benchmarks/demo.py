@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from foredraft import LLM, GenerationResult, SamplingParams
 from foredraft.drafters.several import forget_outputs
+from foredraft.tuning.machine import Load, LoadMeter
 
 OPENINGS = (
     "I need a table for two in Oakland tonight.",
@@ -38,9 +39,11 @@ def main() -> int:
     params = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True)
     prompts = [f"User: {text}\nAssistant:" for text in OPENINGS]
     last: dict[str, list[GenerationResult]] = {}
+    meter = LoadMeter()
 
     def arm(name: str, num_draft_tokens: int | None) -> float:
         last[name] = [llm.generate(prompt, params, num_draft_tokens=num_draft_tokens) for prompt in prompts]
+        meter.sample()
         tokens = sum(len(result.token_ids) for result in last[name])
         return tokens / sum(result.stats.seconds_total for result in last[name])
 
@@ -49,7 +52,7 @@ def main() -> int:
     )
     equal = [a.token_ids == b.token_ids for a, b in zip(last["plain"], last["speculative"], strict=True)]
     speedup = paired_ratio(figures, "speculative", "plain")
-    _show(Console(), last, equal, figures, speedup)
+    _show(Console(), last, equal, figures, speedup, meter.load())
     if args.out:
         results = {name: summary(values) for name, values in figures.items()} | {
             "speedup": speedup,
@@ -65,10 +68,11 @@ def _show(
     equal: list[bool],
     figures: dict[str, list[float]],
     speedup: dict[str, float],
+    load: Load,
 ) -> None:
     console.print(f"[bold]{OPENINGS[0]}[/bold]{last['speculative'][0].text}\n", highlight=False)
     prompt = Column("prompt", no_wrap=True, max_width=18)
-    table = Table(prompt, "tokens", "equal", "plain tok/s", "drafted", "speed-up", "a pass")
+    table = Table(prompt, "tokens", "equal", "plain tok/s", "drafted", "speed-up", "a pass", title="the last round")
     for text, same, a, b in zip(OPENINGS, equal, last["plain"], last["speculative"], strict=True):
         x, y = a.stats.tokens_per_second, b.stats.tokens_per_second
         length = f"{b.stats.mean_acceptance_length:.2f}"
@@ -79,9 +83,12 @@ def _show(
     tokens = sum(len(result.token_ids) for result in last["speculative"])
     plain, fast = (statistics.median(figures[name]) for name in ("plain", "speculative"))
     console.print(
-        f"{sum(equal)} of {len(equal)} texts equal, {tokens} tokens; plain {plain:.0f} tok/s, speculative {fast:.0f}: "
-        f"speed-up [bold]{speedup['median']:.2f}[/bold] (rounds: {speedup['min']:.2f} to {speedup['max']:.2f})"
+        f"{sum(equal)} of {len(equal)} texts equal, {tokens} tokens; medians of {len(figures['plain'])} rounds: plain "
+        f"{plain:.0f} tok/s, speculative {fast:.0f}; one over the other, round by round: "
+        f"[bold]{speedup['median']:.2f}[/bold] ({speedup['min']:.2f} to {speedup['max']:.2f})"
     )
+    if load.busy:
+        console.print(f"The machine was busy ({load}): figures are not what it can do. Run it again when it is idle.")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ OWN: dict[str, dict[str, Any]] = {  # where a type takes none of these; None: le
     "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 16)},

@@ -116,14 +116,19 @@ def connect(options: ServerOptions) -> "Client":
 
 
 def show(models: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    uid = Column("uid", overflow="fold", min_width=12)  # whole: `terminate` needs it
-    table = Table(uid, "model", "state", "draft", "context", "batch", "dtype", "device", "memory")
+    uid = Column("uid", no_wrap=True, min_width=min(40, max((len(model["id"]) for model in models), default=0)))
+    names = ("model", "state", "draft", "context", "batch", "dtype", "device", "memory")
+    table = Table(uid, *(Column(name, overflow="fold") for name in names), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for model in models:
         memory = sum((model["memory"] or {}).values()) or model["progress"]["bytes"]
-        state = model["state"] if not model["error"] else f"{model['state']}: {model['error']}"
-        row = [model["id"], model["model_name"], state, model["draft"], model["max_model_len"], model["max_batch_size"]]
-        cells = [*row, model["dtype"], model["device"], f"{memory / 2**20:,.0f} MiB"]
+        keys = ("id", "model_name", "state", "draft", "max_model_len", "max_batch_size", "dtype", "device")
+        cells = [*(model[key] for key in keys), f"{memory / 2**20:,.0f} MiB"]
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
-    stdout_console(highlight=False).print(table)
+    console = stdout_console(highlight=False)
+    console.print(table)
+    for model in models:
+        if model["error"]:
+            console.print(f"{model['id']}: {model['error']}", markup=False, soft_wrap=True)
