@@ -1,5 +1,6 @@
 """The public names: they import, docs/api.md tells of each, and nothing else is public by accident."""
 
+import re
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -58,3 +59,12 @@ def test_the_homes_of_lazy_names_are_the_public_names() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'foredraft' has no attribute 'nothing'"):
         _ = foredraft.nothing
+
+
+@pytest.mark.parametrize("folder", ["", "models", "weights", "integrations"])
+def test_the_architecture_page_names_every_module(folder: str) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (layers,) = [block for block in page.split("```") if "\nllm  " in block]
+    package = ROOT / "src" / "foredraft" / folder
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {name for name in modules if not name.startswith("__")} - set(re.findall(r"\w+", layers)) == set()

@@ -12,6 +12,8 @@ from models import mamba, runtimes, tiny
 from transformers import BertConfig, BertModel, LogitsProcessor
 
 from foredraft import LLM, SamplingParams
+from foredraft.drafters.memory import SuffixMemory
+from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.errors import (
     CacheMemoryError,
     ForedraftError,
@@ -21,7 +23,9 @@ from foredraft.errors import (
     RequestError,
     UnsupportedModelError,
     VocabularyMismatchError,
+    missing_extra,
 )
+from foredraft.integrations.transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +393,91 @@ def test_a_processor_that_returns_nothing(llm):
 def test_of_several_prompts_the_error_names_the_one(llm):
     with pytest.raises(RequestError, match=r"prompts\[1\]: the prompt is empty"):
         llm.generate([[1, 2], []], SamplingParams(max_new_tokens=2))
+
+
+# Names of other libraries, and what is checked before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"max_tokens": 5}, "max_new_tokens"),
+        ({"max_length": 5}, "max_new_tokens"),
+        ({"do_sample": True}, "temperature"),
+        ({"n": 2}, "in a list"),
+        ({"guided_json": {}}, "structured"),
+        ({"temprature": 1.0}, "did you mean 'temperature'"),
+        ({"top_k": -1}, r"0 \(off\)"),
+        ({"nothing_like_it": 1}, "it takes temperature, top_k"),
+    ],
+    ids=str,
+)
+def test_sampling_parameters_of_other_libraries(given, ours):
+    with pytest.raises(RequestError, match=ours):
+        SamplingParams(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"model": "x"}, "target"),
+        ({"speculative_model": "x"}, "draft"),
+        ({"max_num_seqs": 3}, "max_batch_size"),
+        ({"load_in_4bit": True}, "weight_format"),
+        ({"tokeniser": None}, "did you mean 'tokenizer'"),
+    ],
+    ids=str,
+)
+def test_llm_arguments_of_other_libraries(given, ours):
+    with pytest.raises(RequestError, match=ours):
+        LLM(**given)
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "chat", "stream_chat"])
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"sampling_params": SamplingParams()}, "use params="),
+        ({"max_new_tokens": 3}, r"params=SamplingParams\(max_new_tokens=...\)"),
+        ({"max_tokens": 3}, "with max_new_tokens"),
+        ({"do_sample": True}, "with temperature"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_call_as_other_libraries_have_them(llm, call, given, ours):
+    with pytest.raises(RequestError, match=ours):
+        getattr(llm, call)([1, 2], **given)
+
+
+def unread(monkeypatch) -> None:
+    monkeypatch.setattr("foredraft.models.pretrained.AutoModelForCausalLM", None)
+
+
+def test_a_context_that_the_model_lacks_is_noticed_before_it_is_loaded(checkpoint, monkeypatch):
+    unread(monkeypatch)
+    for path, runtime in ((checkpoint, "auto"), (None, "torch")):
+        with pytest.raises(RequestError, match=r"max_model_len=1000000000 is not usable; this model's context allows"):
+            LLM(path, "none", max_model_len=10**9, runtime=runtime)
+    with pytest.raises(RequestError, match="cache_bytes=0"):
+        LLM(checkpoint, "none", cache_bytes=0)
+
+
+@pytest.mark.parametrize("draft", ["skip", "int4+skip", ["ngram", "skip"]], ids=str)
+def test_a_profile_that_is_not_there_is_noticed_before_the_model_is_loaded(checkpoint, draft, monkeypatch):
+    unread(monkeypatch)
+    with pytest.raises(ModelError, match="no skip profile at nowhere"):
+        LLM(checkpoint, draft, draft_profile="nowhere.json")
+    with pytest.raises(ModelError, match="no skip profile at nowhere"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, draft="skip", draft_profile="nowhere.json")
+
+
+def test_a_memory_of_another_vocabulary_is_refused():
+    with pytest.raises(VocabularyMismatchError, match=r"SuffixMemory\(vocab_size=7\) cannot draft .* 160 tokens"):
+        LLM(tiny("llama"), SuffixDrafter(SuffixMemory(7)))
+    LLM(tiny("llama"), SuffixDrafter(SuffixMemory(160)))
+
+
+def test_a_missing_extra_is_named_with_a_command_that_works_for_any_installation():
+    assert missing_extra("this needs", "x", "tune") == (
+        "this needs x, which is not installed; run: pip install 'foredraft[tune]'"
+    )

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from fakes import Scripted
-from models import draws, tiny
+from models import ROPE, draws, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from foredraft import LLM, SamplingParams
@@ -114,6 +114,31 @@ def test_a_llama_that_computes_something_else_is_not_mistaken_for_one(change):
     assert isinstance(llm.model, HFModel)
     assert llm.generate(PROMPTS[3], PARAMS).token_ids == wanted[0, ids.shape[1] :].tolist()
     assert not isinstance(LLM(tiny("llama"), "none").model, HFModel)
+
+
+def test_a_head_with_fewer_tokens_than_the_table():
+    model, prompt = tiny("llama"), [token % 100 for token in PROMPTS[3]]
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight[:100].clone())
+    model.lm_head.out_features = 100
+    ids = torch.tensor([prompt])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    llm = LLM(model, "ngram")
+    assert llm.model.vocab_size == 100
+    with pytest.raises(ModelError, match="its head has 100 outputs, its table 160 rows"):
+        LLM(model, "none", runtime="native")
+    assert llm.generate(prompt, PARAMS).token_ids == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("runtime", ["auto", "torch"])
+@pytest.mark.parametrize("weight_format", ["int4", "int8"])
+def test_narrow_keys_and_values_stay_plain_beside_queries_in_few_bits(weight_format, runtime):
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**ROPE | {"num_attention_heads": 16, "num_key_value_heads": 1})).eval()
+    texts = [
+        LLM(model, draft, weight_format=weight_format, runtime=runtime).generate(PROMPTS[3], PARAMS).token_ids
+        for draft in ("none", "ngram")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 24
 
 
 @pytest.mark.filterwarnings("ignore::foredraft.errors.ExactnessWarning")  # some processors' products in fp32

@@ -3,7 +3,6 @@
 import copy
 import ctypes
 import os
-import signal
 import threading
 from collections.abc import Callable
 from random import Random
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
+from children import in_a_child
 from models import ROPE, VOCAB, biased, draws, tiny
 
 from foredraft import LLM, SamplingParams
@@ -337,22 +337,23 @@ def test_a_process_forked_amid_a_pass_computes_the_same():
     assert found == [wanted] * 5
 
 
-def in_a_child(compute: Callable[[], bytes]) -> bytes:
-    """What a forked process computes; nothing where it fails or takes 20 seconds."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(20)
-            with os.fdopen(write, "wb") as file:
-                file.write(compute())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as file:
-        found = file.read()
-    os.waitpid(child, 0)
-    return found
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="there is one core, or no mask")
+def test_workers_follow_a_mask_that_is_narrowed_later():
+    model, tokens = native(tiny("llama")), draws(50)
+
+    def narrowed() -> bytes:
+        torch.set_num_threads(2)
+        mask, before = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+        forward(model, Span(0, 0, tokens))
+        made = map(int, set(os.listdir("/proc/self/task")) - before)
+        (worker,) = (task for task in made if os.sched_getaffinity(task) != mask)  # torch's own stand anywhere
+        left = mask - os.sched_getaffinity(worker)  # the caller stands there already
+        os.sched_setaffinity(0, left)
+        forward(model, Span(0, 0, tokens))
+        return repr(os.sched_getaffinity(worker) == left).encode()
+
+    assert in_a_child(narrowed) == b"True"
 
 
 def test_threads_with_models_of_their_own_share_the_pool():

@@ -12,11 +12,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from children import in_a_child
 from fakes import Ask, RandomDrafter, TableModel, new_request
-from models import tiny
+from models import draws, tiny
 from transformers import LogitsProcessor
 
-from foredraft import LLM, SamplingParams, accelerate
+from foredraft import LLM, SamplingParams, Structured, accelerate
 from foredraft.drafters.several import drafters_of
 from foredraft.engine import Engine
 from foredraft.errors import ExactnessError, ExactnessWarning, GenerationError, RequestError, StoppedError
@@ -364,3 +365,59 @@ def test_32_threads_over_one_llm(bundled):
     known = (*choice.candidates.values(), *choice.lookups.values())
     assert len(known) == 2 and not any(it.alpha.own for it in known) and not choice.picks
     assert not suffix.texts and not model.held and not bundled.drafter.chosen
+
+
+# --- forked processes ------------------------------------------------------------------------------------------------
+
+forks = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # with threads, which is what is tested
+
+
+@forks
+@pytest.mark.parametrize("started", [False, True])
+def test_a_child_that_was_forked_while_others_decode_decodes_too(started):
+    llm, prompt = LLM(tiny("llama"), "ngram"), draws(9)
+    wanted = bytes(llm.generate(prompt, GREEDY).token_ids)
+    done = threading.Event()
+    jobs = [llm.job(draws(9, seed=seed), SamplingParams(max_new_tokens=900)) for seed in range(2)]
+
+    def work() -> None:
+        while not done.is_set():
+            llm.generate(draws(200, seed=1), GREEDY)
+
+    def child() -> bytes:
+        text = bytes(llm.generate(prompt, GREEDY).token_ids)
+        ended = all(isinstance(job.request.error, StoppedError) for job in jobs if job.request.arrived)
+        return text if ended and not llm.engine.has_work else b"something is left"
+
+    other = threading.Thread(target=work)
+    if started:
+        with llm.runner:
+            for job in jobs:
+                llm.runner.submit(job.request, lambda output: None)
+            found = [in_a_child(child) for _ in range(3)]
+            for job in jobs:
+                llm.runner.cancel(job.request)
+    else:
+        other.start()
+        found = [in_a_child(child) for _ in range(3)]
+        done.set()
+        other.join()
+    assert found == [wanted] * 3
+
+
+@forks
+def test_a_stream_that_was_forked_goes_on_in_both():
+    llm = LLM(tiny("llama"), "ngram")
+    chunks = llm.stream(draws(9), GREEDY)
+    next(chunks)
+    in_child = in_a_child(lambda: bytes(token for chunk in chunks for token in chunk.token_ids))
+    assert in_child and in_child == bytes(token for chunk in chunks for token in chunk.token_ids)
+
+
+@forks
+def test_a_child_compiles_grammars():
+    llm = LLM()
+    form = SamplingParams(max_new_tokens=8, structured=Structured.regex("ab+c"))
+    llm.generate("A", form)  # a thread that compiles is there, and idle
+    other = SamplingParams(max_new_tokens=8, structured=Structured.regex("ab"))
+    assert in_a_child(lambda: llm.generate("A", other).text.encode()) == b"ab"

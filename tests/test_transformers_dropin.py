@@ -100,7 +100,7 @@ def test_greedy(plain: PreTrainedModel, fast: SpeculativeModel) -> None:
 @pytest.mark.parametrize("draft", [None, "ngram"])
 def test_loaded_from_a_folder(plain: PreTrainedModel, draft: str | None, tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, speculative=draft is not None, draft=draft)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, speculative=draft is not None, draft=draft, policy="fixed")
     assert (loaded.device.type, loaded.dtype) == ("cpu", torch.float32)
     assert loaded.config.model_type == plain.config.model_type
     same(plain, loaded, prompts(2), max_new_tokens=NEW, do_sample=False)
@@ -434,6 +434,7 @@ def test_the_first_token_follows_transformers_distribution(
         ("output_hidden_states", True),
         ("inputs_embeds", torch.zeros(1, 2, 3)),
         ("past_key_values", object()),
+        ("cache", object()),
         ("position_ids", torch.zeros(1, 12)),
         ("use_cache", False),
         ("cache_implementation", "static"),
@@ -456,6 +457,8 @@ def test_the_first_token_follows_transformers_distribution(
         ("th_stop_draft", 7),
         ("auto_parameters", [4, 0.5, 0.9, 1e-2, 0.9]),
         ("seed", -1),
+        ("seed", True),
+        ("verifier", "none"),
         ("temperature", 0.0),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -183,3 +183,8 @@ def test_the_scripts_need_nothing_but_python(install: ModuleType) -> None:
     source = (ROOT / "scripts" / "install.py").read_text(encoding="utf-8")
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= sys.stdlib_module_names
+
+
+def test_a_version_without_a_number_is_neither_newer_nor_older() -> None:
+    complaint = VersionRange("torch", "2.11", "2.15").complaint("nightly")
+    assert complaint == "torch 'nightly' has no number; foredraft was tested with 2.11 to 2.15"

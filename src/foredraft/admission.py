@@ -31,22 +31,23 @@ class CacheLimits:
 
     @classmethod
     def of(cls, cache_bytes: int | None, prefix_cache: bool | int, device: torch.device) -> "CacheLimits":
-        """Of what a user says; None: most of what is free, True: a part of that.
-
-        Raises:
-            RequestError: a number is not usable.
-        """
-        checks = (
-            ("cache_bytes", cache_bytes, 1, cache_bytes is None or is_whole(cache_bytes, 1)),
-            ("prefix_cache", prefix_cache, 0, isinstance(prefix_cache, bool) or is_whole(prefix_cache, 0)),
-        )
-        for name, value, least, usable in checks:
-            if not usable:
-                raise RequestError(f"{name}={value!r} is not usable; it must be a number of bytes, {least} or more")
+        """Of what a user says; None: most of what is free, True: a part of that. Raises as `check_limits`."""
+        check_limits(cache_bytes, prefix_cache)
         total = int(SHARE * free_memory(device)) if cache_bytes is None else cache_bytes
         share, most = KEPT
         kept = int(min(share * total, most)) if prefix_cache is True else int(prefix_cache)
         return cls(total, min(kept, total))
+
+
+def check_limits(cache_bytes: int | None, prefix_cache: bool | int) -> None:
+    """Raises RequestError where one is no number of bytes."""
+    checks = (
+        ("cache_bytes", cache_bytes, 1, cache_bytes is None or is_whole(cache_bytes, 1)),
+        ("prefix_cache", prefix_cache, 0, isinstance(prefix_cache, bool) or is_whole(prefix_cache, 0)),
+    )
+    for name, value, least, usable in checks:
+        if not usable:
+            raise RequestError(f"{name}={value!r} is not usable; it must be a number of bytes, {least} or more")
 
 
 class Admission:

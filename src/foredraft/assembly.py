@@ -4,15 +4,15 @@ Knows nothing of requests.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.admission import CacheLimits
-from foredraft.drafters.listed import automatic, check_listed, check_place, make_drafters
+from foredraft.admission import CacheLimits, check_limits
+from foredraft.drafters.listed import automatic, check_listed, check_place, check_profile, make_drafters
 from foredraft.drafters.make import DraftContext, DraftSpec
 from foredraft.drafters.several import Several
 from foredraft.engine import Engine
@@ -20,6 +20,7 @@ from foredraft.errors import RequestError
 from foredraft.models.cache import GRANULE
 from foredraft.models.invariance import check_exact
 from foredraft.models.load import LoadOptions, load_target, model_or_name
+from foredraft.models.options import check_length
 from foredraft.models.pretrained import find_tokenizer
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
@@ -30,7 +31,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class Room:
     """Of an LLM's batch, context and caches, as `LLM` documents them."""
 
     max_model_len: int | None = None
@@ -39,21 +40,20 @@ class Sizes:
     prefix_cache: bool | int = True
 
     def __post_init__(self) -> None:
+        check_limits(self.cache_bytes, self.prefix_cache)
         if not is_whole(self.max_batch_size, 1):
             raise RequestError(f"max_batch_size={self.max_batch_size!r} is not usable; it must be 1 or more, and whole")
 
     def context(self, most: int) -> int:
         """Tokens of prompt and output together; the model allows `most`."""
-        asked = self.max_model_len
-        if asked is None:
+        if self.max_model_len is None:
             return most
-        if not is_whole(asked, 2, most):
-            raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
-        return asked
+        check_length(self.max_model_len, most)
+        return self.max_model_len
 
 
 @dataclass(frozen=True, slots=True)
-class Drafting:
+class DraftWishes:
     """Who drafts and by which rule, as `LLM` documents it."""
 
     draft: DraftSpec | Sequence[DraftSpec] = "auto"
@@ -76,6 +76,7 @@ class Drafting:
         """Raises RequestError for what can be seen before anything is loaded."""
         make_policy(self.policy)
         check_listed(self.drafts)
+        check_profile(self.drafts, self.profile, force=self.force_profile)
         check_place(self.drafts, bundled, draft_dtype=self.dtype, draft_device=self.device)
 
 
@@ -87,8 +88,8 @@ class Parts(NamedTuple):
 def assemble(
     target: str | Path | PreTrainedModel | None,
     options: LoadOptions,
-    drafting: Drafting,
-    sizes: Sizes,
+    wishes: DraftWishes,
+    room: Room,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     require_exact: bool,
@@ -96,28 +97,29 @@ def assemble(
     """Check, then load. Arguments and errors as for `LLM`."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
+    options = replace(options, max_model_len=room.max_model_len)
     bundled = BUNDLED / "draft" if target is None else None
     source = model_or_name(BUNDLED / "target" if target is None else target)
     if isinstance(source, PreTrainedModel):
         options.check_object(source)
-    draft_options = drafting.options(options)
-    drafting.check(bundled)
+    draft_options = wishes.options(options)
+    wishes.check(bundled)
     model = load_target(source, options)
     check_exact(model, required=require_exact)
     if tokenizer is None and not isinstance(source, PreTrainedModel):
         tokenizer = find_tokenizer(source, options)
-    length = sizes.context(model.max_positions)
-    context = DraftContext(model, tokenizer, draft_options, drafting.profile, drafting.force_profile)
-    drafts = drafting.drafts
+    length = room.context(model.max_positions)
+    context = DraftContext(model, tokenizer, draft_options, wishes.profile, wishes.force_profile)
+    drafts = wishes.drafts
     drafter = automatic(context, bundled) if drafts == ["auto"] else make_drafters(drafts, context)
-    model.cache.max_slots = sizes.max_batch_size
+    model.cache.max_slots = room.max_batch_size
     model.cache.max_length = round_up(length, GRANULE)
     engine = Engine(
         model,
         drafter,
-        make_policy(drafting.policy, several=isinstance(drafter, Several)),
-        max_batch_size=sizes.max_batch_size,
+        make_policy(wishes.policy, several=isinstance(drafter, Several)),
+        max_batch_size=room.max_batch_size,
         max_model_len=length,
-        limits=CacheLimits.of(sizes.cache_bytes, sizes.prefix_cache, model.device),
+        limits=CacheLimits.of(room.cache_bytes, room.prefix_cache, model.device),
     )
     return Parts(engine, tokenizer)

@@ -23,6 +23,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def missing_extra(what: str, package: str, extra: str) -> str:
+    """The message where a package of an extra is not installed; pip adds it to the foredraft that runs."""
+    return f"{what} {package}, which is not installed; run: pip install 'foredraft[{extra}]'"
+
+
 class ForedraftError(Exception):
     """Base class of all errors raised on purpose."""
 

@@ -4,16 +4,18 @@ Owns the tokenizer, the engine and its runner. One loop serves every call, which
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foredraft.assembly import BUNDLED, Drafting, Sizes, assemble
+from foredraft.assembly import BUNDLED, DraftWishes, Room, assemble
 from foredraft.drafters.base import Drafter
 from foredraft.drafters.make import DraftSpec
 from foredraft.errors import RequestError
+from foredraft.habits import CALLING, LOADING, by_our_names
 from foredraft.jobs import Jobs, Prompt
 from foredraft.models.load import LoadOptions
 from foredraft.policy import DraftPolicy
@@ -28,6 +30,7 @@ from foredraft.waiting import run, stream
 __all__ = ["BUNDLED", "LLM", "Chunk", "GenerationResult", "Prompt"]
 
 OnError = Literal["raise", "return"]
+CALLS = {**CALLING, **{own.name: f"params=SamplingParams({own.name}=...)" for own in fields(SamplingParams)}}
 
 
 class LLM:
@@ -64,6 +67,7 @@ class LLM:
         RequestError: an argument is not usable.
     """
 
+    @by_our_names(LOADING)
     def __init__(
         self,
         target: str | Path | PreTrainedModel | None = None,
@@ -90,8 +94,8 @@ class LLM:
         parts = assemble(
             target,
             LoadOptions(dtype, device, device_map, trust_remote_code, runtime, weight_format),
-            Drafting(draft, draft_dtype, draft_device, draft_profile, force_profile, policy),
-            Sizes(max_model_len, max_batch_size, cache_bytes, prefix_cache),
+            DraftWishes(draft, draft_dtype, draft_device, draft_profile, force_profile, policy),
+            Room(max_model_len, max_batch_size, cache_bytes, prefix_cache),
             tokenizer=tokenizer,
             require_exact=require_exact,
         )
@@ -154,6 +158,7 @@ class LLM:
         draft: str | None = ...,
         on_error: OnError = ...,
     ) -> list[GenerationResult]: ...
+    @by_our_names(CALLS)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -185,6 +190,7 @@ class LLM:
             raise_errors(results, single=single)
         return results[0] if single else results
 
+    @by_our_names(CALLS)
     def stream(
         self,
         prompt: Prompt,
@@ -199,6 +205,7 @@ class LLM:
         """
         return stream(self.runner, self.job(prompt, params, num_draft_tokens, draft=draft))
 
+    @by_our_names(CALLS)
     def chat(
         self,
         messages: Sequence[Message],
@@ -235,6 +242,7 @@ class LLM:
         assert last.result is not None
         return last.result
 
+    @by_our_names(CALLS)
     def stream_chat(
         self,
         messages: Sequence[Message],

@@ -7,6 +7,7 @@ Any thread may `submit` and `cancel`; neither waits for a step. Steps are made b
 calls `start` instead, which drives on a thread of its own until `stop`.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -47,6 +48,12 @@ class Runner:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._open = True
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nobody drives, and nothing was asked for."""
+        self._process = os.getpid()
         self._sinks: dict[Request, Sink] = {}  # of requests that have not ended, those on their way in included
         # a SimpleQueue, whose `put` may interrupt another: the garbage collector cancels streams
         self._intake: SimpleQueue[Callable[[], None]] = SimpleQueue()  # what is to be done before the next step
@@ -54,13 +61,27 @@ class Runner:
         self._turns: deque[Turn] = deque()  # the first one drives
         self._inside: int | None = None  # the thread that drives, while it does
         self._gate = threading.RLock()  # of `_open`: nothing slips in while the runner stops
-        self._open = True
         self._control = threading.Lock()  # of `_thread`: `start` and `stop` come one after the other
         self._thread: threading.Thread | None = None
 
     @property
     def has_work(self) -> bool:
         return bool(self._sinks)
+
+    def _heed_fork(self) -> None:
+        """A forked child has none of its parent's threads, and what they held is held for ever there: begin anew.
+
+        Where others drove, a step may have been cut in two, and what ran is theirs: it ends here with a StoppedError.
+        """
+        if self._process == os.getpid():
+            return
+        alone, sinks, intake = not self._turns and self._thread is None, self._sinks, self._intake
+        self._begin()
+        self._sinks = sinks
+        if alone:
+            self._intake = intake
+        else:
+            self._end_all(StoppedError("this process was forked from the one that decodes this request"))
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Hand a new request over; it takes part from the next step on.
@@ -69,6 +90,7 @@ class Runner:
             StoppedError: the runner was stopped.
             RequestError: the request was submitted before.
         """
+        self._heed_fork()
         with self._gate:
             if not self._open:
                 raise StoppedError("the runner was stopped and takes no requests; call start() first")
@@ -80,6 +102,7 @@ class Runner:
 
     def cancel(self, request: Request) -> None:
         """End a request before the next step, unless it has ended. Its sink hears of that: `finish_reason` "abort"."""
+        self._heed_fork()
         if request in self._sinks:
             self._intake.put(partial(self._drop, request))
             self._settle()
@@ -92,6 +115,7 @@ class Runner:
         Raises:
             RequestError: called by a sink, a processor or a drafter, that is, from within a step.
         """
+        self._heed_fork()
         self._check_outside()
         turn = Turn(done)
         try:
@@ -107,6 +131,7 @@ class Runner:
 
     def start(self) -> Self:
         """Drive on a background thread, which sleeps while there is nothing to do."""
+        self._heed_fork()
         with self._control:
             self._open = True
             if self._thread is None:
@@ -120,6 +145,7 @@ class Runner:
         Every sink has heard the end of its request when this returns. A step that runs is not interrupted. `start`
         opens the runner again.
         """
+        self._heed_fork()
         self._check_outside()
         with self._control:
             with self._gate:

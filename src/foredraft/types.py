@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from foredraft.errors import RequestError
+from foredraft.habits import SAMPLING, by_our_names
 from foredraft.stats import SpecStats
 from foredraft.steering import Processor, Stateful, Steering, check_processors
 from foredraft.structured import Constraint, Structured
@@ -56,6 +57,7 @@ class Verdict:
     kind: Literal["recovered", "bonus"]
 
 
+@by_our_names(SAMPLING)
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the target's distribution becomes text. The defaults decode greedily.

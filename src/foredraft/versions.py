@@ -30,6 +30,8 @@ class VersionRange:
         """What is wrong with a version, if anything. None counts as tested: nothing is known of it."""
         if installed is None or _minor(self.first) <= _minor(installed) <= _minor(self.last):
             return None
+        if not _minor(installed):
+            return f"{self.package} {installed!r} has no number; foredraft was tested with {self.first} to {self.last}"
         side = "newer" if _minor(installed) > _minor(self.last) else "older"
         return f"{self.package} {installed} is {side} than what foredraft was tested with, {self.first} to {self.last}"
 

@@ -13,7 +13,7 @@ from foredraft.bench.figures import ArmFigures
 from foredraft.bench.measure import PLAIN
 from foredraft.bench.options import POLICY
 from foredraft.bench.result import Bench
-from foredraft.errors import ForedraftError
+from foredraft.errors import ForedraftError, missing_extra
 
 NAMES = ("ink", "muted", "grid", "card", "fast", "draft", "plain", "extra")
 COLOURS = {name: f"#0{i}0b0c" for i, name in enumerate(NAMES)}  # stand-ins, which nothing else is drawn in
@@ -47,7 +47,7 @@ def check_plots() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ForedraftError("--html needs matplotlib; install it with: pip install 'foredraft[bench]'") from error
+        raise ForedraftError(missing_extra("--html needs", "matplotlib", "bench")) from error
 
 
 def plots(found: Bench) -> Iterator[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from foredraft.bench import programs
 from foredraft.bench.measure import Request
 from foredraft.bench.sandbox import Outcome, run_program
 from foredraft.bench.tasks import Task
-from foredraft.errors import ForedraftError
+from foredraft.errors import ForedraftError, missing_extra
 
 SUMMARIES = ("summ", "cnn", "xsum")  # how such a category begins
 NEXT_ARTICLE = "\nArticle:"  # where a one-shot answer goes on with an example of its own
@@ -49,8 +49,7 @@ def check_rouge() -> None:
         import rouge_score.rouge_scorer  # noqa: F401
     except ImportError as error:
         raise ForedraftError(
-            "these tasks have reference summaries, and ROUGE-2 needs rouge-score; install it with: "
-            "pip install 'foredraft[bench]'"
+            missing_extra("these tasks have reference summaries, and ROUGE-2 needs", "rouge-score", "bench")
         ) from error
 
 

@@ -20,7 +20,7 @@ SHOWN = 10  # differing positions
 
 
 @dataclass(slots=True)
-class Arm:
+class Side:
     """One way of decoding and what it gave."""
 
     name: str
@@ -66,8 +66,8 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     question: Question
-    plain: Arm
-    speculative: Arm
+    plain: Side
+    speculative: Side
 
     @property
     def differences(self) -> list[Difference]:
@@ -128,7 +128,7 @@ def compare(question: Question, params: "SamplingParams", num_draft_tokens: int 
     from foredraft.drafters.several import forget_outputs
 
     forget_outputs(question.llm.drafter)  # else all rounds but the first would draft from the answer itself
-    plain, speculative = Arm("plain", 0), Arm("speculative", num_draft_tokens)
+    plain, speculative = Side("plain", 0), Side("speculative", num_draft_tokens)
     seed = question.ask(params, 0).seed
     params = replace(params, seed=seed)
     question.ask(params, num_draft_tokens)

@@ -9,7 +9,7 @@ import typer
 
 from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
 from foredraft.cli.options import MODEL, DeviceFlag, JsonFlag, flag, takes
-from foredraft.errors import RequestError
+from foredraft.errors import RequestError, missing_extra
 
 if TYPE_CHECKING:
     from foredraft.client import Client
@@ -109,7 +109,7 @@ def connect(options: ServerOptions) -> "Client":
     try:
         from foredraft.client import Client
     except ImportError as error:
-        raise RequestError(f"this needs {error.name}; install it with: pip install 'foredraft[serve]'") from None
+        raise RequestError(missing_extra("this needs", str(error.name), "serve")) from None
     if not options.server.startswith(("http://", "https://")):
         raise RequestError(f"--server {options.server!r} is no address; write it as {DEFAULT_SERVER}")
     return Client(options.server, options.api_key or os.environ.get("FOREDRAFT_API_KEY"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from foredraft.cli.console import busy, note
 from foredraft.cli.options import DRAFTING, MODEL, DeviceFlag, WeightFormatFlag, flag, takes
-from foredraft.errors import RequestError
+from foredraft.errors import RequestError, missing_extra
 
 if TYPE_CHECKING:
     from foredraft.server.app import Launch
@@ -112,7 +112,7 @@ def check_installed() -> None:
     """Raises RequestError where the extra is missing."""
     missing = [name for name in ("fastapi", "prometheus_client", "uvicorn") if find_spec(name) is None]
     if missing:
-        raise RequestError(f"serving needs {missing[0]}; install it with: pip install 'foredraft[serve]'")
+        raise RequestError(missing_extra("serving needs", missing[0], "serve"))
 
 
 def read_settings(options: ServeOptions) -> "Settings":

@@ -102,15 +102,27 @@ def _skips(spec: DraftSpec) -> bool:
 
 def _check_profiles(specs: Sequence[DraftSpec], context: DraftContext, listed: str) -> None:
     """Before anything is loaded: whether each has the profile that it needs, and whether any needs the one given."""
+    check_profile(specs, context.profile, force=context.force_profile)
     skipping = [spec for spec in specs if _skips(spec)]
-    if not skipping and (context.profile is not None or context.force_profile):
-        raise ModelError(f"{listed} takes no profile; drop it, or add one of {', '.join(with_profile())}")
     if not skipping:
         return
     try:
         skip_set(context.target, context.profile, force=context.force_profile)
     except ModelError as error:
         raise type(error)(f"{listed}, {_word(skipping[0])}: {error}; or leave it out of the list") from error
+
+
+def check_profile(specs: Sequence[DraftSpec], path: str | Path | None, *, force: bool = False) -> None:
+    """Before anything is loaded: whether a profile that is given can be read, and any of these needs one.
+
+    Raises:
+        ModelError: it cannot, or none does.
+    """
+    if (path is not None or force) and not any(map(_skips, specs)):
+        listed = _listed(specs) if len(specs) > 1 else f"draft={specs[0]!r}"
+        raise ModelError(f"{listed} takes no profile; drop it, or use one of {', '.join(with_profile())}")
+    if path is not None:
+        profile.load(path)
 
 
 def _told_apart(drafters: list[Drafter], listed: str) -> list[Drafter]:

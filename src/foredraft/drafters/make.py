@@ -60,7 +60,19 @@ def make_drafter(spec: DraftSpec, context: DraftContext) -> Drafter:
         raise ModelError(
             f"draft={spec!r} cannot draft; give a name ({names}), a model's folder or hub name, or a Drafter"
         )
+    _check_made(spec, context.target.vocab_size)
     return spec
+
+
+def _check_made(drafter: Drafter, vocab_size: int) -> None:
+    """Raises VocabularyMismatchError where a drafter, or the memory it drafts from, says that it has other tokens."""
+    for owner in (drafter, getattr(drafter, "memory", None)):
+        size = getattr(owner, "vocab_size", vocab_size)
+        if size != vocab_size:
+            raise VocabularyMismatchError(
+                f"{type(owner).__name__}(vocab_size={size}) cannot draft for a target of {vocab_size} tokens; make one "
+                f"with vocab_size={vocab_size}"
+            )
 
 
 def check_name(spec: DraftSpec) -> None:

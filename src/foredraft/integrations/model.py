@@ -28,7 +28,7 @@ from foredraft.models.options import is_on
 from foredraft.policy import make_policy
 from foredraft.runner import Runner
 from foredraft.stats import SpecStats
-from foredraft.types import VerifierName
+from foredraft.types import SamplingParams, VerifierName
 from foredraft.upstream.generation import Prepared, PreparedCalls
 from foredraft.upstream.modules import parse_to
 
@@ -208,8 +208,7 @@ class SpeculativeModel(PreparedCalls):
         """
         check_call(kwargs, generation_config, self.generation_config)
         drafting = Drafting.take(kwargs, generation_config, self.generation_config)
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise RequestError(f"seed={seed!r} is not usable; it must be in [0, 2**63)")
+        SamplingParams(seed=seed, verifier=verifier)  # which checks them
         hooks = (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
         with self._alone(seed, verifier), self._choices.applied(self.engine, drafting):
             return cast(Any, GenerationMixin.generate)(self, inputs, generation_config, *hooks, **kwargs)
@@ -231,9 +230,9 @@ class SpeculativeModel(PreparedCalls):
         check_prepared(call.inputs)
         check_processors(call.processors)
         mask = call.inputs.get("attention_mask")
-        seed = self._seed
+        seed: Any = self._seed
         if seed is None:
-            seed = int(torch.randint(2**62, ())) if call.do_sample else 0
+            seed = torch.randint(2**62, ()) if call.do_sample else 0
         rows = Call(
             call.input_ids,
             torch.ones_like(call.input_ids) if mask is None else mask,
@@ -241,7 +240,7 @@ class SpeculativeModel(PreparedCalls):
             call.criteria,
             call.do_sample,
             call.pad_token_id,
-            seed,
+            int(seed),
             self._verifier,
             call.streamer,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from foredraft.drafters.listed import check_profile
 from foredraft.errors import RequestError
 from foredraft.integrations.model import SpeculativeModel
 from foredraft.integrations.recipe import DEFAULT_DRAFT, DraftSpec, Recipe, draft_of
@@ -71,6 +72,7 @@ class AutoModelForCausalLM:
         device, placement = loading_place(device_map)
         options = LoadOptions(loading_dtype(dtype, torch_dtype, load_in_low_bit), device, placement, trust_remote_code)
         spec = draft_of(source, speculative, draft)
+        check_profile([spec], draft_profile)
         return SpeculativeModel(Recipe(source, spec, options, policy, max_batch_size, draft_profile, loading))
 
 

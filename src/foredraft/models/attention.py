@@ -6,7 +6,8 @@ of every row, so that sequences of different lengths share a pass, and folds a g
 their key-value head instead of copying keys. Knows nothing of slots or of any one model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from foredraft.models.rows import SHORT_SPAN
 NAME = "foredraft"
 ROW_MULTIPLE = 8  # query rows are padded to a multiple of this: kernels take blocks of 32, and in fp32 a last block of
 # one to three rows takes another product, whose bits differ
+
+KEY_BLOCK = 512  # keys that a product takes in fp32, where it is one: see `_blocked`
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -100,11 +103,38 @@ def _eager(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """What fused kernels lack: capped scores (gemma2) and a learned sink that takes probability (gpt-oss)."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    scores = _products(query, key) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1).to(scores.dtype)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
-    return torch.matmul(weights, value)
+    return _sums(weights, value)
+
+
+def _blocked(rows: torch.Tensor) -> bool:
+    """Whether to compute in products of one shape: in fp32 a CPU's library sums in an order that depends on it."""
+    return rows.dtype == torch.float32 and rows.device.type == "cpu"
+
+
+def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Of each row with each key. # [B, H, R, D], [B, H, K, D] -> [B, H, R, K]"""
+    if not _blocked(query):
+        return torch.matmul(query, key.transpose(2, 3))
+    blocks = [block.transpose(2, 3) for block in key.split(KEY_BLOCK, 2)]
+    parts = [torch.cat([torch.matmul(rows, block) for block in blocks], 3) for rows in query.split(ROW_MULTIPLE, 2)]
+    return torch.cat(parts, 2)
+
+
+def _sums(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of the values by each row's weights, block after block. # [B, H, R, K], [B, H, K, D] -> [B, H, R, D]"""
+    if not _blocked(weights):
+        return torch.matmul(weights, value)
+    blocks = value.split(KEY_BLOCK, 2)
+    return torch.cat([_sum(rows.split(KEY_BLOCK, 3), blocks) for rows in weights.split(ROW_MULTIPLE, 2)], 2)
+
+
+def _sum(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    parts = (torch.matmul(own.contiguous(), block) for own, block in zip(weights, values, strict=True))
+    return reduce(torch.add, parts)

@@ -3,6 +3,9 @@
 Everything here is read off a loaded model; whoever differs in anything runs on its own modules. Computes nothing.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,6 +58,28 @@ def _as_configured(model: PreTrainedModel) -> bool:
         and all(layer.self_attn.is_causal for layer in base.layers)
         and all(layer.self_attn.scaling == layer.self_attn.head_dim**-0.5 for layer in base.layers)
     )
+
+
+def oddity(model: PreTrainedModel) -> str:
+    """What of a model's sizes and formats our code does not expect; empty where there is nothing."""
+    base, head = model.get_decoder(), model.get_output_embeddings()
+    rows, tokens = base.embed_tokens.num_embeddings, model.config.vocab_size
+    if not head.out_features == rows == tokens:
+        return f"its head has {head.out_features} outputs, its table {rows} rows, and its vocabulary {tokens} tokens"
+    if not all(_alike(products) for layer in base.layers for products in linears(layer)):
+        return "some of its layers are in other formats than those beside them"
+    return ""
+
+
+def _alike(products: Sequence[Any]) -> bool:
+    """Whether they can be one: narrow ones are left as they are where others are kept in few bits."""
+    return len({getattr(product, "bits", None) for product in products}) == 1
+
+
+def linears(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """A layer's products; those in one tuple have the same input, and are computed as one."""
+    a, m = layer.self_attn, layer.mlp
+    return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
 
 
 def window(config: PreTrainedConfig, layer: int) -> int | None:

@@ -19,6 +19,7 @@ from foredraft.models import attention, sublayers
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.experts import pack_experts, pad_routers
+from foredraft.models.options import configured_length
 from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan
 from foredraft.models.support import ADVICE
 from foredraft.upstream.attention import use_attention
@@ -28,7 +29,7 @@ from foredraft.weights.linear import PackedLinear, PlainLinear, pack_linears
 from foredraft.weights.quantize import QuantLinear, dense, is_linear
 
 ALIBI = {"bloom", "falcon"}  # their position biases are built from a 2-D mask: a call serves one sequence
-LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
+BROADCAST = {"falcon"}  # their code may give torch one key head for all queries, which no fused kernel takes
 NO_LIMIT = 32768  # positions of a model whose configuration sets no limit
 PADDING = 7  # rows by which a span alone is padded at most
 
@@ -36,20 +37,25 @@ PADDING = 7  # rows by which a span alone is padded at most
 class SlotView(CacheView):
     """The SlotCache as transformers' modules see it in one call: the rows of one group."""
 
-    def __init__(self, cache: SlotCache, group: Group, position: int | torch.Tensor, index: torch.Tensor) -> None:
+    def __init__(
+        self, cache: SlotCache, group: Group, position: int | torch.Tensor, index: torch.Tensor, heads: int = -1
+    ) -> None:
+        """Key heads are repeated up to `heads`; -1 leaves them as they are."""
         super().__init__(group.starts[0], position, group.key_length)
+        self._heads = heads
         self._cache = cache
         self._indices = {index.device: index}
         self._views = cache.views(group.first_slot, len(group.starts), group.key_length)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [B, H, W, D]; return all of the group's, [B, H, K, D], without a copy."""
+        """Write keys and values [B, H, W, D]; return all of the group's, [B, H or heads, K, D], without a copy."""
         device = keys.device
         if device not in self._indices:
             self._indices[device] = next(iter(self._indices.values())).to(device)
         rows = torch.cat([keys.transpose(1, 2).flatten(2), values.transpose(1, 2).flatten(2)], -1)
         self._cache.write(layer, self._indices[device], rows.flatten(0, 1).to(self._cache.dtype))
-        return self._views[layer]
+        keys, values = self._views[layer]
+        return keys.expand(-1, self._heads, -1, -1), values.expand(-1, self._heads, -1, -1)
 
 
 class HFModel:
@@ -71,6 +77,7 @@ class HFModel:
         self.max_positions = min(text, pin_rope(model))
         self.num_layers: int = self.config.get_text_config(decoder=True).num_hidden_layers
         self.row_invariance = RowInvariance()
+        self._heads: int = self.config.num_attention_heads if self.config.model_type in BROADCAST else -1
         self._arity: dict[int, int] = {}  # of what sub-layers return, once a variant has asked
         parameters = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model) or "past_key_values"
@@ -163,7 +170,7 @@ class HFModel:
         places = [divmod(row - group.first_row, group.width) for row in keep]  # of each: its text, its column
         columns = sorted({column for _, column in places}) if "logits_to_keep" in self._takes else range(group.width)
         arguments: dict[str, Any] = {
-            self._cache_argument: SlotView(self.cache, group, starts, index),
+            self._cache_argument: SlotView(self.cache, group, starts, index, self._heads),
             "position_ids": positions.clamp(max=self.max_positions - 1).view(shape),
             "logits_to_keep": torch.tensor(columns, device=self.device),
         }
@@ -258,10 +265,8 @@ def _is_alibi(model: PreTrainedModel) -> bool:
 
 def _positions(model: PreTrainedModel) -> tuple[int, int]:
     """How many positions the model has, and how many of them a text may take: padding needs some, if it is counted."""
-    config = model.config.get_text_config(decoder=True)
-    limits = (getattr(config, name, None) for name in LENGTH_NAMES)
     tables = [m.num_embeddings for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(".wpe")]
-    limit = min([next((limit for limit in limits if isinstance(limit, int)), NO_LIMIT), *tables])
+    limit = min([configured_length(model.config) or NO_LIMIT, *tables])
     counted = "position_ids" not in inspect.signature(model.forward).parameters and limit != NO_LIMIT
     return limit, limit - PADDING if counted else limit
 

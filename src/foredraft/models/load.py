@@ -15,7 +15,7 @@ from foredraft.errors import ForedraftError, ModelError, RequestError, Unsupport
 from foredraft.models import native
 from foredraft.models.base import CausalModel
 from foredraft.models.decoder import Decoder
-from foredraft.models.family import supports
+from foredraft.models.family import oddity, supports
 from foredraft.models.hf import HFModel
 from foredraft.models.invariance import confirm, probe
 from foredraft.models.options import LoadOptions, parse_dtype
@@ -92,7 +92,7 @@ def wrap(model: PreTrainedModel, *, consume: bool = False, runtime: str = "auto"
         if runtime != "torch" and _can_run_natively(model, needed=runtime == "native"):
             return native.NativeModel(model, library.load(), consume=consume)
         model = (model if consume else _copy(model)).eval()
-        if supports(model):
+        if supports(model) and not oddity(model):
             return Decoder(model, consume=consume)
         start(model)
         return HFModel(model)

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from foredraft.errors import ModelError
 from foredraft.models.base import NO_SKIP, Convert, Guessing, SkipSet, unchanged
 from foredraft.models.calls import Call, Rope
-from foredraft.models.family import FAMILY, supports, window
-from foredraft.models.native_layers import WIDTH, Sizes, block_of, head_norms, linears, part_of
+from foredraft.models.family import FAMILY, linears, oddity, supports, window
+from foredraft.models.native_layers import WIDTH, Sizes, block_of, head_norms, part_of
 from foredraft.models.pages import PageCache, PageShape
 from foredraft.models.rows import RowBatch, RowInvariance, Span
 from foredraft.native import library as native
@@ -40,12 +40,14 @@ def why_not(model: PreTrainedModel) -> str:
         return f"it computes in float32 and bfloat16 on a CPU, and this model is {model.dtype} on {model.device}"
     if _head_dim(model) > MOST_DIM or _head_dim(model) % 2:
         return f"it takes even head sizes up to {MOST_DIM}, and this model's is {_head_dim(model)}"
+    if oddity(model):
+        return oddity(model)
     if len({norm.variance_epsilon for norm in _norms(model.get_decoder())}) > 1:
         return "its norms have several epsilons"
     layers = [products for layer in model.get_decoder().layers for products in linears(layer)]
     formats = [{_bits(linear) for linear in products} for products in (*layers, (model.get_output_embeddings(),))]
-    if any(len(bits) > 1 or None in bits for bits in formats):
-        return "some of its layers are neither plain nor in four or eight bits, or unlike those beside them"
+    if any(None in bits for bits in formats):
+        return "some of its layers are neither plain nor in four or eight bits"
     if _head_dim(model) % WIDTH and any(bits != {0} for bits in formats):
         return f"in few bits it takes head sizes that are multiples of {WIDTH}, and this model's is {_head_dim(model)}"
     return ""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from foredraft.models.base import SkipSet
+from foredraft.models.family import linears
 from foredraft.native import library as native
 from foredraft.native.library import BLOCK, Library
 from foredraft.weights.packed import Packed, Part, interleaved, of_stored, pack, round_up, stacked, vector
@@ -77,12 +78,6 @@ class Sizes:
     @property
     def width(self) -> int:
         return round_up(self.hidden, BLOCK)
-
-
-def linears(layer: Any) -> tuple[tuple[Any, ...], ...]:
-    """A layer's products; those in one tuple have the same input, and are computed as one."""
-    a, m = layer.self_attn, layer.mlp
-    return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
 
 
 def head_norms(attention: Any) -> tuple[Any, ...]:

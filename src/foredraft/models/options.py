@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from foredraft.errors import RequestError
+from foredraft.types import is_whole
 from foredraft.weights.choice import BITS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUNTIMES = ("auto", "native", "torch")
+LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 
 
@@ -24,6 +26,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     runtime: str = "auto"  # native where the library and the model allow it; or native, torch
     weight_format: str | None = None  # int4 or int8: linear layers are rounded on loading
+    max_model_len: int | None = None  # tokens that a text shall be able to have
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -42,8 +45,15 @@ class LoadOptions:
         if self.device_map is not None:
             raise RequestError(f"device_map={self.device_map!r} cannot place low-bit weights; use device=")
 
+    def check_length(self, config: PreTrainedConfig) -> None:
+        """Raises RequestError where the configuration says already that a text cannot become so long."""
+        most = configured_length(config)
+        if most is not None and self.max_model_len is not None:
+            check_length(self.max_model_len, most)
+
     def check_object(self, model: PreTrainedModel, name: str = "") -> None:
         """Raises RequestError unless a model in memory is as these options ask; `name` leads those of a draft."""
+        self.check_length(model.config)
         dtype, device = parse_dtype(self.dtype), parse_device(self.device)
         asks = (
             ("dtype", self.dtype, dtype in (None, model.dtype), model.dtype),
@@ -56,6 +66,19 @@ class LoadOptions:
                     f"{name}{option}={value!r} cannot be honoured: the model object is in memory already ({actual}); "
                     "convert or move it first, or give its folder"
                 )
+
+
+def configured_length(config: PreTrainedConfig) -> int | None:
+    """The longest text by the configuration, if it says."""
+    text = config.get_text_config(decoder=True)
+    lengths = (getattr(text, name, None) for name in LENGTH_NAMES)
+    return next((length for length in lengths if isinstance(length, int)), None)
+
+
+def check_length(asked: int, most: int) -> None:
+    """Raises RequestError where `max_model_len` is not one that the model allows."""
+    if not is_whole(asked, 2, most):
+        raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
 
 
 def parse_dtype(asked: str | torch.dtype) -> torch.dtype | None:

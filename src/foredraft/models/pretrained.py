@@ -33,10 +33,11 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
     remote = {"trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **remote)
+        options.check_length(config)
         dtype = pick_dtype(parse_dtype(options.dtype), config, device)
         placement = {"device_map": options.device_map} if options.device_map else {}
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config, **placement, **remote)
-    except ModelError:
+    except ForedraftError:
         raise
     except Exception as error:  # transformers, safetensors and pickle each have errors of their own for a bad file
         raise explained(source, error) from error
@@ -59,6 +60,7 @@ def load_low_bit(
             "weights; leave it out, or give the original"
         )
     try:
+        options.check_length(AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code))
         model = lowbit.load(folder, manifest, parse_dtype(options.dtype), trust_remote_code=options.trust_remote_code)
     except ForedraftError:
         raise

@@ -121,12 +121,15 @@ static void wake_sleepers(void) {
 }
 
 #if defined(__linux__)
-/* A core of its own for each worker, none of them the caller's, where the mask has so many; else the whole mask. */
+static cpu_set_t placed_in; /* the caller's mask when the workers were placed; under `pass` */
+
+/* A core of its own for each worker, none of them the caller's, where the mask has so many; else the whole mask. The
+ * mask may change at any time, and workers do not follow by themselves: it was theirs when they were made. */
 static void place(int workers) {
   int cpu = sched_getcpu();
-  if (cpu == pool.caller_cpu && workers == pool.placed_for) return;
   cpu_set_t mask, own;
   if (sched_getaffinity(0, sizeof mask, &mask)) return;
+  if (cpu == pool.caller_cpu && workers == pool.placed_for && CPU_EQUAL(&mask, &placed_in)) return;
   bool enough = CPU_COUNT(&mask) > workers;
   for (int worker = 0, next = 0; worker < workers; worker++) {
     own = mask;
@@ -139,6 +142,7 @@ static void place(int workers) {
   }
   pool.caller_cpu = cpu;
   pool.placed_for = workers;
+  placed_in = mask;
 }
 #else
 static void place(int workers) { (void)workers; }

@@ -5,6 +5,7 @@ to a limit, and nothing of it is in a step.
 """
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from foredraft.errors import GrammarError, RequestError
+from foredraft.errors import GrammarError, RequestError, missing_extra
 from foredraft.structured.matcher import GrammarConstraint, first_line, too_complex
 from foredraft.structured.spec import Structured
 
@@ -39,9 +40,16 @@ class Grammars:
         self.seconds = seconds
         self.kept = kept
         self.compiled: OrderedDict[Structured, Future[Any]] = OrderedDict()
+        self._tokens: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is being compiled: so it is in a forked child too, which has none of its parent's threads."""
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="foredraft-grammar")
-        self._tokens: Any = None
+        for form in [form for form, future in self.compiled.items() if not future.done()]:
+            del self.compiled[form]
 
     def constraint(self, form: Structured, ends: tuple[int, ...]) -> GrammarConstraint:
         """A fresh constraint; `ends` are the tokens that end a text, the likeliest first.
@@ -65,6 +73,8 @@ class Grammars:
         return f"<[{token}]>" if alone and self._vocabulary().is_special_token(token) else json.dumps(text)
 
     def _vocabulary(self) -> Any:
+        if self._process != os.getpid():
+            self._begin()
         with self._lock:
             self._tokens = self._tokens or _llg_tokenizer(self.tokenizer, self.vocab_size)
             return self._tokens
@@ -91,7 +101,7 @@ def _llg_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
     try:
         from llguidance.hf import from_tokenizer
     except ImportError as error:
-        raise RequestError("structured output needs llguidance: pip install 'foredraft[structured]'") from error
+        raise RequestError(missing_extra("structured output needs", "llguidance", "structured")) from error
     try:
         return from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=_any_end(tokenizer))  # type: ignore[arg-type]  # checked there
     except ValueError as error:

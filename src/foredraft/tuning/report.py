@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from foredraft.errors import ForedraftError
+from foredraft.errors import ForedraftError, missing_extra
 from foredraft.tuning.carousel import REPEATS
 from foredraft.tuning.fitting import WIDE
 from foredraft.tuning.ranking import WORTH, Advice, Row
@@ -114,7 +114,7 @@ def plot(advice: Advice, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ForedraftError("--plot needs matplotlib; install it with: pip install 'foredraft[tune]'") from error
+        raise ForedraftError(missing_extra("--plot needs", "matplotlib", "tune")) from error
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _history(left, advice)

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from foredraft.errors import ForedraftError, RequestError
+from foredraft.errors import ForedraftError, RequestError, missing_extra
 from foredraft.models.base import SkipSet
 from foredraft.tuning.forecast import Forecast
 
@@ -53,7 +53,7 @@ def optuna() -> Any:
     try:
         import optuna as library
     except ImportError as error:
-        raise ForedraftError("the search needs optuna; install it with: pip install 'foredraft[tune]'") from error
+        raise ForedraftError(missing_extra("the search needs", "optuna", "tune")) from error
     library.logging.set_verbosity(library.logging.ERROR)
     return library
 
