@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
 from foredraft.errors import RequestError
-from foredraft.structured.compile import JSON_FORM, Grammars
+from foredraft.structured.compile import Grammars
+from foredraft.structured.source import JSON_FORM
 from foredraft.structured.spec import Structured
 
 Tool = Mapping[str, Any] | Callable[..., Any]
