@@ -14,7 +14,7 @@ from foredraft.structured.compile import AT_ONCE, Grammars
 from foredraft.structured.matcher import GrammarConstraint
 from foredraft.structured.meter import ALLOWANCE, CREDIT, Meter
 from foredraft.structured.spec import MAX_LITERAL
-from foredraft.structured.trial import Trials, Vocabulary
+from foredraft.structured.trial import LateError, Trials, Vocabulary
 
 pytest.importorskip("llguidance.hf")
 PROMPT = "User: I need a table for two in Oakland tonight.\nAssistant: "
@@ -52,12 +52,13 @@ def params(form, **options) -> SamplingParams:
 # --- compiling ------------------------------------------------------------------------------------------------------
 
 
-def test_forms_that_never_compile_fail_alone_and_hold_no_step_up(llm):
-    """As many as compile at once, all before the one that is fine: its wait is not held against it."""
-    grammars = Grammars(llm.tokenizer, 4096, seconds=1.0)
+def test_forms_that_never_compile_fail_alone_and_hold_no_step_up(llm, monkeypatch):
+    """More than compile at once, all before the one that is fine: its wait is not held against it."""
+    monkeypatch.setattr(compile, "QUICK", 0.1)
+    grammars = Grammars(llm.tokenizer, 4096, seconds=1.1)
     stream = llm.stream(PROMPT, SamplingParams(max_new_tokens=8))
     next(stream)
-    found: list[object] = [None] * AT_ONCE
+    found: list[object] = [None] * (AT_ONCE + 1)
 
     def ask(i: int) -> None:
         try:
@@ -72,7 +73,39 @@ def test_forms_that_never_compile_fail_alone_and_hold_no_step_up(llm):
     assert grammars.constraint(Structured.regex("fine"), (0,)).forced(9)
     for thread in threads:
         thread.join()
-    assert set(found) == {"the JSON schema takes longer than 1 s to compile; make it simpler"}
+    assert set(found) == {"the JSON schema takes longer than 1.1 s to compile; make it simpler"}
+
+
+def test_a_quick_form_overtakes_slow_ones(llm, monkeypatch):
+    done: list[str] = []
+    started = threading.Semaphore(0)
+    release = threading.Event()
+
+    class Scripted:
+        def run(self, form, vocabulary, seconds):
+            if form.source != "quick":
+                if seconds < 9:
+                    raise LateError("too long for now")
+                started.release()
+                release.wait(60)
+            done.append(form.source)
+
+    monkeypatch.setattr(compile, "trials", Scripted)
+    grammars = Grammars(llm.tokenizer, 4096, seconds=9)
+    slow = [Structured.regex(f"slow{i}") for i in range(3 * AT_ONCE)]
+    threads = [threading.Thread(target=grammars.constraint, args=(form, (0,))) for form in slow]
+    for thread in threads:
+        thread.start()
+    for _ in range(AT_ONCE):
+        started.acquire()
+    try:
+        grammars.constraint(Structured.regex("quick"), (0,))
+        assert done == ["quick"]
+    finally:
+        release.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == ["quick", *(form.source for form in slow)]
 
 
 @pytest.mark.parametrize(

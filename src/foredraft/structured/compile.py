@@ -1,7 +1,8 @@
 """From a form to a constraint: grammars compiled by llguidance, apart from the engine, kept by content.
 
 Whoever asks waits, and nothing of it is in a step. Threads of their own try each form in a process of its own and then
-compile it here; what a form takes is counted from when its turn comes, so that a slow one makes no other fail.
+compile it here. What a form takes is counted from when its turn comes, so that a slow one makes no other fail; and who
+is not done soon goes on elsewhere, so that quick ones wait for quick ones only.
 """
 
 import json
@@ -19,10 +20,11 @@ from foredraft.errors import GrammarError, RequestError
 from foredraft.structured.matcher import DeadEndError, GrammarConstraint
 from foredraft.structured.source import limits, literals, said, source_of
 from foredraft.structured.spec import Structured
-from foredraft.structured.trial import SECONDS, Vocabulary, trials
+from foredraft.structured.trial import SECONDS, LateError, Vocabulary, trials
 
 KEPT = 64
-AT_ONCE = 4  # forms that compile side by side
+AT_ONCE = 2  # forms that compile side by side, and as many more of the slow ones
+QUICK = 1.0  # seconds
 LOOK_AHEAD = 20  # tokens of a text that are tried before anything runs
 STACK = 64 << 20  # bytes of a thread that compiles
 STACKS = threading.Lock()  # of the size with which threads start, which is the whole process's
@@ -40,7 +42,8 @@ class Grammars:
         self.kept = kept
         self.compiled: OrderedDict[Structured, Future[Any]] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="foredraft-grammar")
+        self._quick = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="foredraft-grammar")
+        self._slow = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="foredraft-slow-grammar")
         self._tokens: Any = None
 
     def constraint(self, form: Structured, ends: tuple[int, ...]) -> GrammarConstraint:
@@ -73,17 +76,28 @@ class Grammars:
         with self._lock:
             future = self.compiled.get(form)
             if future is None:
+                future = self.compiled[form] = Future()
                 with _deep_stack():
-                    future = self.compiled[form] = self._pool.submit(self._compile, form, tokens)
+                    self._quick.submit(self._compile, form, tokens, future, min(QUICK, self.seconds))
             self.compiled.move_to_end(form)
             while len(self.compiled) > self.kept:
                 self.compiled.popitem(last=False)
         return future.result()
 
-    def _compile(self, form: Structured, tokens: Any) -> Any:
+    def _compile(self, form: Structured, tokens: Any, future: Future[Any], seconds: float) -> None:
+        """Try it for so long, then again for as long as it may take."""
         marks = tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
-        at = trials().run(form, Vocabulary(tokens.vocab_size, marks), self.seconds)
-        return compile_form(form, tokens, at)
+        try:
+            at = trials().run(form, Vocabulary(tokens.vocab_size, marks), seconds)
+            future.set_result(compile_form(form, tokens, at))
+        except LateError as error:
+            if seconds >= self.seconds:
+                future.set_exception(error)
+                return
+            with _deep_stack():
+                self._slow.submit(self._compile, form, tokens, future, self.seconds)
+        except BaseException as error:
+            future.set_exception(error)
 
 
 @contextmanager

@@ -34,6 +34,10 @@ READY = "null"
 Child = subprocess.Popen[str]
 
 
+class LateError(GrammarError):
+    """A form takes too long to compile."""
+
+
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """What a grammar may name of a vocabulary."""
@@ -54,7 +58,8 @@ class Trials:
         """Where the fault of a JSON schema is, if it has one. Waits for a process; threads may call it side by side.
 
         Raises:
-            GrammarError: it takes too long, or ends the process.
+            LateError: it takes longer than this.
+            GrammarError: it ends the process.
         """
         child = self._child()
         if child is None:
@@ -71,7 +76,7 @@ class Trials:
             return at
         _end_all([child])
         if late or child.returncode == -getattr(signal, "SIGXCPU", 0):
-            raise GrammarError(f"the {form.name} takes longer than {seconds:g} s to compile; make it simpler")
+            raise LateError(f"the {form.name} takes longer than {seconds:g} s to compile; make it simpler")
         raise GrammarError(
             f"the {form.name} cannot be compiled: it takes too much memory, or refers too deep; make it simpler"
         )
