@@ -34,7 +34,7 @@ def _under_grammar(request: Request, draft: Draft) -> Draft:
     constraint, forced = request.steering.constraint, request.lead
     if constraint is None:
         return draft
-    if forced and draft.tokens[: len(forced)] != forced:
+    if forced and not _begins_with(draft, forced):
         return Draft(forced, NAME, confidences=(1.0,) * len(forced))
     if draft.probs is not None or not draft.is_chain:  # drawn from a masked distribution, and not to be chosen among
         return draft
@@ -45,6 +45,16 @@ def _under_grammar(request: Request, draft: Draft) -> Draft:
     if kept == len(draft):
         return draft
     return Draft(draft.tokens[:kept], draft.source, confidences=draft.confidences[:kept])
+
+
+def _begins_with(draft: Draft, forced: tuple[int, ...]) -> bool:
+    """Whether a draft begins with these tokens, and could not have begun otherwise.
+
+    Keeping those that happened to be drawn so would favour them: what is drawn is verified by what it is drawn from.
+    """
+    if draft.tokens[: len(forced)] != forced:
+        return False
+    return draft.probs is None or all(float(row[token]) == 1 for row, token in zip(draft.probs, forced, strict=False))
 
 
 def count(request: Request, draft: Draft, tested: int, accepted: int) -> None:
