@@ -145,7 +145,7 @@ def compile_form(form: Structured, tokens: Any, at: str | None = None) -> Any:
     matcher = LLMatcher(tokens, source_of(form), log_level=0, limits=limits())
     if matcher.is_error():
         where = f" at {at}" if at else ""
-        raise GrammarError(f"the {form.name} cannot be compiled{where}: {said(matcher.get_error())}")
+        raise GrammarError(f"the {form.name} cannot be compiled{where}: {said(form, matcher.get_error())}")
     follower = GrammarConstraint(matcher, (tokens.eos_token,), tokens, tokens.vocab_size)
     _check_start(form, follower, tokens)
     _check_ahead(form, follower)

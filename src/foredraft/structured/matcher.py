@@ -11,7 +11,6 @@ import numpy as np
 from foredraft.errors import GrammarError
 from foredraft.structured.constraint import Bits, Ids
 from foredraft.structured.meter import Meter
-from foredraft.structured.source import said
 
 
 class DeadEndError(GrammarError):
@@ -125,7 +124,7 @@ class GrammarConstraint:
 
     def _lost(self) -> GrammarError:
         """Why the matcher gave up, which it never gets over: another goes on from the committed output."""
-        message = said(self.matcher.get_error())
+        message = self.matcher.get_error().removesuffix("<non-verbose/>").strip()
         self.matcher = self.start.deep_copy()
         self.meter.timed(self.matcher.try_consume_tokens, self.committed)
         self.ahead = []

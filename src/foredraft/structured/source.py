@@ -4,6 +4,7 @@ Knows no vocabulary.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -15,6 +16,8 @@ MOST_PARTS = 200  # of a schema, looked at one by one to find the fault
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength")
 MOST_NUMBER = 2**53  # what JSON's readers agree on
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
+PATTERN_FAULT = re.compile(r"regex parse error:\n +(?P<pattern>.*)\n(?P<line> +)(?P<marks>\^+)\nerror: (?P<error>.*)")
+INDENT = 4  # of a pattern that is shown
 MAX_SYMBOLS = 40_000  # of a grammar; compiling takes time that grows with their square
 
 
@@ -38,7 +41,7 @@ def source_of(form: Structured) -> str:
         try:
             return str(LLMatcher.grammar_from_json_schema(form.source, defaults=JSON_FORM))  # type: ignore[arg-type]  # a TypedDict
         except ValueError as error:
-            raise GrammarError(f"the {form.name} cannot be compiled: {said(str(error))}") from error
+            raise GrammarError(f"the {form.name} cannot be compiled: {said(form, str(error))}") from error
     if form.kind == "regex":
         return str(LLMatcher.grammar_from_regex(form.source))
     if form.kind == "choice":
@@ -70,8 +73,16 @@ def guilty(root: Mapping[str, Any]) -> str:
     return found
 
 
-def said(message: str) -> str:
-    return message.removesuffix("<non-verbose/>").strip()
+def said(form: Structured, message: str) -> str:
+    """What llguidance says of a form; of a pattern without the grammar that it was put into."""
+    message = message.removesuffix("<non-verbose/>").strip()
+    if form.kind != "regex":
+        return message
+    found = PATTERN_FAULT.search(message)
+    if not found:
+        return message.partition("\n   1 | ")[0]
+    start, end = (found.span("marks")[i] - found.start("line") - INDENT for i in (0, 1))
+    return f"{found['error']} at {found['pattern'][start:end]!r} in {form.source!r:.200}"
 
 
 def _check_parts(form: Structured) -> None:
