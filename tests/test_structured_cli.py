@@ -29,11 +29,9 @@ def folder(tmp_path_factory) -> Path:
         "sum.lark": GRAMMAR,
         "cut.json": '{"type": ',
         "wrong.json": '{"properties": {"a": {"type": "strng"}}}',
-        "wrong.lark": "start: nowhere",
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / "picture.json").write_bytes(b"\x89PNG\r\n")
     return folder
 
 
@@ -70,25 +68,20 @@ def test_a_pattern_and_a_grammar(folder, flags, pattern):
 def test_a_comparison_under_a_grammar_finds_no_difference(folder):
     done = generate(folder, "--grammar", "sum.lark", "--compare")
     assert done.returncode == 0, done.stderr
-    assert "identical" in done.stdout + done.stderr
+    assert "tokens: equal" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "flags, code, complaint",
+    "flags, complaint",
     [
-        (("--json-schema", "nowhere.json"), 2, "nowhere.json"),
-        (("--grammar", "nowhere.lark"), 2, "nowhere.lark"),
-        (("--json-schema", "picture.json"), 2, "picture.json cannot be read as text"),
-        (("--json-schema", "cut.json"), 2, "no JSON: Expecting value in line 1, column 10"),
-        (("--json-schema", "wrong.json"), 2, "cannot be compiled at #/properties/a"),
-        (("--grammar", "wrong.lark"), 2, "nowhere"),
-        (("--regex", "a("), 2, "unclosed group at '(' in 'a('"),
-        (("--regex", ""), 2, "the regular expression is empty"),
-        (("--regex", "a", "--grammar", "sum.lark"), 2, "contradict each other"),
+        (("--json-schema", "nowhere.json"), "nowhere.json"),
+        (("--json-schema", "cut.json"), "no JSON: Expecting value in line 1, column 10"),
+        (("--json-schema", "wrong.json"), "cannot be compiled at #/properties/a"),
+        (("--regex", "a("), "unclosed group at '(' in 'a('"),
     ],
 )
-def test_bad_forms_are_told_without_a_traceback(folder, flags, code, complaint):
+def test_bad_forms_are_told_without_a_traceback(folder, flags, complaint):
     done = generate(folder, *flags)
     told = " ".join(done.stderr.split())
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert complaint in told and "Traceback" not in told
