@@ -1,5 +1,6 @@
 """What a stranger's form may cost: it fails alone, and neither compiling nor following it stops anybody else."""
 
+import asyncio
 import json
 import sys
 import threading
@@ -106,6 +107,38 @@ def test_a_quick_form_overtakes_slow_ones(llm, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(done) == ["quick", *(form.source for form in slow)]
+
+
+def test_a_server_s_other_requests_are_not_held_up_by_forms_that_wait(monkeypatch):
+    pytest.importorskip("fastapi")
+    from foredraft.server.backend import FORMS, EngineModel
+    from foredraft.server.metrics import Metrics
+    from foredraft.server.service import Ask
+    from foredraft.server.settings import Limits
+
+    release = threading.Event()
+
+    class Blocked:
+        def run(self, form, vocabulary, seconds):
+            release.wait(60)
+
+    monkeypatch.setattr(compile, "trials", Blocked)
+
+    async def scene() -> None:
+        llm = LLM(draft="none", max_batch_size=1)
+        model = EngineModel(llm, Limits(), Metrics().of("x"), asyncio.get_running_loop())
+        forms = [Ask(params(Structured.regex(f"form{i}")), PROMPT) for i in range(FORMS)]
+        waiting = [asyncio.create_task(model.prepare([ask])) for ask in forms]
+        await asyncio.sleep(0)
+        try:
+            plain = await model.prepare([Ask(SamplingParams(), PROMPT)])
+            assert len(plain) == 1 and not any(task.done() for task in waiting)
+        finally:
+            release.set()
+        await asyncio.gather(*waiting)
+        model.close()
+
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize(
