@@ -7,6 +7,7 @@ for each way it can end, with its uniforms forced and its last draw read off, so
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import planted_bugs
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foredraft import verify as module
+from foredraft.drafters import forced
 from foredraft.types import Draft
 from foredraft.verify import acceptance, rejection, residual
 
@@ -225,3 +227,36 @@ def test_rejection_keeps_a_token_when_its_uniform_is_below_its_chance(seed, star
 def test_where_p_and_q_are_equal_up_to_rounding_the_residual_is_p():
     p = torch.tensor([0.5, 0.5])
     assert torch.equal(residual(p, 0, p), p)
+
+
+def under_grammar(lead: tuple[int, ...], blocks):
+    """The blocks as they are verified where a grammar forces `lead`."""
+    request = SimpleNamespace(lead=lead, steering=SimpleNamespace(constraint=object()))
+    for chance, draft in blocks:
+        yield chance, forced._under_grammar(request, draft)
+
+
+@pytest.mark.parametrize("lead", [(1,), (2, 3), (1, 2, 1)])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_drafter_that_ignores_what_is_forced_favours_nothing(lead, length, monkeypatch):
+    """What it drew may begin with the forced tokens by chance: keeping it then, and only then, would be a bias."""
+    p, q = chain(3), chain(11)
+    drafted = list(under_grammar(lead, drawn_blocks(q, length)))
+    assert output_distance(p, drafted, monkeypatch) < EXACT
+    assert {draft.source for _, draft in drafted} == {forced.NAME}
+
+
+def test_planted_bug_a_draft_kept_for_its_tokens_is_found(monkeypatch):
+    def begins_with(draft: Draft, lead: tuple[int, ...]) -> bool:
+        return draft.tokens[: len(lead)] == lead
+
+    monkeypatch.setattr(forced, "_begins_with", begins_with)
+    assert output_distance(chain(3), under_grammar((1,), drawn_blocks(chain(11), 1)), monkeypatch) > WRONG
+
+
+def test_a_drafter_that_goes_on_behind_what_is_forced_is_kept(monkeypatch):
+    p, q, lead = chain(3), chain(11), (2,)
+    q[START] = torch.eye(VOCAB, dtype=q.dtype)[2]
+    drafted = list(under_grammar(lead, drawn_blocks(q, 3)))
+    assert output_distance(p, drafted, monkeypatch) < EXACT
+    assert all(len(draft) == 3 for _, draft in drafted)

@@ -1,5 +1,7 @@
 """Tool calls: forced, free and refused, in each way of writing them, and read back as they were written."""
 
+import json
+
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -14,6 +16,7 @@ from foredraft.structured.tools import (
     MISTRAL,
     MISTRAL_ARGS,
     MISTRAL_ID,
+    MISTRAL_SPACED,
     ToolCall,
     call_form,
     call_style,
@@ -94,6 +97,10 @@ def test_bad_choices_are_refused_before_anything_runs(llm):
         call_form([FIND], "required", None, repr)
     with pytest.raises(RequestError, match="has no name"):
         call_form([{"type": "function"}], "auto", HERMES, repr)
+    with pytest.raises(RequestError, match="two tools have the name 'now'"):
+        call_form([NOW, FIND, NOW], "auto", HERMES, repr)
+    with pytest.raises(RequestError, match="'required' means something else"):
+        call_form([{"name": "required"}], "auto", HERMES, repr)
     with pytest.raises(RequestError, match="no JSON schema"):
         call_form([{"name": "x", "parameters": 3}], "auto", HERMES, repr)
 
@@ -112,6 +119,13 @@ TEXTS = (
     (LLAMA, "No call {at all}.", ("auto",), ()),
     (MISTRAL, f"[TOOL_CALLS][{CALL}]".replace("KEY", "arguments"), ("auto", "required", "find_restaurant"), (OAKLAND,)),
     (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]".replace("KEY", "arguments"), ("auto", "required"), (OAKLAND, OAKLAND)),
+    (MISTRAL, f"[TOOL_CALLS] [{CALL}]".replace("KEY", "arguments"), (), (OAKLAND,)),
+    (
+        MISTRAL_SPACED,
+        f"[TOOL_CALLS] [{CALL}, {CALL}]".replace("KEY", "arguments"),
+        ("auto", "required"),
+        (OAKLAND, OAKLAND),
+    ),
     (MISTRAL_ARGS, ARGS_CALL, ("auto", "required", "find_restaurant"), (OAKLAND,)),
     (MISTRAL_ARGS, f"Well: {ARGS_CALL}{ARGS_CALL}", ("auto",), (OAKLAND, OAKLAND)),
     (MISTRAL_ARGS, "[TOOL_CALLS]find_restaurant[ARGS]{broken", (), ()),
@@ -145,7 +159,8 @@ def test_templates_say_which_way(shared):
     assert call_style((folder / "Qwen-Qwen2.5-7B-Instruct.jinja").read_text()) is HERMES
     assert call_style((folder / "meta-llama-Llama-3.1-8B-Instruct.jinja").read_text()) is LLAMA
     assert call_style("{% for m in messages %}{{ m.content }}{% endfor %}") is None
-    assert call_style("[TOOL_CALLS] [{{ call }}]") is MISTRAL
+    assert call_style("[TOOL_CALLS] [{{ call }}]") is MISTRAL_SPACED
+    assert call_style("[TOOL_CALLS][{{ call }}]") is MISTRAL
     assert call_style("[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}") is MISTRAL_ARGS
     assert call_style("[TOOL_CALLS]{{ name }}[CALL_ID]{{ id }}[ARGS]{{ arguments }}") is MISTRAL_ID
     assert call_style("[TOOL_CALLS]{{ name }}[CALL_ID]{{ id }}") is None
@@ -162,3 +177,110 @@ def test_functions_are_tools():
 
     form = call_form([now], "required", LLAMA, repr)
     assert form is not None and '"zone"' in form.source
+
+
+ORDER = {
+    "name": "bestellung_größe",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "gericht": {"enum": ["Käsespätzle", "寿司", 'ein "Bier"']},
+            "an": {"$ref": "#/$defs/adresse"},
+            "mengen": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 3},
+        },
+        "required": ["gericht", "an"],
+        "$defs": {
+            "adresse": {
+                "type": "object",
+                "properties": {
+                    "straße": {"type": "string", "maxLength": 9},
+                    "nr": {"type": ["integer", "null"], "minimum": 0, "maximum": 99},
+                },
+                "required": ["straße"],
+                "additionalProperties": False,
+            }
+        },
+    },
+}
+ORDERED = {"gericht": 'ein "Bier"', "an": {"straße": "A\u00df 東}", "nr": None}, "mengen": [1, 2]}
+
+
+def written(style, name: str, arguments: dict) -> str:
+    """A call as its template writes it."""
+    inner = json.dumps(arguments, ensure_ascii=False)
+    call = f'{{"name": "{name}", "{style.arguments}": {inner}}}'
+    if style.parted:
+        return f"[TOOL_CALLS]{name}{'[CALL_ID]a1B2c3D4e' if style.ident else ''}[ARGS]{inner}"
+    if style.listed:
+        return f"[TOOL_CALLS]{style.before}[{call}]"
+    return call if style is LLAMA else hermes(call)
+
+
+@pytest.mark.parametrize("style", [HERMES, LLAMA, MISTRAL, MISTRAL_SPACED, MISTRAL_ARGS, MISTRAL_ID])
+@pytest.mark.parametrize(
+    "function, arguments", [(ORDER, ORDERED), (NOW, {}), ({"name": "now", "parameters": None}, {})]
+)
+def test_nested_arguments_other_alphabets_and_none_at_all(tokenizer, style, function, arguments):
+    grammars = Grammars(tokenizer, len(tokenizer))
+    for choice in ("required", function["name"], "auto"):
+        constraint = grammars.constraint(call_form([function, FIND], choice, style, grammars.mark), (0,))
+        ids = tokenizer(written(style, function["name"], arguments), add_special_tokens=False)["input_ids"]
+        assert constraint.allowed([*ids, 0]) == len(ids) + 1
+        assert read_calls(tokenizer.decode(ids), style) == (ToolCall(function["name"], arguments),)
+        more = tokenizer(written(style, "now", {"zone": 1}), add_special_tokens=False)["input_ids"]
+        assert constraint.allowed([*more, 0]) <= len(more)  # of a tool without parameters, or of none that there is
+
+
+@pytest.mark.parametrize(
+    "style, text, calls",
+    [
+        (LLAMA, '<|python_tag|>{"name": "now", "parameters": {}}', [("now", {})]),
+        (
+            LLAMA,
+            '{"name": "now", "parameters": {}}; {"name": "at", "arguments": {"x": 1}}',
+            [("now", {}), ("at", {"x": 1})],
+        ),
+        (LLAMA, '[{"name": "now", "parameters": {}}]', [("now", {})]),
+        (LLAMA, '{"name": "now", "parameters": "{\\"x\\": 1}"}', [("now", {"x": 1})]),
+        (LLAMA, '{"name": "now"}', []),
+        (LLAMA, '{"city": "Oakland"}', []),
+        (LLAMA, '{"name": "now", "parameters": {}} or else', [("now", {})]),
+        (HERMES, '<tool_call>{"name": "now", "arguments": "{}"}</tool_call>', [("now", {})]),
+        (HERMES, '<tool_call>\n{"name": "now", "parameters": {}}', [("now", {})]),
+        (MISTRAL, '[TOOL_CALLS]  [{"name": "a", "arguments": {}}, {"name": 3, "arguments": {}}]', [("a", {})]),
+        (MISTRAL_ARGS, '[TOOL_CALLS]now{"x": {"y": []}}[TOOL_CALLS]at{}', [("now", {"x": {"y": []}}), ("at", {})]),
+        (MISTRAL_ARGS, "[TOOL_CALLS]now", []),
+        (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS]" + '{"x":' * 5000, []),
+    ],
+)
+def test_what_models_say_that_no_grammar_holds(style, text, calls):
+    assert read_calls(text, style) == tuple(ToolCall(*call) for call in calls)
+
+
+LLAMA_TEMPLATE = (
+    '{% if tools %}Respond in the format {"name": function name, "parameters": dictionary}. {{ tools | tojson }}\n'
+    "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls or '' }}\n{% endfor %}assistant: "
+)
+MISTRAL_TEMPLATE = (
+    "[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS] ["
+    "{{ m.tool_calls | tojson }}]{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+)
+
+
+@pytest.mark.parametrize("template", [LLAMA_TEMPLATE, MISTRAL_TEMPLATE])
+@pytest.mark.parametrize("choice", ["required", "bestellung_größe", "auto"])
+def test_calls_in_the_other_ways_are_those_of_plain_decoding(template, choice):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "target")
+    tokenizer.chat_template = template
+    llm = LLM(BUNDLED / "target", BUNDLED / "draft", tokenizer=tokenizer)
+    params = SamplingParams(temperature=0.9, seed=2, max_new_tokens=250)
+    drafted = llm.chat(MESSAGES, params, tools=[ORDER, NOW], tool_choice=choice)
+    plain = llm.chat(MESSAGES, params, tools=[ORDER, NOW], tool_choice=choice, num_draft_tokens=0)
+    assert drafted.token_ids == plain.token_ids and drafted.tool_calls == plain.tool_calls
+    if choice == "auto":
+        return
+    assert drafted.text.startswith("[TOOL_CALLS] [{" if template is MISTRAL_TEMPLATE else '{"name": ')
+    if choice != "required" or template is LLAMA_TEMPLATE:  # which end after one call
+        (call,) = drafted.tool_calls
+        assert drafted.finish_reason == "stop" and call.name in ("bestellung_größe", "now")
+        assert call.name == "now" or call.arguments["an"]["straße"] is not None

@@ -18,6 +18,7 @@ from foredraft.errors import PromptTooLongError, RequestError
 from foredraft.results import Job
 from foredraft.structured import Constraint, Structured
 from foredraft.structured.compile import Grammars
+from foredraft.structured.thinking import AfterThinking, Thinking
 from foredraft.structured.tools import Calling, ToolChoice
 from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
 from foredraft.types import Request, SamplingParams, is_whole
@@ -83,7 +84,8 @@ class Jobs:
         params = params or SamplingParams()
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
         ends = end_of_turn_ids(self.tokenizer)
-        job = self.one(prompt, params, num_draft_tokens, ends, draft=draft)
+        thinking = Thinking.of(self.tokenizer, prompt)
+        job = self.one(prompt, params, num_draft_tokens, ends, draft=draft, thinking=thinking)
         return replace(job, read_calls=calling.read)
 
     def one(
@@ -94,8 +96,12 @@ class Jobs:
         stop_token_ids: Sequence[int] = (),
         *,
         draft: str | None = None,
+        thinking: Thinking | None = None,
     ) -> Job:
-        """The job of one prompt. Raises as `LLM.generate`."""
+        """The job of one prompt; with `thinking`, that of a chat's turn, a form is that of the answer alone.
+
+        Raises as `LLM.generate`.
+        """
         if not isinstance(params, SamplingParams | None):
             raise RequestError(f"params={params!r} is not usable; pass SamplingParams(...)")
         params = params or SamplingParams()
@@ -115,17 +121,21 @@ class Jobs:
             num_draft_tokens=0 if draft == "none" else num_draft_tokens,
             drafter=draft or self._steady_drafter(params, num_draft_tokens),
             stop_token_ids=eos.union(params.stop_token_ids),
-            constraint=self._constraint(params, (*stop_token_ids, *sorted(eos.difference(stop_token_ids)))),
+            constraint=self._constraint(params, (*stop_token_ids, *sorted(eos.difference(stop_token_ids))), thinking),
         )
-        return Job(request, stream, self.engine.target.row_invariance.exact)
+        return Job(request, stream, self.engine.target.row_invariance.exact, thinking=thinking)
 
-    def _constraint(self, params: SamplingParams, ends: tuple[int, ...]) -> Constraint | None:
+    def _constraint(
+        self, params: SamplingParams, ends: tuple[int, ...], thinking: Thinking | None
+    ) -> Constraint | None:
         """What holds the output to the form that was asked for; compiled here, in the caller's time."""
         if params.structured is None:
             return None
         if self.grammars is None:
             raise RequestError("structured output needs a tokenizer; pass one to LLM")
-        return self.grammars.constraint(Structured.of(params.structured), ends or params.stop_token_ids)
+        ends = ends or params.stop_token_ids
+        answer = self.grammars.constraint(Structured.of(params.structured), ends)
+        return answer if thinking is None else AfterThinking(answer, thinking, ends, self.vocab_size)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises RequestError where it is empty, too long or has ids outside the vocabulary."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from foredraft.errors import GenerationError
 from foredraft.runner import Sink
 from foredraft.stats import SpecStats
+from foredraft.structured.thinking import CLOSING, OPENING, Thinking
 from foredraft.structured.tools import ToolCall
 from foredraft.text import TextStream
 from foredraft.types import FinishReason, Request, StepOutput, TokenLogprobs
@@ -32,6 +33,18 @@ class GenerationResult:
     exact: bool = True  # whether plain decoding is known to give the same tokens: see docs/lossless.md
     error: Exception | None = None
     tool_calls: tuple[ToolCall, ...] = ()  # of a chat with tools
+    answer_start: int = 0  # where in `text` the answer begins, behind what a chat's model thought
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought before its answer, without the marks around it; of a chat whose template has them."""
+        thoughts = self.text[: self.answer_start].strip()
+        return thoughts.removeprefix(OPENING).removesuffix(CLOSING).strip()
+
+    @property
+    def answer(self) -> str:
+        """`text` without what the model thought before."""
+        return self.text[self.answer_start :].lstrip("\n") if self.answer_start else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class Job:
     stream: TextStream | None
     rows_agree: bool = True  # whether the target's rows were found to be exact
     read_calls: Callable[[list[int]], tuple[ToolCall, ...]] | None = None
+    thinking: Thinking | None = None
 
     def sink(self, take: Callable[[Chunk], object]) -> Sink:
         """Calls `take` with a chunk after each step, on the thread that drives; the last one has the result."""
@@ -82,6 +96,7 @@ class Job:
         r = self.request
         text = self._text()
         assert r.finish_reason is not None
+        thought = self.thinking.answer_at(r.output_ids) if self.thinking else 0  # tokens
         return GenerationResult(
             text,
             r.output_ids,
@@ -93,7 +108,8 @@ class Job:
             r.logprobs,
             self.rows_agree and (r.params.greedy or r.params.verifier == "coupled"),
             r.error,
-            self.read_calls(r.output_ids) if self.read_calls else (),
+            self.read_calls(r.output_ids[thought:]) if self.read_calls else (),
+            self.stream.length_of(thought) if self.stream and thought else 0,
         )
 
     def _text(self) -> str:

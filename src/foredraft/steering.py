@@ -64,7 +64,9 @@ class Steering:
 
     @property
     def follows_drafts(self) -> bool:
-        """Whether every state can be copied, so that guesses can be judged."""
+        """Whether guesses can be judged now: every state can be copied, and looking ahead is not too dear."""
+        if self.constraint is not None and self.constraint.dear:
+            return False
         return all(hasattr(p, "copy") for p, stateful in zip(self.ahead[0], self.stateful, strict=True) if stateful)
 
     def mind(self, *, drafts: bool) -> None:

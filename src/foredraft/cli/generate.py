@@ -94,8 +94,10 @@ def print_json(options: GenerateOptions, prompt: str) -> None:
 
 
 def describe(result: "GenerationResult") -> dict[str, Any]:
+    parts = {"reasoning": result.reasoning, "answer": result.answer} if result.answer_start else {}
     return {
         "text": result.text,
+        **parts,
         "token_ids": result.token_ids,
         "from_draft": result.from_draft,
         "finish_reason": result.finish_reason,

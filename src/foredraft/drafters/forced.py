@@ -5,6 +5,7 @@ target spells it so is for the target to say.
 """
 
 from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.errors import GrammarError
 from foredraft.policy import DraftPolicy
 from foredraft.types import Draft, Request, Verdict
 
@@ -17,7 +18,10 @@ def lead(drafter: Drafter, request: Request, room: int) -> tuple[int, ...]:
     if constraint is None or isinstance(drafter, NoDrafter):
         return ()
     asked = request.num_draft_tokens
-    return constraint.forced(room if asked is None else min(room, asked))
+    try:
+        return constraint.forced(room if asked is None else min(room, asked))
+    except GrammarError:  # an error only if the text gets there
+        return ()
 
 
 def propose(drafter: Drafter, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
@@ -30,14 +34,27 @@ def _under_grammar(request: Request, draft: Draft) -> Draft:
     constraint, forced = request.steering.constraint, request.lead
     if constraint is None:
         return draft
-    if forced and draft.tokens[: len(forced)] != forced:
+    if forced and not _begins_with(draft, forced):
         return Draft(forced, NAME, confidences=(1.0,) * len(forced))
     if draft.probs is not None or not draft.is_chain:  # drawn from a masked distribution, and not to be chosen among
         return draft
-    kept = constraint.allowed(draft.tokens)
+    try:
+        kept = constraint.allowed(draft.tokens)
+    except GrammarError:
+        kept = 0
     if kept == len(draft):
         return draft
     return Draft(draft.tokens[:kept], draft.source, confidences=draft.confidences[:kept])
+
+
+def _begins_with(draft: Draft, forced: tuple[int, ...]) -> bool:
+    """Whether a draft begins with these tokens, and could not have begun otherwise.
+
+    Keeping those that happened to be drawn so would favour them: what is drawn is verified by what it is drawn from.
+    """
+    if draft.tokens[: len(forced)] != forced:
+        return False
+    return draft.probs is None or all(float(row[token]) == 1 for row, token in zip(draft.probs, forced, strict=False))
 
 
 def count(request: Request, draft: Draft, tested: int, accepted: int) -> None:

@@ -6,6 +6,7 @@ Everything is called from the event loop's thread, but for the sinks, which the 
 import asyncio
 import gc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import ceil
 
@@ -21,6 +22,7 @@ from foredraft.server.service import Answer, Ask, Figures, Finished, Messages, M
 from foredraft.server.settings import Limits
 from foredraft.text import render_chat, token_bytes
 
+FORMS = 64  # requests whose grammars may compile or wait for that; others are not held up by them
 REMEMBERED = 0.8  # of the mean duration, from one request to the next
 
 
@@ -35,6 +37,7 @@ class EngineModel:
         self._metrics = metrics
         self._loop = loop
         self._mail = Mail(loop)
+        self._forms = ThreadPoolExecutor(FORMS, thread_name_prefix="foredraft-forms")
         self._live: set[Generation] = set()
         self._empty = Bell(loop)
         self._texts = 0  # of all live generations
@@ -49,7 +52,8 @@ class EngineModel:
     async def prepare(self, asks: Sequence[Ask]) -> list[Job]:
         self._preparing += 1
         try:
-            return await asyncio.to_thread(lambda llm: [_job(llm, ask) for ask in asks], self._llm)
+            pool = self._forms if any(ask.params.structured is not None or ask.tools for ask in asks) else None
+            return await self._loop.run_in_executor(pool, _jobs, self._llm, asks)
         finally:  # whoever waits in `drained` looks again only after the caller has submitted
             self._preparing -= 1
             self._ring_if_empty()
@@ -129,10 +133,15 @@ class EngineModel:
 
     def close(self) -> None:
         self._runner.stop()
+        self._forms.shutdown(wait=False)
         self._metrics.forget()
         self._llm.model.cache.release()
         del self._llm, self._runner
         gc.collect()
+
+
+def _jobs(llm: LLM, asks: Sequence[Ask]) -> list[Job]:
+    return [_job(llm, ask) for ask in asks]
 
 
 def _job(llm: LLM, ask: Ask) -> Job:

@@ -98,13 +98,14 @@ class Chunks:
         return self.head.payload([choice])
 
     def _delta(self, delta: Delta, one: Finished | None) -> Json:
+        thought: Json = {"reasoning_content": delta.reasoning} if delta.reasoning else {}
         withheld = self.withheld.get(delta.index)
         if withheld is None:
-            return {"content": delta.text} if delta.text else {}
+            return thought | ({"content": delta.text} if delta.text else {})
         shown = withheld.take(delta.text)
         ending = withheld.ending(one) if delta.finish_reason and one is not None else {}
         content = shown + ending.get("content", "")
-        return {**ending, **({"content": content} if content else {})}
+        return {**thought, **ending, **({"content": content} if content else {})}
 
 
 def logprobs(entries: Sequence[TokenLogprobs], model: Model) -> Json:

@@ -13,6 +13,7 @@ from foredraft.results import Job
 from foredraft.server.inbox import Bell, Mail
 from foredraft.server.metrics import ModelMetrics, StepFigures
 from foredraft.server.service import Delta, Finished, TokenKind, TokenPiece
+from foredraft.structured.thinking import Parting
 from foredraft.types import Request, StepOutput, TokenLogprobs
 
 ALIVE_EVERY = 15.0  # seconds without a step after which a stream gives a sign of life
@@ -38,6 +39,12 @@ class Text:
     last_step: float | None = None
     last_delta: float = 0.0
     queued: float = 0.0
+    parting: Parting | None = None  # of a stream of a chat whose model may think
+
+    def __post_init__(self) -> None:
+        thinking = self.job.thinking
+        if thinking is not None and thinking.written:
+            self.parting = Parting(thinking.phase)
 
     def take(self, output: StepOutput) -> Delta | None:
         """Count a step, and make of it what a stream shows; None where that can wait for the next one."""
@@ -50,11 +57,19 @@ class Text:
         self._measure(output, drafted, accepted, now)
         if self.details:
             text, pieces = self._pieces(output, drafted, accepted)
-            return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
+            thought, text = self._part(text, output)
+            new = self._new_logprobs()
+            return Delta(self.index, text, pieces, new, drafted, accepted, output.finish_reason, thought)
         if output.finish_reason is None and not (self.stream and now - self.last_delta >= self.interval):
             return None
         self.last_delta = now
-        return Delta(self.index, self._text(output), (), self._new_logprobs(), finish_reason=output.finish_reason)
+        thought, text = self._part(self._text(output), output)
+        new = self._new_logprobs()
+        return Delta(self.index, text, (), new, finish_reason=output.finish_reason, reasoning=thought)
+
+    def _part(self, text: str, output: StepOutput) -> tuple[str, str]:
+        """What of it is thought, and what is answer."""
+        return ("", text) if self.parting is None else self.parting.take(text, last=output.finish_reason is not None)
 
     def _measure(self, output: StepOutput, drafted: int, accepted: int, now: float) -> None:
         since = None if self.last_step is None else now - self.last_step
@@ -112,7 +127,7 @@ class Text:
         result = self.job.result()
         self.metrics.finished(result.finish_reason, result.stats, self.queued)
         return Finished(
-            result.text,
+            result.answer,
             result.finish_reason,
             len(result.prompt_token_ids),
             result.seed,
@@ -121,6 +136,7 @@ class Text:
             tuple(self.tokens),
             tuple(result.logprobs),
             result.tool_calls,
+            result.reasoning,
         )
 
 

@@ -63,6 +63,7 @@ class Message(Body):
     tool_calls: list[CallMade] | None = None
     tool_call_id: str | None = None
     refusal: None = None
+    reasoning_content: Text | None = Field(None, description="What an earlier answer came with; for the template.")
     # what clients send back of an answer, empty
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
@@ -78,7 +79,7 @@ class Message(Body):
         parts = self.content if isinstance(self.content, list) else ()
         content = "".join(part.text for part in parts) if parts else self.content or ""
         calls = {"tool_calls": [call.model_dump(exclude_none=True) for call in self.tool_calls or ()]}
-        others = {"name": self.name, "tool_call_id": self.tool_call_id}
+        others = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
         given = {name: value for name, value in others.items() if value is not None}
         return {"role": self.role, "content": content, **given, **(calls if self.tool_calls else {})}
 

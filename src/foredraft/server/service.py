@@ -51,6 +51,7 @@ class Delta:
     drafted: int = 0
     accepted: int = 0
     finish_reason: FinishReason | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Finished:
     tokens: tuple[TokenPiece, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""  # what a chat's model thought before its answer, which is `text`
 
 
 class Answer(Protocol):

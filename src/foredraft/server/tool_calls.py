@@ -17,6 +17,8 @@ OPENINGS = "{<["  # of a call in every way that is known: JSON, a mark before JS
 def message(one: Finished) -> Json:
     """An assistant's turn: its words, or its calls and the words before them."""
     shown: Json = {"role": "assistant", "content": one.text, "refusal": None}
+    if one.reasoning:
+        shown["reasoning_content"] = one.reasoning
     if not one.tool_calls:
         return shown
     return shown | {"content": before_a_call(one.text).strip() or None, "tool_calls": calls(one)}
@@ -29,7 +31,7 @@ def finish_reason(one: Finished) -> str:
 def calls(one: Finished) -> list[Json]:
     return [
         {
-            "id": f"call_{secrets.token_hex(12)}",
+            "id": secrets.token_hex(5)[:9],  # Mistral's templates take nothing but nine letters and digits
             "type": "function",
             "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
         }

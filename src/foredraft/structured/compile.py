@@ -1,32 +1,34 @@
 """From a form to a constraint: grammars compiled by llguidance, apart from the engine, kept by content.
 
-Compilers take time and may come upon a stranger's grammar: work runs in two threads of its own, whoever asked waits up
-to a limit, and nothing of it is in a step.
+Whoever asks waits, and nothing of it is in a step. Threads of their own try each form in a process of its own and then
+compile it here. What a form takes is counted from when its turn comes, so that a slow one makes no other fail; and who
+is not done soon goes on elsewhere, so that quick ones wait for quick ones only.
 """
 
 import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
-from itertools import islice
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from foredraft.errors import GrammarError, RequestError, missing_extra
-from foredraft.structured.matcher import GrammarConstraint, first_line, too_complex
+from foredraft.structured.matcher import DeadEndError, GrammarConstraint
+from foredraft.structured.source import limits, literals, said, source_of
 from foredraft.structured.spec import Structured
+from foredraft.structured.trial import SECONDS, LateError, Vocabulary, trials
 
-SECONDS = 10.0
 KEPT = 64
-MOST_PARTS = 200  # of a schema, looked at one by one to find the fault
+AT_ONCE = 2  # forms that compile side by side, and as many more of the slow ones
+QUICK = 1.0  # seconds
 LOOK_AHEAD = 20  # tokens of a text that are tried before anything runs
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength")
-MOST_NUMBER = 2**53  # what JSON's readers agree on
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
+STACK = 64 << 20  # bytes of a thread that compiles
+STACKS = threading.Lock()  # of the size with which threads start, which is the whole process's
 
 
 class Grammars:
@@ -47,7 +49,8 @@ class Grammars:
         """Nothing is being compiled: so it is in a forked child too, which has none of its parent's threads."""
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="foredraft-grammar")
+        self._quick = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="foredraft-grammar")
+        self._slow = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="foredraft-slow-grammar")
         for form in [form for form, future in self.compiled.items() if not future.done()]:
             del self.compiled[form]
 
@@ -63,8 +66,7 @@ class Grammars:
                 "structured output ends with an end-of-sequence token and this model names none; give one "
                 "in stop_token_ids"
             )
-        matcher = self._matcher(form).deep_copy()
-        return GrammarConstraint(matcher, ends, self._vocabulary(), self.vocab_size)
+        return GrammarConstraint(self._matcher(form), ends, self._vocabulary(), self.vocab_size)
 
     def mark(self, text: str) -> str:
         """How a grammar writes a mark of a chat template: as a token of its own, or letter by letter."""
@@ -84,16 +86,39 @@ class Grammars:
         with self._lock:
             future = self.compiled.get(form)
             if future is None:
-                future = self.compiled[form] = self._pool.submit(compile_form, form, tokens)
+                future = self.compiled[form] = Future()
+                with _deep_stack():
+                    self._quick.submit(self._compile, form, tokens, future, min(QUICK, self.seconds))
             self.compiled.move_to_end(form)
             while len(self.compiled) > self.kept:
                 self.compiled.popitem(last=False)
+        return future.result()
+
+    def _compile(self, form: Structured, tokens: Any, future: Future[Any], seconds: float) -> None:
+        """Try it for so long, then again for as long as it may take."""
+        marks = tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
         try:
-            return future.result(self.seconds)
-        except TimeoutError:
-            raise GrammarError(
-                f"the {form.name} takes longer than {self.seconds:g} s to compile; make it simpler"
-            ) from None
+            at = trials().run(form, Vocabulary(tokens.vocab_size, marks), seconds)
+            future.set_result(compile_form(form, tokens, at))
+        except LateError as error:
+            if seconds >= self.seconds:
+                future.set_exception(error)
+                return
+            with _deep_stack():
+                self._slow.submit(self._compile, form, tokens, future, self.seconds)
+        except BaseException as error:
+            future.set_exception(error)
+
+
+@contextmanager
+def _deep_stack() -> Iterator[None]:
+    """Threads that are started meanwhile have room for what a trial has had room for."""
+    with STACKS:
+        before = threading.stack_size(STACK)
+        try:
+            yield
+        finally:
+            threading.stack_size(before)
 
 
 def _llg_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
@@ -119,48 +144,22 @@ def _any_end(tokenizer: PreTrainedTokenizerBase) -> int:
     return found
 
 
-def compile_form(form: Structured, tokens: Any) -> Any:
-    """A matcher at the start of the grammar.
+def compile_form(form: Structured, tokens: Any, at: str | None = None) -> Any:
+    """A matcher at the start of the grammar. `at`: where the fault is, if it has one.
 
     Raises:
         GrammarError: it does not compile, or nothing that it matches can be spelled in this vocabulary.
     """
     from llguidance import LLMatcher
 
-    _check_numbers(form)
-    try:
-        source = _source(form)
-    except ValueError as error:  # llguidance's reader of JSON
-        raise GrammarError(f"the {form.name} cannot be compiled: {first_line(str(error))}") from error
-    matcher = LLMatcher(tokens, source, log_level=0)
+    matcher = LLMatcher(tokens, source_of(form), log_level=0, limits=limits())
     if matcher.is_error():
-        raise GrammarError(_explain(form, first_line(matcher.get_error())))
-    follower = GrammarConstraint(matcher.deep_copy(), (tokens.eos_token,), tokens, tokens.vocab_size)
+        where = f" at {at}" if at else ""
+        raise GrammarError(f"the {form.name} cannot be compiled{where}: {said(form, matcher.get_error())}")
+    follower = GrammarConstraint(matcher, (tokens.eos_token,), tokens, tokens.vocab_size)
     _check_start(form, follower, tokens)
     _check_ahead(form, follower)
     return matcher
-
-
-def _check_numbers(form: Structured) -> None:
-    """Raises GrammarError for a bound that the compiler would round to another in silence."""
-    for pointer, part in _parts(json.loads(form.source), "#") if form.kind == "json_schema" else ():
-        for name in BOUNDS:
-            if type(part.get(name)) is int and abs(part[name]) > MOST_NUMBER:
-                raise GrammarError(f"the {form.name} cannot be compiled at {pointer}/{name}: {part[name]} is too large")
-
-
-def _source(form: Structured) -> str:
-    from llguidance import LLMatcher
-
-    if form.kind == "json_schema":
-        return str(LLMatcher.grammar_from_json_schema(form.source, defaults=JSON_FORM))  # type: ignore[arg-type]  # a TypedDict
-    if form.kind == "regex":
-        return str(LLMatcher.grammar_from_regex(form.source))
-    if form.kind == "choice":
-        return "start: OPTION\nOPTION: " + " | ".join(
-            json.dumps(option, ensure_ascii=False) for option in json.loads(form.source)
-        )
-    return str(LLMatcher.grammar_from_lark(form.source))
 
 
 def _check_start(form: Structured, follower: GrammarConstraint, tokens: Any) -> None:
@@ -170,7 +169,7 @@ def _check_start(form: Structured, follower: GrammarConstraint, tokens: Any) -> 
     except GrammarError as error:
         raise GrammarError(f"the {form.name} matches nothing that this vocabulary can spell: {error}") from error
     forced = bytes(follower.matcher.deep_copy().compute_ff_bytes()).decode(errors="ignore")
-    for text in (forced, *_literals(form)):
+    for text in (forced, *literals(form)):
         if tokens.decode_bytes(tokens.greedy_tokenize(text)) != text.encode():
             raise GrammarError(f"the {form.name} wants {text!r:.200}, which this model's vocabulary cannot spell")
 
@@ -185,54 +184,7 @@ def _check_ahead(form: Structured, follower: GrammarConstraint) -> None:
             if not allowed.any():
                 return
             path.append(int(allowed.argmax()))
+    except DeadEndError:
+        return  # others may not be
     except GrammarError as error:
-        if not too_complex(follower.matcher):
-            return  # a way that ends for want of tokens; others may not
         raise GrammarError(f"the {form.name} cannot be followed beyond {len(path)} tokens: {error}") from error
-
-
-def _literals(form: Structured) -> Iterator[str]:
-    """Texts that a form names letter by letter."""
-    if form.kind == "choice":
-        yield from json.loads(form.source)
-    elif form.kind == "json_schema":
-        for _, part in islice(_parts(json.loads(form.source), "#"), MOST_PARTS):
-            named = [*part.get("properties", ()), *part.get("enum", ()), part.get("const")]
-            yield from (name for name in named if isinstance(name, str) and name.isprintable())
-
-
-def _explain(form: Structured, message: str) -> str:
-    where = ""
-    if form.kind == "json_schema":
-        where = f" at {_guilty(json.loads(form.source)) or '#'}"
-    return f"the {form.name} cannot be compiled{where}: {message}"
-
-
-def _guilty(root: Mapping[str, Any]) -> str | None:
-    """The JSON pointer of the innermost part that does not compile by itself."""
-    from llguidance import LLMatcher
-
-    definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    guilty = None
-    for pointer, part in islice(_parts(root, "#"), MOST_PARTS):
-        source = LLMatcher.grammar_from_json_schema({**definitions, **part}, defaults=JSON_FORM)  # type: ignore[arg-type]
-        if LLMatcher.validate_grammar(source) and (guilty is None or pointer.startswith(guilty)):
-            guilty = pointer
-    return guilty
-
-
-def _parts(schema: Any, pointer: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every schema within a schema with its pointer, the outer before the inner."""
-    if not isinstance(schema, Mapping):
-        return
-    yield pointer, schema
-    for name in ("properties", "patternProperties", "$defs", "definitions"):
-        inner = schema.get(name)
-        for key, part in inner.items() if isinstance(inner, Mapping) else ():
-            yield from _parts(part, f"{pointer}/{name}/{key}")
-    for name in ("items", "additionalProperties", "contains", "propertyNames", "not"):
-        yield from _parts(schema.get(name), f"{pointer}/{name}")
-    for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
-        inner = schema.get(name)
-        for i, part in enumerate(inner if isinstance(inner, list) else ()):
-            yield from _parts(part, f"{pointer}/{name}/{i}")

@@ -17,6 +17,11 @@ class Constraint(Protocol):
     `allowed_after`, `forced` and `allowed` look at leaves no trace, only `commit` moves on.
     """
 
+    @property
+    def dear(self) -> bool:
+        """Whether looking ahead costs too much at the moment: the next token is decoded without a draft."""
+        ...
+
     def allowed_after(self, paths: Sequence[Ids]) -> Bits:
         """The tokens that may follow the committed output and then `paths[i]`. # [n, ceil(V / 8)]
 

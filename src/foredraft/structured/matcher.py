@@ -10,6 +10,11 @@ import numpy as np
 
 from foredraft.errors import GrammarError
 from foredraft.structured.constraint import Bits, Ids
+from foredraft.structured.meter import Meter
+
+
+class DeadEndError(GrammarError):
+    """No token of the vocabulary goes on as the grammar wants it."""
 
 
 class GrammarConstraint:
@@ -19,22 +24,31 @@ class GrammarConstraint:
     tokens that end a text, the likeliest first: they may come where the grammar is satisfied, and are never fed to it.
     """
 
-    def __init__(self, matcher: Any, ends: tuple[int, ...], tokens: Any, vocab_size: int) -> None:
-        self.matcher = matcher
+    def __init__(
+        self, start: Any, ends: tuple[int, ...], tokens: Any, vocab_size: int, meter: Meter | None = None
+    ) -> None:
+        self.start = start  # a matcher that has taken in nothing; others start from it too
+        self.matcher = start.deep_copy()
+        self.meter = meter or Meter()
         self.ends = ends
         self.own_end: int = tokens.eos_token  # the one that the matcher itself allows where the grammar is satisfied
         self.all_ends = (self.own_end, *ends)
         self.vocab_size = vocab_size
         self.longer = tokens.vocab_size > vocab_size  # the matcher's vocabulary than the model's
+        self.committed: list[int] = []
         self.ahead: list[int] = []
         self.known: dict[tuple[int, ...], Bits] = {}  # what may come after paths from the committed output
         self.ended = False
+
+    @property
+    def dear(self) -> bool:
+        return self.meter.low
 
     def allowed_after(self, paths: Sequence[Ids]) -> Bits:
         """As `Constraint.allowed_after`.
 
         Raises:
-            GrammarError: no token can come, or the grammar became too complex to follow.
+            GrammarError: no token can come, or the grammar became too complex or too dear to follow.
         """
         rows = [self._bits(tuple(path)) for path in paths]
         return rows[0][None] if len(rows) == 1 else np.stack(rows)
@@ -43,7 +57,7 @@ class GrammarConstraint:
         if self.ended or limit < 1:
             return ()
         self._walk(())
-        tokens = [int(token) for token in self.matcher.compute_ff_tokens()[:limit]]
+        tokens = [int(token) for token in self.meter.timed(self.matcher.compute_ff_tokens)[:limit]]
         room = len(tokens) < limit
         if room and self._walk(tokens) and self.matcher.is_stopped():
             tokens.append(self.ends[0])
@@ -62,8 +76,11 @@ class GrammarConstraint:
         if self.ended or not self._walk(text):
             raise GrammarError(f"tokens {list(tokens)} were kept although the grammar does not allow them")
         self.ended = len(text) < len(tokens)
+        self.committed += text
         self.ahead = []
         self.known = {}
+        self.meter.check()
+        self.meter.allow(len(tokens))
 
     def _bits(self, path: tuple[int, ...]) -> Bits:
         found = self.known.get(path)
@@ -82,8 +99,10 @@ class GrammarConstraint:
             shared += 1
         self._roll_back(len(self.ahead) - shared)
         rest = list(path[shared:])
-        taken = self.matcher.try_consume_tokens(rest) if rest else 0
+        taken = self.meter.timed(self.matcher.try_consume_tokens, rest) if rest else 0
         self.ahead += rest[:taken]
+        if self.matcher.is_error():
+            raise self._lost()
         return bool(taken == len(rest))
 
     def _roll_back(self, count: int) -> None:
@@ -93,14 +112,25 @@ class GrammarConstraint:
 
     def _compute(self) -> Bits:
         """What may come where the matcher is. # [ceil(V / 8)]"""
-        bits: bytes | bytearray = self.matcher.compute_bitmask()
+        self.meter.check()
+        bits: bytes | bytearray = self.meter.timed(self.matcher.compute_bitmask)
         if self.matcher.is_error():
-            raise _lost(self.matcher)
+            raise self._lost()
         if self.longer or any(contains(bits, token) for token in self.all_ends):
             bits = self._own(bytearray(bits))
         if bits == bytes(len(bits)):
-            raise _lost(self.matcher)
+            raise _dead_end()
         return np.frombuffer(bits, np.uint8, count=-(-self.vocab_size // 8))
+
+    def _lost(self) -> GrammarError:
+        """Why the matcher gave up, which it never gets over: another goes on from the committed output."""
+        message = self.matcher.get_error().removesuffix("<non-verbose/>").strip()
+        self.matcher = self.start.deep_copy()
+        self.meter.timed(self.matcher.try_consume_tokens, self.committed)
+        self.ahead = []
+        if message.startswith("NoExtension"):
+            return _dead_end()
+        return GrammarError(f"the grammar cannot be followed: {message}; make it simpler")
 
     def _own(self, bits: bytearray) -> bytearray:
         """With the text's ends in place of the matcher's, and without tokens that the model does not have."""
@@ -120,20 +150,8 @@ def contains(bits: Bits | bytes | bytearray, token: int) -> bool:
     return bool(bits[token // 8] >> token % 8 & 1)
 
 
-def too_complex(matcher: Any) -> bool:
-    """Whether a matcher gave up, rather than come to where no token goes on."""
-    return bool(matcher.is_error()) and not matcher.get_error().startswith("NoExtension")
-
-
-def _lost(matcher: Any) -> GrammarError:
-    """Why no token can come."""
-    if not too_complex(matcher):
-        return GrammarError(
-            "no token of this vocabulary can go on with the text as the grammar wants it; use one that can be "
-            "satisfied, with characters that this model has tokens for"
-        )
-    return GrammarError(f"the grammar cannot be followed: {first_line(matcher.get_error())}; make it simpler")
-
-
-def first_line(message: str) -> str:
-    return message.strip().split("\n<state>")[0].strip()
+def _dead_end() -> DeadEndError:
+    return DeadEndError(
+        "no token of this vocabulary can go on with the text as the grammar wants it; use one that can be "
+        "satisfied, with characters that this model has tokens for"
+    )

@@ -11,6 +11,7 @@ from foredraft.errors import GrammarError
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 MAX_SOURCE = 1_000_000  # bytes
 MAX_OPTIONS = 10_000
+MAX_LITERAL = 10_000  # characters of a text that is given letter by letter; each is followed by copying what is left
 WITHOUT_ROLLBACK = re.compile(
     r"^\s*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE
 )
@@ -86,6 +87,9 @@ class Structured:
             raise GrammarError(f"choice has {len(options):,} strings; at most {MAX_OPTIONS:,} are compiled")
         if not all(isinstance(option, str) and option for option in options):
             raise GrammarError(f"choice={options!r:.200} is not usable; give strings with something in them")
+        longest = max(map(len, options))
+        if longest > MAX_LITERAL:
+            raise GrammarError(f"choice has a string of {longest:,} characters; at most {MAX_LITERAL:,} are compiled")
         return cls("choice", json.dumps(list(options)))
 
     @classmethod

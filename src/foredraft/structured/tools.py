@@ -5,6 +5,7 @@ Told apart by what the template says: Hermes and Qwen (`<tool_call>` around JSON
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
 from foredraft.errors import RequestError
-from foredraft.structured.compile import JSON_FORM, Grammars
+from foredraft.structured.compile import Grammars
+from foredraft.structured.source import JSON_FORM
 from foredraft.structured.spec import Structured
 
 Tool = Mapping[str, Any] | Callable[..., Any]
@@ -53,9 +55,12 @@ class CallStyle:
 HERMES = CallStyle("<tool_call>", before="\n", after="\n", closing="</tool_call>", between="\n")
 LLAMA = CallStyle("", arguments="parameters")
 MISTRAL = CallStyle("[TOOL_CALLS]", between=", ", listed=True)
+MISTRAL_SPACED = CallStyle("[TOOL_CALLS]", before=" ", between=", ", listed=True)
 MISTRAL_ARGS = CallStyle("[TOOL_CALLS]", parted=True)
 MISTRAL_ID = CallStyle("[TOOL_CALLS]", parted=True, ident=True)
 ARGS, CALL_ID = "[ARGS]", "[CALL_ID]"
+PARTED = re.compile(r"(?P<name>[^\n{]+?)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*|(?={))")
+PYTHON_TAG = "<|python_tag|>"  # Llama 3.1 may open a call by it
 
 
 def call_style(template: str) -> CallStyle | None:
@@ -65,7 +70,8 @@ def call_style(template: str) -> CallStyle | None:
     if "[TOOL_CALLS]" in template:
         if ARGS in template:
             return MISTRAL_ID if CALL_ID in template else MISTRAL_ARGS
-        return None if CALL_ID in template else MISTRAL
+        listed = MISTRAL_SPACED if "[TOOL_CALLS] [" in template else MISTRAL
+        return None if CALL_ID in template else listed
     if '"parameters": ' in template and "tool_calls" in template and "<function" not in template:
         return LLAMA
     return None
@@ -78,7 +84,7 @@ def call_form(tools: Sequence[Tool], choice: ToolChoice, style: CallStyle | None
         RequestError: the choice is not one, names no tool, or the model's template does not say how calls are written.
     """
     wanted = _choice(choice)
-    functions = {function["name"]: function for function in map(_function, tools)}
+    functions = _by_name(tools)
     if wanted not in MODES and wanted not in functions:
         known = ", ".join((*MODES, *functions))
         raise RequestError(f"tool_choice={choice!r} is not usable; give one of {known}")
@@ -95,6 +101,19 @@ def call_form(tools: Sequence[Tool], choice: ToolChoice, style: CallStyle | None
         )
     chosen = functions if wanted in MODES else {wanted: functions[wanted]}
     return Structured.grammar(_grammar(list(chosen.values()), wanted, style, term))
+
+
+def _by_name(tools: Sequence[Tool]) -> dict[str, Mapping[str, Any]]:
+    """Raises RequestError for names that could mean something else too."""
+    functions: dict[str, Mapping[str, Any]] = {}
+    for function in map(_function, tools):
+        name = function["name"]
+        if name in functions:
+            raise RequestError(f"two tools have the name {name!r}; give each its own")
+        if name in MODES:
+            raise RequestError(f"the tool name {name!r} means something else as a tool_choice; give it another name")
+        functions[name] = function
+    return functions
 
 
 def _choice(choice: object) -> str:
@@ -114,7 +133,7 @@ def _function(tool: Tool) -> Mapping[str, Any]:
         raise RequestError(
             f"the tool {tool!r:.200} has no name; give {{'type': 'function', 'function': {{'name': ...}}}}"
         )
-    if not isinstance(function.get("parameters", {}), Mapping):
+    if not isinstance(function.get("parameters") or {}, Mapping):
         raise RequestError(f"the parameters of tool {function['name']!r} are no JSON schema")
     return function
 
@@ -128,7 +147,7 @@ def _grammar(functions: Sequence[Mapping[str, Any]], wanted: str, style: CallSty
     between = json.dumps(style.between) if style.between else ""
     if style.listed:
         rest = f"({between} body)*" if several else ""
-        rules.append(f'calls: "[" body {rest} "]"')
+        rules.append(f'calls: {json.dumps(style.before + "[")} body {rest} "]"')
         opened = "calls"
     else:
         closing = f"{json.dumps(style.after)} {term(style.closing)}" if style.closing else ""
@@ -193,32 +212,46 @@ class Calling:
 
 
 def read_calls(text: str, style: CallStyle | None) -> tuple[ToolCall, ...]:
-    """The calls in an answer, special tokens included in its text. What is cut off or malformed is no call."""
+    """The calls in an answer, special tokens included in its text. What is cut off or malformed is no call.
+
+    Models that no grammar holds to the template write some things in ways of their own; those are read too.
+    """
     if style is None:
         return ()
     if not style.opening:
-        return _calls_at(text.strip(), style)
-    return tuple(call for part in text.split(style.opening)[1:] for call in _calls_at(part.strip(), style))
-
-
-def _calls_at(text: str, style: CallStyle) -> tuple[ToolCall, ...]:
-    """The calls that the text begins with."""
-    if style.parted:
-        name, _, arguments = text.partition(ARGS)
-        found = [{"name": name.partition(CALL_ID)[0].strip(), style.arguments: _json_at(arguments.strip())}]
+        parts = [text.strip().removeprefix(PYTHON_TAG)]
     else:
-        value = _json_at(text)
-        found = value if isinstance(value, list) else [value]
-    return tuple(
-        ToolCall(call["name"], call[style.arguments])
-        for call in found
-        if isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get(style.arguments), dict)
-    )
+        parts = text.split(style.opening)[1:]
+    return tuple(call for part in parts for found in _values_at(part.strip(), style) for call in _call(found))
 
 
-def _json_at(text: str) -> Any:
-    """What the text begins with; None where that is no JSON."""
+def _values_at(text: str, style: CallStyle) -> list[Any]:
+    """What the text begins with: a name and its arguments, a JSON list, or JSON objects with semicolons between."""
+    if style.parted:
+        found = PARTED.match(text)
+        return [{"name": found["name"], "arguments": _json_at(text[found.end() :])[0]}] if found else []
+    values, rest = [], text
+    while rest.startswith(("{", "[")):
+        value, rest = _json_at(rest)
+        values += value if isinstance(value, list) else [value]
+        rest = rest.strip().removeprefix(";").strip() if not style.opening else ""
+    return values
+
+
+def _call(found: Any) -> tuple[ToolCall, ...]:
+    """The call that this is, if it is one; arguments by either name, and written as text within the JSON."""
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        return ()
+    arguments = found.get("arguments", found.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = _json_at(arguments.strip())[0]
+    return (ToolCall(found["name"], arguments),) if isinstance(arguments, dict) else ()
+
+
+def _json_at(text: str) -> tuple[Any, str]:
+    """What the text begins with, and the rest; None where that is no JSON."""
     try:
-        return json.JSONDecoder().raw_decode(text)[0]
-    except ValueError:
-        return None
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None, ""
+    return value, text[end:]

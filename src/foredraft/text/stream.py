@@ -121,6 +121,12 @@ class TextStream:
         self._catch_up()
         return "".join(part for part, shown in zip(self._parts, self._shown, strict=True) if shown)
 
+    def length_of(self, count: int) -> int:
+        """How many characters of `text` the first so many tokens wrote."""
+        self._catch_up()
+        parts = zip(self._parts[:count], self._shown[:count], strict=True)
+        return sum(len(part) for part, shown in parts if shown)
+
     @property
     def num_kept_tokens(self) -> int:
         """How many tokens come before the stop string, up to the last one that wrote something; all without one."""

@@ -1,0 +1,87 @@
+"""`foredraft generate` with a form, as a user runs it: in a process of its own, on the bundled pair."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("llguidance")
+ROOT = Path(__file__).parents[1]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "größe": {"type": "integer", "maximum": 250}},
+    "required": ["name", "größe"],
+    "additionalProperties": False,
+}
+GRAMMAR = 'start: N ("+" N)~1..3\nN: /[1-9]/\n'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("forms")
+    files = {
+        "person.json": json.dumps(PERSON, ensure_ascii=False),
+        "sum.lark": GRAMMAR,
+        "cut.json": '{"type": ',
+        "wrong.json": '{"properties": {"a": {"type": "strng"}}}',
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def generate(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """Run in the folder of the files, offline."""
+    changes = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8"}
+    asked = [sys.executable, "-m", "foredraft", "generate", *flags, "--max-new-tokens", "60", "A table for two."]
+    env = os.environ | changes
+    return subprocess.run(asked, capture_output=True, text=True, encoding="utf-8", cwd=folder, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("flags", [("--json",), ("--json", "--compare")])
+def test_a_schema_in_a_file(folder, flags):
+    done = generate(folder, "--json-schema", "person.json", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    jsonschema.validate(json.loads(found["text"]), PERSON)
+    assert found["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "flags, pattern",
+    [
+        (("--regex", "[A-Z][a-z]{2,6} [0-9]{2}", "--temperature", "0.8", "--seed", "3"), "[A-Z][a-z]{2,6} [0-9]{2}"),
+        (("--grammar", "sum.lark"), r"[1-9](\+[1-9]){1,3}"),
+    ],
+)
+def test_a_pattern_and_a_grammar(folder, flags, pattern):
+    done = generate(folder, *flags)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(pattern, done.stdout.strip())
+
+
+def test_a_comparison_under_a_grammar_finds_no_difference(folder):
+    done = generate(folder, "--grammar", "sum.lark", "--compare")
+    assert done.returncode == 0, done.stderr
+    assert "tokens: equal" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (("--json-schema", "nowhere.json"), "nowhere.json"),
+        (("--json-schema", "cut.json"), "no JSON: Expecting value in line 1, column 10"),
+        (("--json-schema", "wrong.json"), "cannot be compiled at #/properties/a"),
+        (("--regex", "a("), "unclosed group at '(' in 'a('"),
+    ],
+)
+def test_bad_forms_are_told_without_a_traceback(folder, flags, complaint):
+    done = generate(folder, *flags)
+    told = " ".join(done.stderr.split())
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert complaint in told and "Traceback" not in told
