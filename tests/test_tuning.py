@@ -220,8 +220,20 @@ def test_carousel_counts_no_prompt_as_a_step(llm: LLM) -> None:
     carousel = Carousel([Turn("plain", Repeat(), 0)])
     with driven_by(llm, carousel, carousel):
         llm.generate([1, 2, 3], SamplingParams(max_new_tokens=9))
-    assert len(carousel.prefills) == 1
-    assert all(it.times.emitted == 1 for it in carousel.timed)
+    assert [tokens for tokens, _ in carousel.found.prefills] == [3]
+    assert all(it.times.emitted == 1 for it in carousel.found.steps)
+
+
+def test_carousel_notes_where_a_drafter_begins_to_read(llm: LLM) -> None:
+    """And lets it draw whole chains at once, as it does where lengths are fixed."""
+    drafter = ModelDrafter(load_model(tiny("llama"), LoadOptions()), VOCAB)
+    carousel = Carousel([Turn("model", drafter, 2), Turn("model", drafter, 3)])
+    with driven_by(llm, carousel, carousel):
+        for _ in range(2):
+            llm.generate([1, 2, 3], SamplingParams(max_new_tokens=30))
+    assert [it.behind for it in carousel.found.starts] == [4, 4]
+    assert all(it.behind == 0 for it in carousel.found.steps)
+    assert carousel.rule([], 3).survivals == []
 
 
 # --- the search ---

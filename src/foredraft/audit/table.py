@@ -25,23 +25,26 @@ def show(found: Audit, console: Console, command: str) -> None:
 
 
 def drafters(found: Audit) -> Table:
+    failing = any(it.compared.uncompared for it in found.checked)
     table = Table(title="Drafting against plain decoding", title_justify="left")
     table.add_column("drafter")
-    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differences", "not compared", "p (rejection)"):
+    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differences"):
+        table.add_column(name, justify="right")
+    for name in ("not compared",) * failing + ("p (rejection)",):
         table.add_column(name, justify="right")
     table.add_column("")
     for it in found.checked:
-        table.add_row(*_row(it))
+        table.add_row(*_row(it, failing=failing))
     return table
 
 
-def _row(it: Checked) -> tuple[str | Text, ...]:
+def _row(it: Checked, *, failing: bool) -> tuple[str | Text, ...]:
     found = it.compared
     share = f"{found.accepted / found.drafted:.0%}" if found.drafted else "-"
     p = "-" if it.tested is None else it.tested.error or f"{it.tested.p_value:.3f}"
     numbers = (found.runs, found.requests, found.tokens, found.drafted)
-    failing = (str(len(found.differences)), str(found.uncompared))
-    return (it.drafter, *(f"{n:,}" for n in numbers), share, *failing, p, _state(it))
+    uncompared = (str(found.uncompared),) * failing
+    return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), *uncompared, p, _state(it))
 
 
 def _state(it: Checked) -> Text:
