@@ -20,7 +20,7 @@ from foredraft.tuning.forecast import forecast
 from foredraft.tuning.pipeline import acceptance_of
 from foredraft.tuning.score import Scorer
 
-TEXTS = 16
+TEXTS = 32
 COST_LAPS, COST_SECONDS = 8, 20.0
 
 
