@@ -98,7 +98,7 @@ def main() -> None:
         return sum(r["tokens"] for r in results) / sum(r["seconds"] for r in results)
 
     arms = {label(e, d): (lambda e=e, d=d: arm(e, d)) for e in args.engines for d in (False, True)}
-    figures = interleave(arms, args.rounds)
+    figures = interleave(arms, args.rounds, warm_up=False)  # each worker warms itself up
     results: dict[str, Any] = {}
     for engine in args.engines:
         plain, drafted = label(engine, False), label(engine, True)
