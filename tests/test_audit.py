@@ -104,6 +104,17 @@ def test_the_tables_have_every_drafter_and_control(found: Audit, capsys: pytest.
     assert f"PASSED: {len(CONTROLS)} of {len(CONTROLS)} planted bugs caught" in shown and "bit for bit" in shown
 
 
+def test_a_distribution_without_drafts_is_no_evidence(found: Audit, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lookups find nothing in so short a text, and had a p like everybody else."""
+    ngram = next(it for it in found.checked if it.drafter == "ngram")
+    assert ngram.tested and ngram.tested.drafted == 0
+    alone = replace(found, checked=(ngram,))
+    assert alone.status == "passed" and "was not tried" in alone.guarantees[1]
+    assert "draws from the target's distribution" in found.guarantees[1]
+    show(alone, stdout_console(width=200), "foredraft audit")
+    assert "no drafts" in capsys.readouterr().out
+
+
 def test_controls_meet_every_setting_however_many_prompts_there_are(bundled: LLM) -> None:
     """With the eight prompts of a whole audit those with a grammar were left out, and its control was missed."""
     run = Run(bundled, replace(BRIEF, prompts=8, tokens=8), Watcher())

@@ -87,6 +87,8 @@ class Audit:
         texts = "greedy and coupled decoding give plain decoding's tokens and logits, bit for bit"
         if not self.promised:
             texts = "greedy and coupled decoding gave plain decoding's tokens in every case tried; it is not promised"
+        if not any(it.tested and it.tested.drafted for it in self.checked):
+            return (texts, "rejection sampling was not tried: no drafter had anything to draft where it is tested")
         return (
             texts,
             f"rejection sampling draws from the target's distribution ({self.options.alarm:.1%} false alarms)",

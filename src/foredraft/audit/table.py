@@ -41,10 +41,16 @@ def drafters(found: Audit) -> Table:
 def _row(it: Checked, *, failing: bool) -> tuple[str | Text, ...]:
     found = it.compared
     share = f"{found.accepted / found.drafted:.0%}" if found.drafted else "-"
-    p = "-" if it.tested is None else it.tested.error or f"{it.tested.p_value:.3f}"
+    p = "-" if it.tested is None else _p(it.tested)
     numbers = (found.runs, found.requests, found.tokens, found.drafted)
     uncompared = (str(found.uncompared),) * failing
     return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), *uncompared, p, _state(it))
+
+
+def _p(tested: Tested) -> str:
+    if tested.error or tested.drafted:
+        return tested.error or f"{tested.p_value:.3f}"
+    return "no drafts"  # a lookup that found nothing in so short a text: its p says nothing
 
 
 def _state(it: Checked) -> Text:
