@@ -363,6 +363,17 @@ def test_prediction_of_several_drafters_is_the_best_ones(llm: LLM) -> None:
     assert prediction._best([a, b]) == replace(b, speedups=(1.0, 1.2, 1.7))
 
 
+def test_predicting_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the same texts again and again, which a memory of outputs would draft whole."""
+    memory = SuffixMemory(VOCAB)
+    own = LLM(tiny("llama"), SuffixDrafter(memory), tokenizer=words(), max_batch_size=1)
+    before: list[int] = []
+    measured = prediction.measure
+    monkeypatch.setattr(prediction, "measure", lambda *a, **k: (before.append(memory.nbytes), measured(*a, **k))[1])
+    assert bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True)).prediction
+    assert before == [memory.nbytes] and own.drafter.memory is memory  # type: ignore[attr-defined]
+
+
 # --- tables ---
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from foredraft.bench.measure import Request
 from foredraft.bench.options import BenchOptions
-from foredraft.drafters.base import Drafter
-from foredraft.drafters.several import drafters_of
+from foredraft.drafters.several import drafters_of, without_memory
 from foredraft.llm import LLM
 from foredraft.tuning.acceptance import Acceptance
 from foredraft.tuning.calibration import CalibrationText, Sample
@@ -45,19 +44,20 @@ def predict(llm: LLM, requests: Sequence[Request], options: BenchOptions) -> Pre
     text = _text(requests, options)
     if text is None:
         return None
-    drafters, most = drafters_of(llm.drafter), llm.model.row_invariance.max_draft_tokens
-    scorer = Scorer(llm.model, text)
-    try:
-        acceptances = [acceptance_of(scorer, drafter) for drafter in drafters]
-    finally:
-        scorer.close()
-    turns = [Turn(it.name, it, min(gamma, most)) for it in drafters for gamma in GAMMAS]
-    costs = measure(llm, text, turns + wide_passes(most), laps=COST_LAPS, max_seconds=COST_SECONDS)
-    return _best([_predicted(costs, it, own, options) for it, own in zip(drafters, acceptances, strict=True)])
-
-
-def _predicted(costs: Costs, drafter: Drafter, acceptance: Acceptance, options: BenchOptions) -> Prediction:
+    drafter, most = llm.drafter, llm.model.row_invariance.max_draft_tokens
+    turns = [Turn(drafter.name, drafter, min(gamma, most)) for gamma in GAMMAS] + wide_passes(most)
+    with without_memory(drafter):
+        scorer = Scorer(llm.model, text)
+        try:
+            acceptances = [acceptance_of(scorer, it) for it in drafters_of(drafter)]
+        finally:
+            scorer.close()
+        costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS)
     price = costs.drafts.get(drafter.name, DraftCost(0.0, 0.0))
+    return _best([_predicted(costs, price, it, options) for it in acceptances])
+
+
+def _predicted(costs: Costs, price: DraftCost, acceptance: Acceptance, options: BenchOptions) -> Prediction:
     found = forecast(acceptance, price, costs.steps, options.params.max_new_tokens)
     return Prediction(acceptance.alpha, costs.ratio(price), found.by_length)
 

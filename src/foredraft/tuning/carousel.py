@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from foredraft.drafters.base import NoDrafter
+from foredraft.drafters.several import Several
 from foredraft.llm import LLM
 from foredraft.models.rows import PREFILL_CHUNK
-from foredraft.policy import DraftPolicy, StepTimes, StopRule
+from foredraft.policy import Choice, DraftPolicy, PerRequest, StepTimes, StopRule
 from foredraft.stats import SpecStats
 from foredraft.tuning.calibration import CalibrationText
 from foredraft.tuning.costs import Costs, Timed, Timings, Turn
@@ -46,6 +47,7 @@ class Carousel:
         self.left = 0
         self.current: Turn | None = None
         self.found = Timings()
+        self.choice = Choice()  # what several drafters of one turn are chosen by
         self.readers: set[str] = set()  # drafters that have read this text
         self.behind = 0  # tokens that this step's drafter reads first
         self.decoding = False  # has `start` been asked in this step?
@@ -76,7 +78,19 @@ class Carousel:
         assert self.current is not None
         self.behind = 0 if self.current.name in self.readers else max(len(it.token_ids) for it in requests)
         self.readers.add(self.current.name)
+        if isinstance(self.current.drafter, Several):
+            return self._chosen(self.current.drafter, requests)
         return self.current.drafter.propose(requests, policy)
+
+    def _chosen(self, drafter: Several, requests: list[Request]) -> list[Draft]:
+        """As many as the turn says, by whoever is best: asking and choosing are a part of the price."""
+        for request in requests:
+            request.num_draft_tokens = request.draft_limit
+        try:
+            return drafter.propose(requests, PerRequest(self.choice))
+        finally:
+            for request in requests:
+                request.num_draft_tokens = None
 
     def observe_times(self, times: StepTimes) -> None:
         if not self.decoding:
@@ -86,16 +100,20 @@ class Carousel:
         elif self.current is not None and self.warm:
             self.found.steps.append(Timed(self.current, times))
         self.decoding, self.behind = False, 0
+        self.choice.observe_times(times)
 
     def observe(self, request: Request, *heard: Draft | Verdict) -> None:
-        """Called twice a step: with a verdict as a drafter, with a draft and its verdict as a policy (ignored)."""
-        if self.current is not None and isinstance(heard[0], Verdict):
+        """Called twice a step: with a verdict as a drafter, with a draft and its verdict as a policy."""
+        if isinstance(heard[0], Draft):
+            self.choice.observe(request, *heard)  # type: ignore[arg-type]
+        elif self.current is not None:
             self.current.drafter.observe(request, heard[0])
 
     def forget(self, request: Request) -> None:
         """The next request begins with a new turn: its drafter has a prompt to catch up on."""
         self.left = 0
         self.readers.clear()
+        self.choice.forget(request)
         for turn in self.turns:
             turn.drafter.forget(request)
 
