@@ -29,9 +29,9 @@ def parser(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
     return made
 
 
-def interleave(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:
+def interleave(arms: Mapping[str, Arm], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
     """One warm-up of every arm, then `rounds` figures of each, taken in turn; every other round in reverse order."""
-    for arm in arms.values():
+    for arm in arms.values() if warm_up else ():
         arm()
     figures: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(rounds):

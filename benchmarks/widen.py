@@ -47,6 +47,9 @@ class Shape:
     kv_heads: int = 8
 
 
+SHAPES = {"344M": Shape(), "1.0B": Shape(2048, 5632, 22, 32, 4)}  # the latter: TinyLlama 1.1B, but for its vocabulary
+
+
 def widened_config(config: LlamaConfig, shape: Shape) -> LlamaConfig:
     """
     Raises:

@@ -42,7 +42,7 @@ class FakeLLM:
                 yield "again and again\n"
                 time.sleep(0.01)
         else:
-            yield from HARD if prompt.endswith("hard") else WORDS
+            yield from WORDS * 6 if prompt.endswith("at length") else HARD if prompt.endswith("hard") else WORDS
         if prompt.endswith("fail"):
             raise ModelError("the weights\nare damaged")
 

@@ -20,16 +20,18 @@ from foredraft.audit import Audit, AuditOptions, audit, casefile, shrink
 from foredraft.audit.asks import SETTINGS, Ask, asks, ordered
 from foredraft.audit.controls import CONTROLS
 from foredraft.audit.distribution import chi_square, make_tree
-from foredraft.audit.exact import Case, first_difference, grid, reference
+from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
 from foredraft.audit.pipeline import Run
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
 from foredraft.audit.subjects import Audited, find
 from foredraft.audit.table import show
 from foredraft.cli.app import app
+from foredraft.cli.audit import AuditFlags, audit_options, command
 from foredraft.cli.console import stdout_console
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.load import LoadOptions
+from foredraft.steering import Stateful
 from foredraft.tuning.options import Watcher
 from foredraft.types import TokenLogprobs
 from foredraft.verify import verify
@@ -89,7 +91,9 @@ def test_the_certificate_names_hashes_and_no_paths(found: Audit) -> None:
     assert str(Path.home()) not in text and "/work" not in text
     read = json.loads(text)
     assert read["status"] == "passed" and len(read["setting"]["model_hash"]) == 16
-    assert [it["model_hash"] != "" for it in read["drafters"]] == [it["drafter"] == "model" for it in read["drafters"]]
+    assert [it["model_hash"] != "" for it in read["drafters"]] == [
+        it["drafter"] in ("model", "auto") for it in read["drafters"]
+    ]
     assert set(read["setting"]["versions"]) == {"foredraft", "torch", "transformers", "python"}
 
 
@@ -98,6 +102,17 @@ def test_the_tables_have_every_drafter_and_control(found: Audit, capsys: pytest.
     shown = capsys.readouterr().out
     assert all(it.drafter in shown for it in found.checked) and all(it.name in shown for it in found.controls)
     assert f"PASSED: {len(CONTROLS)} of {len(CONTROLS)} planted bugs caught" in shown and "bit for bit" in shown
+
+
+def test_a_distribution_without_drafts_is_no_evidence(found: Audit, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lookups find nothing in so short a text, and had a p like everybody else."""
+    ngram = next(it for it in found.checked if it.drafter == "ngram")
+    assert ngram.tested and ngram.tested.drafted == 0
+    alone = replace(found, checked=(ngram,))
+    assert alone.status == "passed" and "was not tried" in alone.guarantees[1]
+    assert "draws from the target's distribution" in found.guarantees[1]
+    show(alone, stdout_console(width=200), "foredraft audit")
+    assert "no drafts" in capsys.readouterr().out
 
 
 def test_controls_meet_every_setting_however_many_prompts_there_are(bundled: LLM) -> None:
@@ -203,6 +218,57 @@ def test_who_leaves_early_agrees_as_far_as_he_came() -> None:
     assert first_difference(TRUTH, replace(TRUTH, tokens=(6,), notes=(b"a",), reason="abort"), left)
 
 
+class Fails:
+    """A processor that raises once there are so many tokens, as one's own may: the same with and without drafts."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] >= self.tokens:
+            raise ValueError("too long")
+        return scores
+
+
+def test_requests_that_fail_either_way_are_not_compared(
+    llm: LLM, found: Audit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that both arms share counted as equality."""
+    run = Run(llm, replace(BRIEF, own=(SamplingParams(processors=(Fails(9),)),)), Watcher())
+    run.prepare()
+    run.check(ngram())
+    found = replace(found, checked=tuple(run.checked))
+    compared = found.checked[0].compared
+    assert compared.differences == [] and compared.unproven == ["yours 1"] and "too long" in compared.error
+    assert compared.uncompared == compared.failing["yours 1"] > 0
+    assert found.status == "not compared" and found.guarantees == () and not found.checked[0].passed
+    told = found.as_dict()["drafters"][0]["compared"]
+    assert told["not_compared"] == compared.uncompared and told["unproven"] == ["yours 1"]
+    show(found, stdout_console(width=200), "foredraft audit")
+    shown = capsys.readouterr().out
+    assert "fail with and without drafts (ValueError: too long)" in shown and "too many in: yours 1" in shown
+    assert "FAILED: too many requests fail" in shown
+
+
+def test_a_few_that_fail_either_way_do_not_spoil_the_rest() -> None:
+    found = Compared(asked=Counter(a=20, b=20), failing=Counter(a=2, b=3))
+    assert found.uncompared == 5 and found.unproven == ["b"]
+
+
+def test_tokens_before_a_common_error_are_compared(llm: LLM) -> None:
+    failing = replace(TRUTH, error="ValueError: no", reason="error")
+    case = Case((Ask((1,), SamplingParams(seed=0)),), 1, 0)
+    assert first_difference(failing, failing, case) is None
+    difference = first_difference(failing, replace(failing, tokens=(5, 7)), case)
+    assert difference and difference.what == "tokens"
+    gone = Case((Ask((1,), SamplingParams(seed=0), leaves=1),), 1, 0)  # before it could fail
+    assert first_difference(failing, replace(TRUTH, tokens=(5,), notes=(b"a",), reason="abort"), gone) is None
+    found = Compared()
+    asked = [Ask((1, 2), SamplingParams(seed=0, max_new_tokens=4, processors=(Fails(4),)), "mine", 2)]
+    compare_run(llm, Subject(NgramDrafter()), asked, 1, reference(llm, asked), found)
+    assert found.tokens == 2 and found.failing == {"mine": 1}
+
+
 # What it asks
 
 
@@ -222,6 +288,30 @@ def test_drafts_wider_than_what_is_exact_are_left_out() -> None:
     assert [order for _, batch, order in grid(AuditOptions(), 4) if batch == 1] == ["together"] * 4
 
 
+def test_every_kind_of_setting_is_asked(bundled: LLM) -> None:
+    run = Run(bundled, replace(BRIEF, prompts=4), Watcher())
+    run.prepare()
+    kinds = {ask.setting: ask.params for ask in run.asks}
+    assert kinds["greedy, bias"].logit_bias and kinds["greedy, stop"].stop_token_ids
+    assert kinds["sampled, min_p, state"].min_p and isinstance(kinds["sampled, min_p, state"].processors[0], Stateful)
+    stopped = [ask for ask in run.asks if ask.setting == "greedy, stop text"]
+    assert stopped and all(run.truth[ask.seed].reason == "stop" for ask in stopped)
+    assert len({ask.seed for ask in run.asks}) == len(run.asks)
+    biased = next(ask for ask in run.asks if ask.setting == "greedy, bias")
+    whole = next(ask for ask in run.asks if (ask.prompt, ask.setting) == (biased.prompt, "greedy"))
+    assert run.truth[biased.seed].tokens != run.truth[whole.seed].tokens
+
+
+def test_a_list_of_drafters_is_audited_as_one(bundled: LLM) -> None:
+    (listed,), _ = find(bundled, ["suffix,model"], LoadOptions(), bundled=True)
+    assert [*listed.drafter.drafters] == ["suffix", "model"]  # type: ignore[attr-defined]
+    found = Compared()
+    asked = asks(bundled, BRIEF)[:2]
+    crowd = [replace(ask, num_draft_tokens=None) for ask in asked]
+    compare_run(bundled, Subject(listed.drafter), crowd, 2, reference(bundled, asked), found)
+    assert found.drafted > 0 and found.differences == []
+
+
 def test_settings_of_ones_own_are_audited(llm: LLM) -> None:
     own = SamplingParams(temperature=0.3, min_p=0.1)
     made = asks(llm, replace(BRIEF, own=(own,)))
@@ -236,6 +326,14 @@ def test_a_case_survives_being_printed(llm: LLM) -> None:
     assert stripped[: len(made)] == stripped[len(made) :] and (read.batch, read.index) == (3, 2)
     truth, again = (play(llm, PLAIN, it.asks, 3) for it in (case, read))
     assert [it.tokens for it in truth] == [it.tokens for it in again]  # processors included
+
+
+def test_biases_and_processors_of_ones_own_come_back(llm: LLM) -> None:
+    own = SamplingParams(seed=0, logit_bias={3: -float("inf"), 4: 1.5}, processors=(Fails(4),))
+    text = casefile.dumps(Case((Ask((1, 2), own, "yours 1", 2),), 1, 0))
+    (read,) = casefile.loads(text, own.processors).asks
+    assert read.params == own
+    assert casefile.loads(text).asks[0].params.processors == ()
 
 
 def test_the_tree_has_every_continuation(llm: LLM) -> None:
@@ -328,3 +426,49 @@ def test_the_command_writes_its_certificate(tmp_path: Path) -> None:
     case = casefile.dumps(Case((Ask((1, 2), SamplingParams(seed=1, max_new_tokens=4), "", 2),), 1, 0))
     again = run("--model", tmp_path / "model", "--draft", "ngram", "--case", case)
     assert again.exit_code == 0 and "no difference in this case" in again.stderr and "PASSED" not in again.output
+
+
+PROCESSORS = """
+class Even:
+    def __call__(self, ids, scores):
+        scores[:, 1::2] = float("-inf")
+        return scores
+
+
+class Count(Even):
+    def copy(self):
+        return Count()
+
+
+even, wrong = Even(), 3
+"""
+
+
+def test_settings_are_named_by_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(PROCESSORS)
+    given = AuditFlags(
+        stop=["end"], logit_bias=["3=-inf", "4=1.5"], processor=[f"{file}:{name}" for name in ("Even", "even", "Count")]
+    )
+    (own,) = audit_options(given).own
+    assert own.stop == ("end",) and own.logit_bias == {3: -float("inf"), 4: 1.5}
+    assert [type(it).__name__ for it in own.processors] == ["Even", "Even", "Stateful"]
+    assert audit_options(AuditFlags()).own == ()
+    assert f"--processor {file}:Even" in command(given)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--logit-bias", "x=1"], "ID=VALUE"),
+        (["--logit-bias", "3"], "ID=VALUE"),
+        (["--processor", "mine.py"], "FILE.py:NAME"),
+        (["--processor", "/nowhere/mine.py:It"], "cannot be loaded"),
+        (["--processor", "no_such_module:It"], "cannot be loaded"),
+        (["--processor", "json:JSONDecodeError"], "name an object instead"),
+        (["--processor", "string:digits"], "name a LogitsProcessor"),
+    ],
+)
+def test_settings_that_are_none_cost_no_loading(flags: list[str], message: str) -> None:
+    done = run("--model", "/nowhere", *flags)
+    assert done.exit_code == 2 and message in done.stderr

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from foredraft import LLM, SamplingParams
-from foredraft.bench import figures, measure, plots, prediction, quality, table
+from foredraft.bench import figures, measure, pipeline, plots, prediction, quality, table
 from foredraft.bench.asking import Run
 from foredraft.bench.options import BenchOptions, read_lengths
 from foredraft.bench.page import page
@@ -265,6 +265,18 @@ def test_an_interrupt_keeps_whole_requests(llm: LLM, monkeypatch: pytest.MonkeyP
     assert not llm.runner.has_work and llm.drafter.name == "ngram"
 
 
+@pytest.mark.parametrize("phase", ["predict", "pass_rates", "rouge"])
+def test_an_interrupt_later_keeps_all_that_was_measured(llm: LLM, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """It ended as if nothing had been missing: exit code 0, "interrupted": false."""
+    monkeypatch.setattr(quality if phase != "predict" else pipeline, phase, interrupted)
+    tasks = [replace(it, category="summ", references=("w1",), test="t") for it in TASKS[:2]]
+    options = replace(OPTIONS, rounds=1, predict=phase == "predict", run_code=phase == "pass_rates")
+    result = bench(llm, tasks, options)
+    assert result.interrupted and result.as_dict()["interrupted"] and result.counts.requests == 2
+    assert result.prediction is None and result.pass_rates is None and (result.rouge is None) is (phase == "rouge")
+    assert any(line.startswith("interrupted") for line in table.lines(result)) and llm.drafter.name == "ngram"
+
+
 def interrupted_after(count: int) -> Callable[..., Run]:
     ask, left = measure.ask, [count]
 
@@ -328,7 +340,9 @@ def test_figures_are_those_of_the_runs(found: Bench) -> None:
     assert found.equal and found.promised
     for steps in found.timeline.values():
         assert steps[-1][1] == TOKENS and list(steps) == sorted(steps)
-    json.dumps(found.as_dict())
+    arm = json.loads(json.dumps(found.as_dict()))["arms"][1]
+    assert "tokens_per_second" not in arm  # which is what `stats` calls the first round's
+    assert arm["median_tokens_per_second"] == found.drafting[0].median_tokens_per_second
 
 
 def test_prediction_of_a_perfect_draft_is_one_minus_nothing(llm: LLM) -> None:
@@ -338,6 +352,26 @@ def test_prediction_of_a_perfect_draft_is_one_minus_nothing(llm: LLM) -> None:
     assert result.drafting[0].stats.draft_acceptance_rate == 1.0
     assert result.predicted(result.drafting[0]) is not None and result.predicted(result.plain) is None
     assert result.memory.draft_weights > 0
+
+
+def test_prediction_of_several_drafters_is_the_best_ones(llm: LLM) -> None:
+    """It was of the first that had a draft, which is not who drafts."""
+    own = LLM(tiny("llama"), ["ngram", tiny("llama")], tokenizer=words(), max_batch_size=1)
+    result = bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True))
+    assert result.prediction is not None and result.prediction.alpha == 1.0  # the model's, not the lookup's
+    a, b = prediction.Prediction(0.5, 0.1, (1.0, 1.2)), prediction.Prediction(0.9, 0.3, (1.0, 1.1, 1.7))
+    assert prediction._best([a, b]) == replace(b, speedups=(1.0, 1.2, 1.7))
+
+
+def test_predicting_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the same texts again and again, which a memory of outputs would draft whole."""
+    memory = SuffixMemory(VOCAB)
+    own = LLM(tiny("llama"), SuffixDrafter(memory), tokenizer=words(), max_batch_size=1)
+    before: list[int] = []
+    measured = prediction.measure
+    monkeypatch.setattr(prediction, "measure", lambda *a, **k: (before.append(memory.nbytes), measured(*a, **k))[1])
+    assert bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True)).prediction
+    assert before == [memory.nbytes] and own.drafter.memory is memory  # type: ignore[attr-defined]
 
 
 # --- tables ---
@@ -351,6 +385,10 @@ def test_tables_have_the_columns_of_those_they_follow(found: Bench) -> None:
     assert tables["speed-up by category"][0] == ("gamma", "b", "a", "#MAT", "Overall")
     assert all(len({len(row) for row in rows}) == 1 for rows in tables.values())
     assert table.as_markdown((("a", "b"), ("1", "2"))) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_a_category_ends_no_cell_of_markdown() -> None:
+    assert table.as_markdown((("a|b", "c\nd"), ("\\", "2"))) == "| a\\|b | c d |\n|---|---|\n| \\\\ | 2 |"
 
 
 # --- quality ---
@@ -612,12 +650,22 @@ def test_command_fails_where_tokens_differ(checkpoint: Path, prompts: Path, monk
     assert "gamma 2, round 1, prompt 2 (line 2), turn 1, position 3" in done.stdout
 
 
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_command_keeps_what_was_measured(checkpoint: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = measure.ask
     monkeypatch.setattr(measure, "ask", interrupted_after(3 + 3 * 2))
     done = run(*flags(checkpoint, prompts), "--json")
     assert done.exit_code == 130
     answer = json.loads(done.stdout)
     assert answer["interrupted"] and answer["counts"]["requests"] == 2 and answer["prediction"] is None
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "ask", ask)
+        patched.setattr(pipeline, "predict", interrupted)
+        done = run(*flags(checkpoint, prompts), "--json")
+    assert done.exit_code == 130 and json.loads(done.stdout)["counts"]["requests"] == 3
     monkeypatch.setattr(measure, "ask", interrupted_after(1))
     done = run(*flags(checkpoint, prompts), "--json")
     assert done.exit_code == 130 and done.stdout == "" and "interrupted" in done.stderr

@@ -311,6 +311,14 @@ def test_compare_shows_equal_tokens_and_the_speed_up(run: Fake) -> None:
     assert "speed-up: " in done.stdout
 
 
+def test_compare_says_that_a_few_tokens_say_nothing(run: Fake) -> None:
+    """Of two tokens it showed 2.74 as if that were a speed-up."""
+    assert "which says nothing: 6 tokens are too few, ask for 32" in run("generate", "--compare", "Hello").stdout
+    assert json.loads(run("generate", "--compare", "--json", "Hello").stdout)["speedup_is_telling"] is False
+    assert "says nothing" not in run("generate", "--compare", "at length").stdout
+    assert json.loads(run("generate", "--compare", "--json", "at length").stdout)["speedup_is_telling"] is True
+
+
 def test_compare_interleaves_and_keeps_one_seed(run: Fake) -> None:
     run("generate", "--compare", "--gamma", "4", "--temperature", "1", "Hello")
     assert [gamma for _, _, gamma in run.llm.asked] == [0, 4, 0, 4, 4, 0, 0, 4]
@@ -333,6 +341,9 @@ def test_compare_in_json_has_both_arms(run: Fake) -> None:
     assert answer["speedup"] == answer["plain"]["median_seconds"] / answer["speculative"]["median_seconds"]
     assert answer["plain"]["token_ids"] == answer["speculative"]["token_ids"] == answer["token_ids"]
     assert answer["plain"]["stats"]["drafted"] == 0 < answer["speculative"]["stats"]["drafted"]
+    arm = answer["plain"]  # of one name there is one meaning: `stats` has the last run's own
+    assert arm["median_tokens_per_second"] == len(arm["token_ids"]) / arm["median_seconds"]
+    assert "tokens_per_second" not in arm
 
 
 def test_compare_in_json_fails_where_tokens_differ(run: Fake) -> None:

@@ -24,6 +24,7 @@ from foredraft.drafters.model import ModelDrafter
 from foredraft.drafters.ngram import NgramDrafter
 from foredraft.drafters.registry import drafting
 from foredraft.drafters.self_draft import SelfDrafter
+from foredraft.drafters.several import Several
 from foredraft.errors import RequestError
 from foredraft.models.base import SkipSet
 from foredraft.models.load import LoadOptions, load_model
@@ -220,8 +221,32 @@ def test_carousel_counts_no_prompt_as_a_step(llm: LLM) -> None:
     carousel = Carousel([Turn("plain", Repeat(), 0)])
     with driven_by(llm, carousel, carousel):
         llm.generate([1, 2, 3], SamplingParams(max_new_tokens=9))
-    assert len(carousel.prefills) == 1
-    assert all(it.times.emitted == 1 for it in carousel.timed)
+    assert [tokens for tokens, _ in carousel.found.prefills] == [3]
+    assert all(it.times.emitted == 1 for it in carousel.found.steps)
+
+
+def test_carousel_notes_where_a_drafter_begins_to_read(llm: LLM) -> None:
+    """And lets it draw whole chains at once, as it does where lengths are fixed."""
+    drafter = ModelDrafter(load_model(tiny("llama"), LoadOptions()), VOCAB)
+    carousel = Carousel([Turn("model", drafter, 2), Turn("model", drafter, 3)])
+    with driven_by(llm, carousel, carousel):
+        for _ in range(2):
+            llm.generate([1, 2, 3], SamplingParams(max_new_tokens=30))
+    assert [it.behind for it in carousel.found.starts] == [4, 4]
+    assert all(it.behind == 0 for it in carousel.found.steps)
+    assert carousel.rule([], 3).survivals == []
+
+
+def test_choosing_among_several_has_its_price(llm: LLM) -> None:
+    """Each step asks who is best, and drafts as many tokens as the turn says."""
+    model = ModelDrafter(load_model(tiny("llama"), LoadOptions()), VOCAB)
+    several = Several([NgramDrafter(), model])
+    carousel = Carousel([Turn(several.name, several, 3)])
+    with driven_by(llm, carousel, carousel):
+        stats = llm.generate([1, 2, 3], SamplingParams(max_new_tokens=40)).stats
+    assert {it.turn.name for it in carousel.found.steps} == {"ngram, model"}
+    assert stats.drafted_at[2] > 0 and len(stats.drafted_at) == 3
+    assert [*carousel.choice.candidates] == ["model"] and carousel.choice.picks == {}
 
 
 # --- the search ---

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from foredraft.drafters.base import Drafter
 from foredraft.policy import StepTimes
 from foredraft.tuning.acceptance import Acceptance, run_lengths, walk
 from foredraft.tuning.carousel import REPEATS, Repeat, settle
-from foredraft.tuning.costs import Costs, DraftCost, StepCosts, SublayerCosts, Timed, Turn
+from foredraft.tuning.costs import Costs, DraftCost, StepCosts, SublayerCosts, Timed, Timings, Turn
 from foredraft.tuning.fitting import WIDE, error, fit, too_wide
 from foredraft.tuning.forecast import expected_tokens, forecast, speedup_formula
 from foredraft.tuning.machine import Counters, Load, LoadMeter
@@ -53,6 +53,13 @@ def test_forecast_prices_wide_passes_and_prompts() -> None:
     assert found.by_length[2] == pytest.approx((2 + 9) / (2 + 3 * (2.0 + 0.5 + 0.5)))
 
 
+def test_forecast_prices_what_comes_once_a_text_and_between_steps() -> None:
+    acceptance = Acceptance(run_lengths([[True] * 9]), 1.0, 16)
+    steps = StepCosts((0, 4), (1.0, 3.0), prefill=2.0, around=0.5)
+    found = forecast(acceptance, DraftCost(0.5, 0.25, start=4.0), steps, 10)
+    assert found.by_length[2] == pytest.approx((2 + 9 * 1.5) / (2 + 4 + 3 * (2.0 + 0.5 + 0.5 + 0.5)))
+
+
 def timed(turn: Turn, drafted: int, drafting: float, rest: float) -> Timed:
     return Timed(turn, StepTimes(1, drafted, drafted + 1, 1, drafting, rest, drafting + rest))
 
@@ -68,10 +75,24 @@ def test_fit_finds_the_costs_it_was_fed() -> None:
             seconds = truth.draft(attentions, mlps).seconds(d)
             family += [timed(turn, d, seconds, 1e-3 + d * 1.25e-4)] * 9
             family += [timed(turn, d, 40 * seconds, 1e-2)] * 3  # somebody else had the machine
-    costs = fit(steps + family, [5e-3])
+    costs = fit(Timings(steps + family), [5])
     for name in ("fixed", "token", "attention", "mlp"):
         assert getattr(costs.sublayers["own"], name) == pytest.approx(getattr(truth, name), rel=1e-3)
     assert costs.steps.step(4) == pytest.approx(1.5e-3)
+    assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
+
+
+def test_prompts_are_priced_by_their_tokens_and_passes() -> None:
+    """A prompt cost what its last pass costs, and a draft model read it free of charge."""
+    model, plain = Turn("model", Repeat(), 2), Turn("plain", Repeat(), 0)
+    found = Timings([timed(plain, 0, 0.0, 1e-3)] * 9 + [timed(model, 2, 2e-3, 1e-3)] * 9)
+    found.prefills = [(tokens, 1e-3 + tokens * 1e-5) for tokens in (50, 100, 200) for _ in range(6)]
+    found.starts = [replace(timed(model, 2, 2e-3 + n * 2e-6, 1e-3), behind=n) for n in (50, 100, 200)]
+    found.around = [1e-4, 1e-4, 9e-4]
+    costs = fit(found, [100, 300])  # of which the second takes two passes
+    assert costs.steps.prefill == pytest.approx((2e-3 + 2e-3 + 3e-3) / 2)
+    assert costs.drafts["model"].start == pytest.approx(200 * 2e-6)
+    assert costs.steps.whole(0) == pytest.approx(1.1e-3)
     assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs
 
 
@@ -136,7 +157,7 @@ def test_timing_again_has_its_bounds() -> None:
 def test_costs_tell_how_sure_they_are() -> None:
     free = Repeat()
     plain, loud = times(free, 0, [1.0] * 20, "plain"), times(free, 2, [1, 3, 5, 7, 2, 4, 6, 8], "loud")
-    costs = fit([*plain, *loud], [1.0], Load(0.5, 0.3))
+    costs = fit(Timings([*plain, *loud]), [3], Load(0.5, 0.3))
     assert costs.errors["plain"] == 0 and costs.errors["loud"] > WIDE
     assert costs.load.busy
     assert Costs.from_dict(json.loads(json.dumps(costs.as_dict()))) == costs

@@ -88,6 +88,13 @@ def test_default_shape_is_350m():
     assert config.head_dim == 64 and config.rms_norm_eps == 2.5e-7
 
 
+@pytest.mark.parametrize("name", widen.SHAPES)
+def test_shapes_are_called_by_their_size(name):
+    config = widen.widened_config(LlamaConfig.from_pretrained(TARGET), widen.SHAPES[name])
+    count = widen.skeleton(config).num_parameters()
+    assert name in (f"{count / 1e6:.0f}M", f"{count / 1e9:.1f}B")
+
+
 def test_half_of_the_default_layers_are_added():
     origins = [widen._origin(f"model.layers.{i}.mlp", 12, 24) for i in range(24)]
     assert origins == [(f"model.layers.{i // 2}.mlp", i % 2 == 1) for i in range(24)]

@@ -1,6 +1,7 @@
 """foredraft, llama.cpp, OpenVINO GenAI and transformers on the same models and prompts, plain and drafting, in turn.
 
     python benchmarks/peers/prepare.py && python benchmarks/peers/run.py
+    python benchmarks/peers/prepare.py --shape 344M && python benchmarks/peers/run.py --shape 344M --max-new-tokens 48
 
 A worker a time: engines that stay alive beside each other disturb one another. Each run loads, decodes one prompt to
 warm up and then all of them, greedy, batch 1; loading is not timed. Reports tokens a second, and how many texts of an
@@ -24,13 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _timing import interleave, paired_ratio, parser, report, summary
 from demo import OPENINGS
-from prepare import HERE, RUNS, python
+from prepare import HERE, RUNS, Pair, add_flags, pair, python
 from tokenizers import Tokenizer
 
-from foredraft.llm import BUNDLED
-
-ENGINES = ("foredraft", "llama_cpp", "openvino_genai", "transformers")
-LENGTHS = {"foredraft": 0, "llama_cpp": 8, "openvino_genai": 5, "transformers": 5}  # drafted; foredraft chooses itself
+LOOKUP = "transformers_lookup"  # transformers again, with prompt lookup instead of the draft model
+ENGINES = ("foredraft", "llama_cpp", "openvino_genai", "transformers", LOOKUP)
+LENGTHS = {"foredraft": 0, "llama_cpp": 8, "openvino_genai": 5, "transformers": 5, LOOKUP: 10}  # 0: as it likes
 BUSY = 0.2  # of the machine's time
 
 
@@ -45,19 +45,21 @@ def _ticks() -> list[int]:
     return [int(part) for part in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
 
 
-def models(engine: str, args: Any) -> dict[str, str]:
+def models(engine: str, chosen: Pair) -> dict[str, str]:
     """Where this engine's target and draft are."""
+    if engine == LOOKUP:
+        return {"target": str(chosen.target), "draft": "ngram"}
     if engine in ("foredraft", "transformers"):
-        return {"target": str(args.target), "draft": str(args.draft)}
+        return {"target": str(chosen.target), "draft": str(chosen.draft)}
     ending = {"llama_cpp": ".gguf", "openvino_genai": "-openvino"}[engine]
-    return {role: str(RUNS / "models" / args.name / f"{role}{ending}") for role in ("target", "draft")}
+    return {role: str(RUNS / "models" / chosen.name / f"{role}{ending}") for role in ("target", "draft")}
 
 
 def work(engine: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """One worker's answer. Raises CalledProcessError where it fails."""
     interpreter = python(engine) if engine in ("llama_cpp", "openvino_genai") else Path(sys.executable)
     environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "TRANSFORMERS_VERBOSITY": "error"}
-    command = [str(interpreter), str(HERE / f"{engine}_job.py")]
+    command = [str(interpreter), str(HERE / f"{'transformers' if engine == LOOKUP else engine}_job.py")]
     done = subprocess.run(
         command, input=json.dumps(job), capture_output=True, text=True, check=True, env=environment, timeout=600
     )
@@ -67,20 +69,20 @@ def work(engine: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     flags = parser(__doc__, rounds=3)
-    flags.add_argument("--target", type=Path, default=BUNDLED / "target")
-    flags.add_argument("--draft", type=Path, default=BUNDLED / "draft")
-    flags.add_argument("--name", default="bundled", help="of the folder that prepare.py wrote the models to")
+    add_flags(flags)
+    flags.add_argument("--prompts", type=int, default=len(OPENINGS), help="how many of the openings of demo.py")
     flags.add_argument("--max-new-tokens", type=int, default=128)
     flags.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     args = flags.parse_args()
+    chosen = pair(args)
     if (share := busy_share()) > BUSY:
         sys.exit(f"{share:.0%} of the processors' time is taken by something else; measure on an idle machine")
-    tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
-    prompts = [tokenizer.encode(f"User: {text}\nAssistant:").ids for text in OPENINGS]
+    tokenizer = Tokenizer.from_file(str(chosen.target / "tokenizer.json"))
+    prompts = [tokenizer.encode(f"User: {text}\nAssistant:").ids for text in OPENINGS[: args.prompts]]
     last: dict[str, dict[str, Any]] = {}
 
     def arm(engine: str, drafting: bool) -> float:
-        found = models(engine, args)
+        found = models(engine, chosen)
         job = {
             "target": found["target"],
             "draft": found["draft"] if drafting else "",
@@ -96,7 +98,7 @@ def main() -> None:
         return sum(r["tokens"] for r in results) / sum(r["seconds"] for r in results)
 
     arms = {label(e, d): (lambda e=e, d=d: arm(e, d)) for e in args.engines for d in (False, True)}
-    figures = interleave(arms, args.rounds)
+    figures = interleave(arms, args.rounds, warm_up=False)  # each worker warms itself up
     results: dict[str, Any] = {}
     for engine in args.engines:
         plain, drafted = label(engine, False), label(engine, True)

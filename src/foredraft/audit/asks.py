@@ -1,6 +1,6 @@
 """The requests of an audit: ragged prompts, settings that differ, and when each request comes and goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -10,10 +10,11 @@ from transformers import LogitsProcessor
 from foredraft.audit.options import AuditOptions
 from foredraft.errors import ForedraftError
 from foredraft.llm import LLM
+from foredraft.steering import Stateful
 from foredraft.structured import Structured
 from foredraft.types import Request, SamplingParams
 
-STOPPING = 50_000  # what seeds of requests with a stop begin at
+DERIVED = 50_000  # what seeds of requests begin at that are made of others' outputs
 LENGTHS = (3, 17, 40, 130, 250, 257, 300, 420)  # of prompts, in tokens; those behind 256 cross a chunk's border
 TEXTS = (
     "User: I need a table for two in Oakland tonight.\nAssistant:",
@@ -32,11 +33,28 @@ class EveryOther(LogitsProcessor):
         return scores
 
 
+class Counting(LogitsProcessor):
+    """A processor with a state: it counts its calls, and bans other ids in each."""
+
+    def __init__(self, calls: int = 0) -> None:
+        self.calls = calls
+
+    def copy(self) -> "Counting":
+        return Counting(self.calls)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, self.calls % 3 :: 3] = -torch.inf
+        self.calls += 1
+        return scores
+
+
 SETTINGS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(logprobs=1),
     "sampled": SamplingParams(temperature=0.8, top_p=0.95),
     "greedy, penalties": SamplingParams(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
     "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),)),
+    "sampled, min_p, state": SamplingParams(temperature=1.1, min_p=0.02, processors=(Stateful(Counting),)),
 }
 
 
@@ -85,6 +103,7 @@ def _words(length: int, vocab: int, source: Random) -> tuple[int, ...]:
     return tuple([token for _ in range(length) for token in source.choice(words)][:length])
 
 
+OWN = "yours"  # how the names of the user's settings begin
 FORM = SamplingParams(structured=Structured.regex(r"([a-z]{1,8} ){2}(yes|no|perhaps), [0-9]{1,4}"))
 
 
@@ -96,7 +115,7 @@ def settings(llm: LLM, options: AuditOptions) -> dict[str, SamplingParams]:
         found["greedy, grammar"] = FORM
     except ForedraftError:  # no tokenizer, no compiler, a vocabulary that cannot spell it
         pass
-    return found | {f"yours {i}": own for i, own in enumerate(options.own, 1)}
+    return found | {f"{OWN} {i}": own for i, own in enumerate(options.own, 1)}
 
 
 def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
@@ -110,15 +129,39 @@ def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
     ]
 
 
-def stopping(asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]], setting: str = "greedy") -> list[Ask]:
-    """Requests in this setting that end in the middle, at a token that the same request without a stop has there."""
+def derived(llm: LLM, asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]], setting: str = "greedy") -> list[Ask]:
+    """Requests in this setting again, each with a stop token, a stop text or biases that change what it said."""
+    kinds: list[tuple[str, Callable[[LLM, Sequence[int], SamplingParams], SamplingParams]]] = [
+        ("stop", _stop_token),
+        ("stop text", _stop_text),
+        ("bias", _biased),
+    ]
     found = []
-    for ask in asks:
-        output = outputs[ask.seed]
-        if ask.setting == setting and len(output) > 3:
-            params = replace(ask.params, seed=STOPPING + ask.seed, stop_token_ids=(output[2 * len(output) // 3],))
-            found.append(replace(ask, params=params, setting=f"{setting}, stop"))
+    for place, ask in enumerate(ask for ask in asks if ask.setting == setting and len(outputs[ask.seed]) > 3):
+        kind, change = kinds[place % len(kinds)]
+        params = change(llm, outputs[ask.seed], replace(ask.params, seed=DERIVED + ask.seed))
+        found.append(replace(ask, params=params, setting=f"{setting}, {kind}"))
     return found
+
+
+def _stop_token(llm: LLM, output: Sequence[int], params: SamplingParams) -> SamplingParams:
+    """Ends in the middle, at a token that the same request has there."""
+    return replace(params, stop_token_ids=(output[2 * len(output) // 3],))
+
+
+def _stop_text(llm: LLM, output: Sequence[int], params: SamplingParams) -> SamplingParams:
+    """Ends in the middle of what it said, within a token or across two; at a token where there is no text."""
+    text = "" if llm._tokenizer is None else str(llm.tokenizer.decode(list(output), skip_special_tokens=True))
+    if len(text) < 6:
+        return _stop_token(llm, output, params)
+    middle = len(text) // 2
+    return replace(params, stop=(text[middle : middle + 3],))
+
+
+def _biased(llm: LLM, output: Sequence[int], params: SamplingParams) -> SamplingParams:
+    """Two tokens that it said are out of the question or unlikely, and one is likelier."""
+    first, middle, last = output[0], output[len(output) // 2], output[-1]
+    return replace(params, logit_bias={last: 2.0, middle: -4.0, first: -torch.inf})
 
 
 def ordered(asks: Sequence[Ask], order: str, length: int | None, seed: int) -> list[Ask]:

@@ -1,13 +1,14 @@
 """A case as text, to be replayed by a command: what `foredraft audit --case` reads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from foredraft.audit.asks import SETTINGS, Ask, EveryOther
+from foredraft.audit.asks import OWN, SETTINGS, Ask
 from foredraft.audit.exact import Case
 from foredraft.errors import RequestError
+from foredraft.steering import Processor, Stateful
 from foredraft.structured import Structured
 from foredraft.types import SamplingParams
 
@@ -17,7 +18,9 @@ DEFAULTS = SamplingParams()
 
 
 def dumps(case: Case) -> str:
-    """One line of JSON. A processor of the user's own is not in it; the audit's is, by the name of its setting."""
+    """One line of JSON. Processors are not in it: the audit's own come back by the name of their setting, the user's
+    are given to `loads`.
+    """
     asks = [{"prompt": list(ask.prompt), "params": _params(ask.params)} | _timing(ask) for ask in case.asks]
     found = {"format": FORMAT, "batch": case.batch, "index": case.index, "asks": asks}
     return json.dumps(found, separators=(",", ":"))
@@ -35,13 +38,13 @@ def _params(params: SamplingParams) -> dict[str, Any]:
     return found
 
 
-def loads(text: str) -> Case:
-    """Raises RequestError where this is no case."""
+def loads(text: str, processors: Sequence[Processor | Stateful] = ()) -> Case:
+    """`processors` are the user's own, for requests in settings of his. Raises RequestError where this is no case."""
     try:
         found = json.loads(text)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}, and this release reads format {FORMAT}")
-        asks = tuple(_ask(it) for it in found["asks"])
+        asks = tuple(_ask(it, tuple(processors)) for it in found["asks"])
         case = Case(asks, int(found["batch"]), int(found["index"]))
         if case.batch < 1 or not 0 <= case.index < len(asks):
             raise ValueError(f"batch {case.batch} and index {case.index} of {len(asks)} requests")
@@ -51,13 +54,13 @@ def loads(text: str) -> Case:
     return case
 
 
-def _ask(found: Mapping[str, Any]) -> Ask:
+def _ask(found: Mapping[str, Any], own: tuple[Processor | Stateful, ...]) -> Ask:
     params = dict(found["params"])
     if "structured" in params:
         params["structured"] = Structured(params["structured"]["kind"], params["structured"]["source"])
+    if "logit_bias" in params:
+        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
     setting = found.get("setting", "")
-    own = SETTINGS.get(setting)
-    if own is not None and any(isinstance(processor, EveryOther) for processor in own.processors):
-        params["processors"] = (EveryOther(),)
+    params["processors"] = own if setting.startswith(OWN) else SETTINGS.get(setting, DEFAULTS).processors
     timing = {name: found[name] for name in ASK if name in found}
     return Ask(tuple(map(int, found["prompt"])), SamplingParams(**params), **timing)

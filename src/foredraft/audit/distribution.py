@@ -13,6 +13,7 @@ import torch
 from foredraft.audit.asks import Ask
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import PLAIN, Subject, play
+from foredraft.errors import ForedraftError
 from foredraft.llm import LLM
 from foredraft.scores import process
 from foredraft.types import SamplingParams
@@ -94,6 +95,8 @@ def _next(llm: LLM, prompt: Path, paths: Sequence[Path], temperature: float) -> 
     params = replace(PARAMS, temperature=temperature, max_new_tokens=1, seed=0)
     asks = [Ask((*prompt, *path), params) for path in paths]
     outcomes = play(llm, PLAIN, asks, 1, torch.Tensor.clone)
+    if failed := next((it.error for it in outcomes if it.error), ""):
+        raise ForedraftError(f"plain decoding of {len(prompt)} tokens fails ({failed}), so there is nothing to compare")
     return [_chances(outcome.notes[0], params) for outcome in outcomes]
 
 

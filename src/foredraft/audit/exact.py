@@ -1,5 +1,6 @@
 """Tokens and logits of drafted requests against the same requests alone and without drafts, bit for bit."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -10,6 +11,7 @@ from foredraft.audit.play import PLAIN, Outcome, Subject, play
 from foredraft.llm import LLM
 
 Reference = dict[int, Outcome]  # by seed
+FAILING = 0.1  # of a setting's requests: as many may fail with and without drafts before that says nothing of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,10 @@ class Difference:
 
 @dataclass(slots=True)
 class Compared:
-    """What was compared for one drafter, and what differed."""
+    """What was compared for one drafter, and what differed.
+
+    A request that fails in the same way with and without drafts has nothing more to compare: it is counted apart.
+    """
 
     runs: int = 0
     requests: int = 0
@@ -46,6 +51,18 @@ class Compared:
     drafted: int = 0
     accepted: int = 0
     differences: list[Difference] = field(default_factory=list)
+    asked: Counter[str] = field(default_factory=Counter)  # requests by setting
+    failing: Counter[str] = field(default_factory=Counter)  # of these, those that fail either way
+    error: str = ""  # the first of theirs
+
+    @property
+    def uncompared(self) -> int:
+        return self.failing.total()
+
+    @property
+    def unproven(self) -> list[str]:
+        """Settings too many of whose requests fail either way."""
+        return [name for name, count in self.failing.items() if count > FAILING * self.asked[name]]
 
 
 def reference(llm: LLM, asks: Sequence[Ask]) -> Reference:
@@ -87,14 +104,19 @@ def compare_run(llm: LLM, subject: Subject, asks: Sequence[Ask], batch: int, tru
         found.tokens += len(outcome.tokens)
         found.drafted += outcome.drafted
         found.accepted += outcome.accepted
+        found.asked[ask.setting] += 1
         difference = first_difference(truth[ask.seed], outcome, Case(tuple(asks), batch, index))
         if difference is not None:
             found.differences.append(difference)
+        elif outcome.error:
+            found.failing[ask.setting] += 1
+            found.error = found.error or outcome.error
 
 
 def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference | None:
     """None where all that there is agrees. One that left early has to agree as far as it came."""
-    if got.error != expected.error:
+    left = case.ask.leaves is not None and got.reason == "abort"
+    if got.error != expected.error and not (left and not got.error):
         return Difference("error", len(got.tokens), expected.error or "none", got.error or "none", case)
     count = len(got.tokens)
     for what, truth, found in (
@@ -105,7 +127,6 @@ def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference 
         for position, pair in enumerate(zip(truth, found, strict=False)):
             if pair[0] != pair[1]:
                 return Difference(what, position, _shown(pair[0]), _shown(pair[1]), case)
-    left = case.ask.leaves is not None and got.reason == "abort"
     if count > len(expected.tokens) or (not left and (count, got.reason) != (len(expected.tokens), expected.reason)):
         whole = f"{len(expected.tokens)} tokens, {expected.reason}"
         return Difference("end", min(count, len(expected.tokens)), whole, f"{count} tokens, {got.reason}", case)

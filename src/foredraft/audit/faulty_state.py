@@ -1,5 +1,7 @@
-"""Planted bugs of what is kept between steps: the cache, rows and positions, ends, counts, the grammar."""
+"""Planted bugs of what is kept between steps: the cache, rows and positions, ends, counts, processors and the
+grammar."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from foredraft.engine import Engine
 from foredraft.models.base import CausalModel
 from foredraft.models.rows import RowBatch, Span
+from foredraft.steering import Steering
 from foredraft.structured import Constraint
 from foredraft.types import Draft, FinishReason, Request, StepOutput, TokenLogprobs
 
@@ -111,6 +114,22 @@ class ForgetsLogprobs(Engine):
             if drafted:
                 request.logprobs[i] = TokenLogprobs(request.logprobs[i].token, 0.0)
         return output
+
+
+class Remembering(Steering):
+    """Its processors go on from the whole draft, whatever of it was kept."""
+
+    def commit(self, tokens: Sequence[int], *, ended: bool) -> None:
+        last = self.ahead[-1]
+        super().commit(tokens, ended=ended)
+        self.ahead = [last]
+
+
+class RemembersRefusedTokens(Engine):
+    def add(self, request: Request) -> None:
+        if any(request.steering.stateful):
+            request.steering = Remembering(request.params.processors, request.steering.constraint)
+        super().add(request)
 
 
 class Forgetful:

@@ -61,6 +61,17 @@ class PenalisesWithTheJudgedToken(Engine):
         return chosen(draft, scores, request)
 
 
+class DropsBiases(Engine):
+    def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
+        return chosen(draft, adjusted(draft, logits, request, replace(request.params, logit_bias={})), request)
+
+
+class IgnoresMinP(Engine):
+    def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
+        scores = adjusted(draft, logits, request, request.params)
+        return chosen(draft, scores, request, replace(request.params, min_p=0.0))
+
+
 class DropsProcessors(Engine):
     def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         return chosen(draft, adjusted(draft, logits, request, replace(request.params, processors=())), request)
@@ -81,7 +92,7 @@ def adjusted(draft: Draft, logits: torch.Tensor, request: Request, params: Sampl
     return adjust(logits, request.token_ids, rows, request.prompt_len, params, steering)
 
 
-def chosen(draft: Draft, scores: torch.Tensor, request: Request) -> Verdict:
+def chosen(draft: Draft, scores: torch.Tensor, request: Request, params: SamplingParams | None = None) -> Verdict:
     start = len(request.token_ids)
     positions = range(start, start + len(scores))
-    return verify.match(draft, sampling.choose(scores, request.params, request.seed, positions))
+    return verify.match(draft, sampling.choose(scores, params or request.params, request.seed, positions))

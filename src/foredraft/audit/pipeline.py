@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from foredraft import profile
 from foredraft.audit import distribution
-from foredraft.audit.asks import Ask, asks, stopping
+from foredraft.audit.asks import Ask, asks, derived
 from foredraft.audit.controls import CONTROLS, Control
 from foredraft.audit.distribution import Tree, make_tree
 from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
@@ -81,9 +81,9 @@ class Run:
         self.watcher.stage("plain decoding", 0)
         whole = asks(self.llm, self.options)
         self.truth = reference(self.llm, whole)
-        stops = stopping(whole, {seed: outcome.tokens for seed, outcome in self.truth.items()})
-        self.truth |= reference(self.llm, stops)
-        self.asks = stops + whole
+        more = derived(self.llm, whole, {seed: outcome.tokens for seed, outcome in self.truth.items()})
+        self.truth |= reference(self.llm, more)
+        self.asks = more + whole
         self.tree = make_tree(self.llm, min((ask.prompt for ask in self.asks), key=len))  # every draw reads it
 
     @property

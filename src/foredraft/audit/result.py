@@ -10,7 +10,7 @@ from foredraft.audit.exact import Compared, Difference
 from foredraft.audit.options import AuditOptions
 from foredraft.diagnosis.setting import Setting
 
-Status = Literal["passed", "failed", "controls missed", "nothing drafted", "interrupted"]
+Status = Literal["passed", "failed", "not compared", "controls missed", "nothing drafted", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class Checked:
 
     @property
     def passed(self) -> bool:
-        equal = self.compared.drafted > 0 and not self.compared.differences
+        found = self.compared
+        equal = found.drafted > 0 and not found.differences and not found.unproven
         return self.complete and equal and self.tested is not None and self.tested.passed
 
 
@@ -72,6 +73,8 @@ class Audit:
             return "failed"
         if not self.complete or not self.checked:
             return "interrupted"
+        if any(it.compared.unproven for it in self.checked):
+            return "not compared"
         if not self.controls or any(it.caught is False for it in self.controls):
             return "controls missed"
         return "passed" if all(it.passed for it in self.checked) else "nothing drafted"
@@ -84,6 +87,8 @@ class Audit:
         texts = "greedy and coupled decoding give plain decoding's tokens and logits, bit for bit"
         if not self.promised:
             texts = "greedy and coupled decoding gave plain decoding's tokens in every case tried; it is not promised"
+        if not any(it.tested and it.tested.drafted for it in self.checked):
+            return (texts, "rejection sampling was not tried: no drafter had anything to draft where it is tested")
         return (
             texts,
             f"rejection sampling draws from the target's distribution ({self.options.alarm:.1%} false alarms)",
@@ -106,12 +111,14 @@ class Audit:
 
 
 def _checked(it: Checked) -> dict[str, Any]:
-    counts = {name: getattr(it.compared, name) for name in ("runs", "requests", "tokens", "drafted", "accepted")}
+    found = it.compared
+    counts = {name: getattr(found, name) for name in ("runs", "requests", "tokens", "drafted", "accepted")}
+    failing = {"not_compared": found.uncompared, "unproven": found.unproven, "error": found.error}
     return {
         "drafter": it.drafter,
         "model_hash": it.model_hash,
         "passed": it.passed,
-        "compared": counts | {"differences": len(it.compared.differences)},
+        "compared": counts | {"differences": len(found.differences)} | failing,
         "distribution": it.tested and asdict(it.tested) | {"passed": it.tested.passed},
     }
 

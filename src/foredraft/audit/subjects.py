@@ -8,7 +8,8 @@ from foredraft import profile
 from foredraft.drafters.base import Drafter
 from foredraft.drafters.listed import automatic, make_drafters
 from foredraft.drafters.make import DraftContext, DraftSpec
-from foredraft.drafters.registry import DRAFTERS
+from foredraft.drafters.registry import DRAFTERS, split
+from foredraft.drafters.several import drafters_of
 from foredraft.errors import ModelError, RequestError
 from foredraft.llm import BUNDLED, LLM
 from foredraft.models.load import LoadOptions
@@ -56,18 +57,23 @@ def _check(drafts: Sequence[str]) -> None:
 def _make(name: str, context: DraftContext, bundled: Path | None) -> Drafter:
     if name == "auto":
         return automatic(context, bundled)
-    specs: list[DraftSpec] = [bundled if name == "model" and bundled else name]
+    specs: list[DraftSpec] = [bundled if it == "model" and bundled else it for it in _split(name)]
     return make_drafters(specs, context)
 
 
 def _short(name: str) -> str:
-    """Without the folders that a path names."""
-    return Path(name).name if Path(name).exists() else name
+    """Without the folders that paths name."""
+    return ",".join(Path(it).name if Path(it).exists() else it for it in _split(name))
+
+
+def _split(name: str) -> list[str]:
+    """The drafters of a list."""
+    found = split(name)
+    return [found] if isinstance(found, str) else found
 
 
 def fingerprint(llm: LLM, drafter: Drafter) -> str:
-    """Of the draft model's weights; empty where a drafter has none of its own."""
-    model = getattr(drafter, "model", None)
-    if model is None or model.cache is llm.model.cache:
-        return ""
-    return profile.model_hash(model)
+    """Of the draft models' weights; empty where none has any of its own."""
+    models = (getattr(it, "model", None) for it in drafters_of(drafter))
+    own = [model for model in models if model is not None and model.cache is not llm.model.cache]
+    return "+".join(map(profile.model_hash, own))

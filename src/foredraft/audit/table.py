@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foredraft.audit.distribution import Tested
+from foredraft.audit.exact import Compared
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.result import Audit, Checked, Planted
 
@@ -24,22 +25,32 @@ def show(found: Audit, console: Console, command: str) -> None:
 
 
 def drafters(found: Audit) -> Table:
+    failing = any(it.compared.uncompared for it in found.checked)
     table = Table(title="Drafting against plain decoding", title_justify="left")
     table.add_column("drafter")
-    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differences", "p (rejection)"):
+    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differences"):
+        table.add_column(name, justify="right")
+    for name in ("not compared",) * failing + ("p (rejection)",):
         table.add_column(name, justify="right")
     table.add_column("")
     for it in found.checked:
-        table.add_row(*_row(it))
+        table.add_row(*_row(it, failing=failing))
     return table
 
 
-def _row(it: Checked) -> tuple[str | Text, ...]:
+def _row(it: Checked, *, failing: bool) -> tuple[str | Text, ...]:
     found = it.compared
     share = f"{found.accepted / found.drafted:.0%}" if found.drafted else "-"
-    p = "-" if it.tested is None else it.tested.error or f"{it.tested.p_value:.3f}"
+    p = "-" if it.tested is None else _p(it.tested)
     numbers = (found.runs, found.requests, found.tokens, found.drafted)
-    return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), p, _state(it))
+    uncompared = (str(found.uncompared),) * failing
+    return (it.drafter, *(f"{n:,}" for n in numbers), share, str(len(found.differences)), *uncompared, p, _state(it))
+
+
+def _p(tested: Tested) -> str:
+    if tested.error or tested.drafted:
+        return tested.error or f"{tested.p_value:.3f}"
+    return "no drafts"  # a lookup that found nothing in so short a text: its p says nothing
 
 
 def _state(it: Checked) -> Text:
@@ -47,6 +58,8 @@ def _state(it: Checked) -> Text:
         return Text("equal", "green")
     if not it.complete:
         return Text("not done", "yellow")
+    if it.compared.unproven and not it.compared.differences:
+        return Text("not compared", "red")
     return Text("FAILED" if it.compared.drafted else "never drafted", "red")
 
 
@@ -65,6 +78,11 @@ def _verdict(it: Planted) -> Text:
     return Text("caught", "green") if it.caught else Text("MISSED", "red")
 
 
+def _failing(found: Compared) -> str:
+    where = f"; too many in: {', '.join(found.unproven)}" if found.unproven else ""
+    return f"{found.uncompared} requests fail with and without drafts ({found.error}), not compared beyond that{where}"
+
+
 def _why(tested: Tested) -> str:
     if tested.error:
         return f"rejection sampling fails ({tested.error})"
@@ -77,9 +95,7 @@ def _show_command(console: Console, command: str, draft: str, flags: str) -> Non
     console.print(f"{command} --draft {shlex.quote(draft)} {flags}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _conclude(found: Audit, console: Console, command: str) -> None:
-    caught = sum(it.caught is True for it in found.controls)
-    planted = sum(it.caught is not None for it in found.controls)
+def _show_failures(found: Audit, console: Console, command: str) -> None:
     if found.failure is not None:
         difference = found.failure.difference
         console.print(
@@ -94,9 +110,19 @@ def _conclude(found: Audit, console: Console, command: str) -> None:
             console.print(f"{it.drafter}: {_why(it.tested)}. It repeats with", style="red", soft_wrap=True)
             quick = " --quick" if found.options.samples < AuditOptions().samples else ""
             _show_command(console, command, it.flag, f"--seed {found.options.seed}{quick}")
+    for it in found.checked:
+        if it.compared.uncompared:
+            console.print(f"{it.drafter}: {_failing(it.compared)}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _conclude(found: Audit, console: Console, command: str) -> None:
+    _show_failures(found, console, command)
+    caught = sum(it.caught is True for it in found.controls)
+    planted = sum(it.caught is not None for it in found.controls)
     words = {
         "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference",
         "failed": "FAILED: drafting changes something here",
+        "not compared": "FAILED: too many requests fail with and without drafts, so nothing was shown of them",
         "controls missed": f"FAILED: only {caught} of {planted} planted bugs were caught, so equality proves nothing",
         "nothing drafted": "FAILED: a drafter never drafted, so nothing was shown of it",
         "interrupted": "INTERRUPTED: what is incomplete cannot pass",

@@ -56,7 +56,7 @@ class ArmFigures:
     num_draft_tokens: int | None
     speedup: Speedup
     pass_speedup: float  # plain passes of the target over this arm's
-    tokens_per_second: float
+    median_tokens_per_second: float  # of all requests, from their median seconds; `stats` has the first round's
     seconds_to_first_token: float  # median over requests
     seconds_per_token: float  # after the first one; median over requests
     times: TimeSplit

@@ -85,7 +85,9 @@ def _cards(found: Bench) -> Iterator[str]:
     if found.equal is not None:
         kind, word = ("good", "equal") if found.equal else ("bad", "different")
         yield _card(word, f"tokens, against plain decoding, in {runs} runs", kind)
-    yield _card(f"{best.tokens_per_second:.0f}", f"tokens a second; plain {found.plain.tokens_per_second:.0f}")
+    yield _card(
+        f"{best.median_tokens_per_second:.0f}", f"tokens a second; plain {found.plain.median_tokens_per_second:.0f}"
+    )
     yield _card(f"{best.stats.mean_acceptance_length:.2f}", "tokens for each pass of the target")
     if found.prediction:
         yield _card(f"{found.prediction.alpha:.3f}", "alpha: how often a draft token is accepted, given all before it")

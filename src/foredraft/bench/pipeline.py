@@ -1,8 +1,9 @@
 """A run from beginning to end: what can be measured is, and becomes one result. Knows nothing of how it is shown."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from foredraft.bench.figures import arm_figures, tokens_over_time
 from foredraft.bench.measure import PLAIN, Measured, Request, measure, prompt_with_room
 from foredraft.bench.options import BenchOptions
 from foredraft.bench.prediction import Prediction, predict
+from foredraft.bench.quality import PassRates
 from foredraft.bench.result import Bench, Counts, Memory
 from foredraft.bench.tasks import Task, spread
 from foredraft.diagnosis.setting import Setting, setting
@@ -19,6 +21,8 @@ from foredraft.errors import RequestError
 from foredraft.llm import LLM
 from foredraft.tuning.machine import Load, LoadMeter
 from foredraft.tuning.options import Watcher
+
+Made = TypeVar("Made")
 
 
 def check_tasks(tasks: Sequence[Task], options: BenchOptions) -> tuple[Task, ...]:
@@ -52,7 +56,7 @@ def bench(
 ) -> Bench:
     """Measure every arm on every task. The LLM must be idle, and drafts as before afterwards.
 
-    Ctrl-C (KeyboardInterrupt) keeps the requests that all arms have answered.
+    Ctrl-C (KeyboardInterrupt) ends what runs then and keeps the requests that all arms have answered.
 
     Args:
         name, drafter: what the report calls the target and who drafts.
@@ -106,7 +110,7 @@ class Pipeline:
         found, load = self._measured(fitting)
         memory = measured_memory(self.llm)
         requests, options = list(found.requests.values()), self.options
-        prediction = self._prediction(found, requests)
+        names, prediction = [arm.name for arm in found.arms], self._prediction(found, requests)
         arms = tuple(arm_figures(requests, arm.name, arm.num_draft_tokens) for arm in found.arms)
         best = max(arms[1:], key=lambda arm: arm.speedup.value)
         return Bench(
@@ -121,8 +125,8 @@ class Pipeline:
             tokens_over_time(requests, [PLAIN, best.name]),
             memory,
             load,
-            quality.rouge(requests, [arm.name for arm in arms]),
-            self._pass_rates(requests, [arm.name for arm in arms]),
+            self._rouge(found, requests, names),
+            self._pass_rates(found, requests, names),
             found.interrupted,
         )
 
@@ -137,23 +141,27 @@ class Pipeline:
         return measure(self.llm, tasks, self.options, tick), meter.load
 
     def _prediction(self, found: Measured, requests: Sequence[Request]) -> Prediction | None:
-        """None where the user does not wait for it."""
         if found.interrupted or not self.options.predict:
             return None
-        self.watcher.stage("predicting", 0)
-        try:
-            return predict(self.llm, requests, self.options)
-        except KeyboardInterrupt:
-            return None
+        return self._phase(found, "predicting", lambda: predict(self.llm, requests, self.options))
 
-    def _pass_rates(self, requests: Sequence[Request], arms: Sequence[str]) -> quality.PassRates | None:
-        """None where nobody asked, or does not wait for it."""
+    def _rouge(self, found: Measured, requests: Sequence[Request], arms: Sequence[str]) -> quality.Rouge | None:
+        if not any(quality.is_summary(it.place.task) for it in requests):
+            return None
+        return self._phase(found, "reading summaries", lambda: quality.rouge(requests, arms))
+
+    def _pass_rates(self, found: Measured, requests: Sequence[Request], arms: Sequence[str]) -> PassRates | None:
         if not self.options.run_code:
             return None
-        self.watcher.stage("running code", 0)
+        return self._phase(found, "running code", lambda: quality.pass_rates(requests, arms))
+
+    def _phase(self, found: Measured, name: str, work: Callable[[], Made | None]) -> Made | None:
+        """None where the user does not wait for it; all else is kept."""
+        self.watcher.stage(name, 0)
         try:
-            return quality.pass_rates(requests, arms)
+            return work()
         except KeyboardInterrupt:
+            found.interrupted = True
             return None
 
 

@@ -4,20 +4,22 @@ Scored on the texts that plain decoding gave, so nothing of it comes from a run 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foredraft.bench.measure import Request
 from foredraft.bench.options import BenchOptions
+from foredraft.drafters.several import drafters_of, without_memory
 from foredraft.llm import LLM
+from foredraft.tuning.acceptance import Acceptance
 from foredraft.tuning.calibration import CalibrationText, Sample
 from foredraft.tuning.candidates import GAMMAS, wide_passes
 from foredraft.tuning.carousel import measure
-from foredraft.tuning.costs import DraftCost, Turn
+from foredraft.tuning.costs import Costs, DraftCost, Turn
 from foredraft.tuning.forecast import forecast
 from foredraft.tuning.pipeline import acceptance_of
 from foredraft.tuning.score import Scorer
 
-TEXTS = 16
+TEXTS = 32
 COST_LAPS, COST_SECONDS = 8, 20.0
 
 
@@ -37,21 +39,34 @@ class Prediction:
 
 
 def predict(llm: LLM, requests: Sequence[Request], options: BenchOptions) -> Prediction | None:
-    """None where no text is longer than a token. The LLM must be idle."""
+    """Of several drafters, by the best one at each length. None where no text is longer than a token. The LLM must be
+    idle."""
     text = _text(requests, options)
     if text is None:
         return None
     drafter, most = llm.drafter, llm.model.row_invariance.max_draft_tokens
-    scorer = Scorer(llm.model, text)
-    try:
-        acceptance = acceptance_of(scorer, drafter)
-    finally:
-        scorer.close()
     turns = [Turn(drafter.name, drafter, min(gamma, most)) for gamma in GAMMAS] + wide_passes(most)
-    costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS)
+    with without_memory(drafter):
+        scorer = Scorer(llm.model, text)
+        try:
+            acceptances = [acceptance_of(scorer, it) for it in drafters_of(drafter)]
+        finally:
+            scorer.close()
+        costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS)
     price = costs.drafts.get(drafter.name, DraftCost(0.0, 0.0))
+    return _best([_predicted(costs, price, it, options) for it in acceptances])
+
+
+def _predicted(costs: Costs, price: DraftCost, acceptance: Acceptance, options: BenchOptions) -> Prediction:
     found = forecast(acceptance, price, costs.steps, options.params.max_new_tokens)
     return Prediction(acceptance.alpha, costs.ratio(price), found.by_length)
+
+
+def _best(found: Sequence[Prediction]) -> Prediction:
+    best = max(found, key=lambda it: max(it.speedups))
+    most = max(len(it.speedups) for it in found)
+    tops = tuple(max(it.speedups[g] for it in found if g < len(it.speedups)) for g in range(most))
+    return replace(best, speedups=tops)
 
 
 def _text(requests: Sequence[Request], options: BenchOptions) -> CalibrationText | None:

@@ -35,8 +35,13 @@ def _table(rows: Rows, best: str) -> Table:
 
 
 def as_markdown(rows: Rows) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _cell(text: str) -> str:
+    """What a file calls a category may hold what ends a cell, or a line."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def tables(found: Bench) -> Iterator[tuple[str, Rows]]:
@@ -62,11 +67,11 @@ def _speed(found: Bench) -> Rows:
             f"{arm.speedup.low:.2f}-{arm.speedup.high:.2f}",
             f"{arm.pass_speedup:.2f}x",
             _or_dash(found.predicted(arm), ".2f"),
-            f"{arm.tokens_per_second:.1f}",
+            f"{arm.median_tokens_per_second:.1f}",
         )
         for arm in found.drafting
     ]
-    return (header, ("plain", "1", "", "1", "", f"{found.plain.tokens_per_second:.1f}"), *rows)
+    return (header, ("plain", "1", "", "1", "", f"{found.plain.median_tokens_per_second:.1f}"), *rows)
 
 
 def _times(found: Bench) -> Rows:
@@ -208,4 +213,4 @@ def warnings(found: Bench) -> Iterator[str]:
     if found.counts.left_out:
         yield f"left out: {found.counts.left_out} prompts or later turns that the context has no room for"
     if found.interrupted:
-        yield "interrupted: figures are of what was measured until then"
+        yield "interrupted: figures are of what was measured until then, and of what was to follow some are missing"

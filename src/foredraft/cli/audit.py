@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,12 +32,13 @@ from foredraft.cli.options import (
     flag,
     takes,
 )
+from foredraft.cli.processors import load_processors, read_biases
 from foredraft.cli.progress import progress
 from foredraft.drafters.registry import DRAFTERS
 from foredraft.errors import RequestError
 
 if TYPE_CHECKING:
-    from foredraft import LLM
+    from foredraft import LLM, SamplingParams
     from foredraft.audit.exact import Difference
     from foredraft.audit.options import AuditOptions
     from foredraft.audit.result import Audit
@@ -53,7 +54,8 @@ class AuditFlags:
             "--draft",
             "--draft-model",
             help=f"Whom to audit: {', '.join(name for name in DRAFTERS if name != 'none')}, auto, or a draft model's "
-            "folder or hub name; may be given several times. Default: all that need no preparation, and auto.",
+            "folder or hub name; of several, with commas between them, the best one in each step; may be given several "
+            "times. Default: all that need no preparation, and auto.",
             panel=MODEL,
         ),
     ] = None
@@ -80,6 +82,22 @@ class AuditFlags:
     top_k: TopKFlag = 0
     top_p: TopPFlag = 1.0
     min_p: MinPFlag = 0.0
+    stop: Annotated[
+        list[str] | None, flag("--stop", help="End before this text; may be given several times.", panel=SAMPLING)
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        flag("--logit-bias", help="ID=VALUE, added to a token's score; may be given several times.", panel=SAMPLING),
+    ] = None
+    processor: Annotated[
+        list[str] | None,
+        flag(
+            "--processor",
+            help="FILE.py:NAME or MODULE:NAME of a logits processor, its class, or a Stateful; its code is run. May be "
+            "given several times.",
+            panel=SAMPLING,
+        ),
+    ] = None
     json_schema: Annotated[
         Path | None, flag("--json-schema", help="Audit JSON of the schema in this file too.", panel=SAMPLING)
     ] = None
@@ -99,7 +117,8 @@ class AuditFlags:
     @property
     def names_settings(self) -> bool:
         given = (self.json_schema, self.regex, self.grammar, self.temperature)
-        return any(it is not None for it in given) or (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+        filters = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+        return filters or any((self.stop, self.logit_bias, self.processor)) or any(it is not None for it in given)
 
 
 @takes(AuditFlags)
@@ -139,10 +158,19 @@ def audit_options(options: AuditFlags) -> "AuditOptions":
     own = options.as_run_options()
     own.check()
     _ = own.target_device  # raises where --gpu is not usable
-    mine = (session.sampling_params(own),) if options.names_settings else ()
+    mine = (own_settings(options),) if options.names_settings else ()
     if options.quick:
         return AuditOptions.quick(options.seed, mine)
     return AuditOptions(seed=options.seed, own=mine)
+
+
+def own_settings(options: AuditFlags) -> "SamplingParams":
+    """Raises RequestError for values out of range, or that contradict each other."""
+    return replace(
+        session.sampling_params(options.as_run_options()),
+        logit_bias=read_biases(options.logit_bias or ()),
+        processors=load_processors(options.processor or ()),
+    )
 
 
 def drafters(options: AuditFlags, llm: "LLM") -> "tuple[list[Audited], dict[str, str]]":
@@ -172,7 +200,8 @@ def replay(options: AuditFlags, llm: "LLM", audited: "list[Audited]") -> None:
     if len(audited) != 1:
         raise RequestError("--case needs the one --draft that it was found with; copy the whole line")
     assert options.case is not None
-    found = shrink.replay(llm, Subject(audited[0].drafter), casefile.loads(options.case))
+    case = casefile.loads(options.case, load_processors(options.processor or ()))
+    found = shrink.replay(llm, Subject(audited[0].drafter), case)
     if found is None:
         note("no difference in this case; run the audit without --case for all of them")
         return
@@ -194,6 +223,7 @@ def command(options: AuditFlags) -> str:
         for name in names
         if getattr(options, name) != getattr(default, name)
     ]
+    given += [f"--processor {shlex.quote(it)}" for it in options.processor or ()]
     return " ".join(["foredraft audit", *given, *(["--trust-remote-code"] if options.trust_remote_code else [])])
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 SHOWN = 10  # differing positions
+TELLING = 32  # tokens below which the prompt and the clock decide, not the drafts
 
 
 @dataclass(slots=True)
@@ -39,14 +40,14 @@ class Side:
         return statistics.median(self.seconds)
 
     @property
-    def tokens_per_second(self) -> float:
+    def median_tokens_per_second(self) -> float:
         return len(self.results[-1].token_ids) / self.median_seconds
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds,
             "median_seconds": self.median_seconds,
-            "tokens_per_second": self.tokens_per_second,
+            "median_tokens_per_second": self.median_tokens_per_second,
             "token_ids": self.results[-1].token_ids,
             "stats": self.results[-1].stats.as_dict(),
         }
@@ -93,12 +94,18 @@ class Comparison:
     def speedup(self) -> float:
         return self.plain.median_seconds / self.speculative.median_seconds
 
+    @property
+    def telling(self) -> bool:
+        """Whether the text is long enough for the speed-up to mean something."""
+        return len(self.plain.results[0].token_ids) >= TELLING
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "equal": self.equal,
             "exact": self.exact,
             "differences": [asdict(difference) for difference in self.differences],
             "speedup": self.speedup,
+            "speedup_is_telling": self.telling,
             "rounds": len(self.plain.seconds),
             "plain": self.plain.as_dict(),
             "speculative": self.speculative.as_dict(),
@@ -120,7 +127,12 @@ class Comparison:
             _print_differences(self)
         if not self.exact:
             console.print("exact: [yellow]no[/], equal tokens are not promised for this model here")
-        console.print(f"speed-up: [bold]{self.speedup:.2f}[/]")
+        if self.telling:
+            console.print(f"speed-up: [bold]{self.speedup:.2f}[/]")
+        else:
+            console.print(
+                f"speed-up: {self.speedup:.2f}, which says nothing: {count} tokens are too few, ask for {TELLING}"
+            )
 
 
 def compare(question: Question, params: "SamplingParams", num_draft_tokens: int | None) -> Comparison:
@@ -150,7 +162,7 @@ def _table(comparison: Comparison) -> "Any":
             f"{arm.median_seconds:.3f}",
             f"{min(arm.seconds):.3f}",
             f"{max(arm.seconds):.3f}",
-            f"{arm.tokens_per_second:.1f}",
+            f"{arm.median_tokens_per_second:.1f}",
             f"{stats.draft_acceptance_rate:.1%}" if stats.drafted else "-",
             f"{stats.mean_acceptance_length:.2f}",
         )

@@ -4,7 +4,8 @@ Those that look up are asked first, since that costs next to nothing; then the p
 draft for the requests that chose them, in one go. Under a policy that does not choose, the first that has a draft wins.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
 from foredraft.drafters import forced
@@ -130,6 +131,18 @@ def forget_outputs(drafter: Drafter) -> None:
     for one in drafters_of(drafter):
         if isinstance(one, SuffixDrafter):
             one.memory = None
+
+
+@contextmanager
+def without_memory(drafter: Drafter) -> Iterator[None]:
+    """Draft from no earlier request's output until the block ends, and remember nothing of what is said in it."""
+    kept = [(one, one.memory) for one in drafters_of(drafter) if isinstance(one, SuffixDrafter)]
+    forget_outputs(drafter)
+    try:
+        yield
+    finally:
+        for one, memory in kept:
+            one.memory = memory
 
 
 def _may(requests: Iterable[Request], name: str) -> list[Request]:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from foredraft.drafters.base import NoDrafter
+from foredraft.drafters.several import Several
 from foredraft.llm import LLM
-from foredraft.policy import DraftPolicy, StepTimes
+from foredraft.models.rows import PREFILL_CHUNK
+from foredraft.policy import Choice, DraftPolicy, PerRequest, StepTimes, StopRule
+from foredraft.stats import SpecStats
 from foredraft.tuning.calibration import CalibrationText
-from foredraft.tuning.costs import Costs, Timed, Turn
+from foredraft.tuning.costs import Costs, Timed, Timings, Turn
 from foredraft.tuning.driving import driven_by
 from foredraft.tuning.fitting import PLAIN, REPEAT, fit, too_wide
 from foredraft.tuning.machine import LoadMeter
@@ -43,8 +46,10 @@ class Carousel:
         self.laps = -1  # that have begun, less one
         self.left = 0
         self.current: Turn | None = None
-        self.timed: list[Timed] = []
-        self.prefills: list[float] = []
+        self.found = Timings()
+        self.choice = Choice()  # what several drafters of one turn are chosen by
+        self.readers: set[str] = set()  # drafters that have read this text
+        self.behind = 0  # tokens that this step's drafter reads first
         self.decoding = False  # has `start` been asked in this step?
         self.warm = False  # is this step counted?
 
@@ -66,25 +71,49 @@ class Carousel:
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return True
 
+    def rule(self, requests: list[Request], most: int) -> StopRule:
+        return StopRule([None] * len(requests))
+
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
         assert self.current is not None
+        self.behind = 0 if self.current.name in self.readers else max(len(it.token_ids) for it in requests)
+        self.readers.add(self.current.name)
+        if isinstance(self.current.drafter, Several):
+            return self._chosen(self.current.drafter, requests)
         return self.current.drafter.propose(requests, policy)
+
+    def _chosen(self, drafter: Several, requests: list[Request]) -> list[Draft]:
+        """As many as the turn says, by whoever is best: asking and choosing are a part of the price."""
+        for request in requests:
+            request.num_draft_tokens = request.draft_limit
+        try:
+            return drafter.propose(requests, PerRequest(self.choice))
+        finally:
+            for request in requests:
+                request.num_draft_tokens = None
 
     def observe_times(self, times: StepTimes) -> None:
         if not self.decoding:
-            self.prefills.append(times.total)
-        elif self.warm and self.current is not None:
-            self.timed.append(Timed(self.current, times))
-        self.decoding = False
+            self.found.prefills.append((times.read + 1, times.total))
+        elif self.current is not None and self.behind:
+            self.found.starts.append(Timed(self.current, times, self.behind))
+        elif self.current is not None and self.warm:
+            self.found.steps.append(Timed(self.current, times))
+        self.decoding, self.behind = False, 0
+        self.choice.observe_times(times)
 
     def observe(self, request: Request, *heard: Draft | Verdict) -> None:
-        """Called twice a step: with a verdict as a drafter, with a draft and its verdict as a policy (ignored)."""
-        if self.current is not None and isinstance(heard[0], Verdict):
+        """Called twice a step: with a verdict as a drafter, with a draft and its verdict as a policy."""
+        if isinstance(heard[0], Draft):
+            self.choice.observe(request, *heard)  # type: ignore[arg-type]
+        elif self.current is not None:
             self.current.drafter.observe(request, heard[0])
 
     def forget(self, request: Request) -> None:
         """The next request begins with a new turn: its drafter has a prompt to catch up on."""
         self.left = 0
+        self.readers.clear()
+        self.choice.forget(request)
         for turn in self.turns:
             turn.drafter.forget(request)
 
@@ -110,14 +139,22 @@ def measure(
         while carousel.laps < laps and clock() < ends:
             for sample in text.samples:
                 meter.sample()
-                llm.generate(list(sample.prompt), text.params_of(sample))
+                stats = llm.generate(list(sample.prompt), text.params_of(sample)).stats
+                carousel.found.around.append(_around(stats, len(sample.prompt)))
                 if carousel.laps >= laps or (carousel.laps > 0 and clock() >= ends):
                     break
-        return carousel.timed
+        return carousel.found.steps
 
     with driven_by(llm, carousel, carousel):
         settle(ride, turns, lambda: clock() < ends)
-    return fit(carousel.timed, carousel.prefills, meter.load)
+    return fit(carousel.found, [sample.prompt_len for sample in text.samples], meter.load)
+
+
+def _around(stats: SpecStats, prompt: int) -> float:
+    """Seconds a step that no step's clock has seen."""
+    inside = stats.seconds_drafting + stats.seconds_verifying + stats.seconds_other
+    steps = stats.target_passes + (prompt - 1) // PREFILL_CHUNK
+    return max(0.0, stats.seconds_total - inside) / steps
 
 
 def settle(

@@ -16,10 +16,11 @@ from foredraft.tuning.machine import UNWATCHED, Load
 
 @dataclass(frozen=True, slots=True)
 class DraftCost:
-    """Seconds to draft: a fixed part, and so much for each token."""
+    """Seconds to draft: a fixed part, and so much for each token; and once a text, to read its prompt."""
 
     fixed: float
     token: float
+    start: float = 0.0
 
     def seconds(self, tokens: int) -> float:
         return self.fixed + self.token * tokens if tokens else 0.0
@@ -40,14 +41,19 @@ class SublayerCosts:
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Seconds of a step without its drafting, by tokens drafted (interpolated), and of the pass over a prompt."""
+    """Seconds of a step without its drafting, by tokens drafted (interpolated), and of reading a prompt."""
 
     lengths: tuple[int, ...]  # ascending, beginning with 0
     seconds: tuple[float, ...]
-    prefill: float = 0.0
+    prefill: float = 0.0  # all passes over a prompt, the mean of the calibration text
+    around: float = 0.0  # from the end of one step to the beginning of the next
 
     def step(self, drafted: int) -> float:
         return float(np.interp(drafted, self.lengths, self.seconds))
+
+    def whole(self, drafted: int) -> float:
+        """A step and what is around it."""
+        return self.step(drafted) + self.around
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Costs:
     def from_dict(cls, data: Mapping[str, Any]) -> "Costs":
         steps = data["steps"]
         return cls(
-            StepCosts(tuple(steps["lengths"]), tuple(steps["seconds"]), steps["prefill"]),
+            StepCosts(tuple(steps["lengths"]), tuple(steps["seconds"]), steps["prefill"], steps.get("around", 0.0)),
             {name: DraftCost(**cost) for name, cost in data["drafts"].items()},
             {name: SublayerCosts(**cost) for name, cost in data["sublayers"].items()},
             dict(data.get("errors", {})),
@@ -97,3 +103,14 @@ class Timed:
 
     turn: Turn
     times: StepTimes
+    behind: int = 0  # tokens of the text that its drafter had not read; 0: all but the latest few
+
+
+@dataclass(slots=True)
+class Timings:
+    """Everything that was timed: steps that count, first steps of a drafter in a text, what was around them."""
+
+    steps: list[Timed] = field(default_factory=list)
+    starts: list[Timed] = field(default_factory=list)
+    prefills: list[tuple[int, float]] = field(default_factory=list)  # tokens of a prompt's last pass, its seconds
+    around: list[float] = field(default_factory=list)  # seconds a step, of each text

@@ -5,11 +5,13 @@ has to be timed.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from foredraft.tuning.costs import Costs, DraftCost, StepCosts, SublayerCosts, Timed, Turn
+from foredraft.models.rows import PREFILL_CHUNK
+from foredraft.tuning.costs import Costs, DraftCost, StepCosts, SublayerCosts, Timed, Timings, Turn
 from foredraft.tuning.machine import UNWATCHED, Load
 
 QUANTILE = 0.3  # of a turn's timings: robust against what else the machine does
@@ -19,27 +21,52 @@ PLAIN, REPEAT = "plain", "repeat"
 FREE = (PLAIN, REPEAT)  # turns whose drafts cost nothing
 
 
-def fit(timed: Sequence[Timed], prefills: Sequence[float], load: Load = UNWATCHED) -> Costs:
-    """From timed steps to costs.
+def fit(found: Timings, prompts: Sequence[int], load: Load = UNWATCHED) -> Costs:
+    """From timed steps to costs, of texts with prompts of so many tokens.
 
     The price of verifying comes from steps whose drafts cost nothing. A draft's price is what its steps take beyond
     that: it includes the time that the target loses because drafting displaced its data from the caches.
     """
     free: list[Timed] = []
     drafted: list[Timed] = []
-    for it in timed:
+    for it in found.steps:
         (free if it.turn.name in FREE else drafted).append(it)
-    steps = _steps(free, _low(prefills) if prefills else 0.0)
+    steps = _steps(free, _prefill(found.prefills, prompts), _low(found.around) if found.around else 0.0)
     beyond = [(it, it.times.total - steps.step(it.times.drafted)) for it in drafted if it.times.drafted]
     names = {it.turn.name for it, _ in beyond}
     families = {it.turn.weights for it, _ in beyond if it.turn.weights}
+    lines = {name: _line([pair for pair in beyond if pair[0].turn.name == name]) for name in sorted(names)}
     return Costs(
         steps,
-        {name: _line([pair for pair in beyond if pair[0].turn.name == name]) for name in sorted(names)},
+        {name: replace(it, start=_start(name, it, steps, found.starts, prompts)) for name, it in lines.items()},
         {name: _plane([pair for pair in beyond if pair[0].turn.weights == name]) for name in sorted(families)},
-        _errors(timed),
+        _errors(found.steps),
         load,
     )
+
+
+def _prefill(passes: Sequence[tuple[int, float]], prompts: Sequence[int]) -> float:
+    """The mean over the prompts; a long one takes several passes, of which only the last is timed."""
+    cells = _cells(passes)
+    if not cells:
+        return 0.0
+    tokens = np.array(list(cells), dtype=float)
+    fixed, token = _least_squares(np.stack([np.ones_like(tokens), tokens], 1), list(cells.values()))
+    return _mean([fixed * -(-count // PREFILL_CHUNK) + token * count for count in prompts])
+
+
+def _start(name: str, draft: DraftCost, steps: StepCosts, starts: Iterable[Timed], prompts: Sequence[int]) -> float:
+    """What a drafter's first step in a text takes beyond a later one, by the tokens that it reads."""
+    beyond = [
+        (it.times.total - steps.step(it.times.drafted) - draft.seconds(it.times.drafted)) / it.behind
+        for it in starts
+        if it.turn.name == name
+    ]
+    return max(0.0, _low(beyond)) * _mean(prompts) if beyond else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / max(1, len(values)))
 
 
 def _errors(timed: Iterable[Timed]) -> dict[str, float]:
@@ -94,11 +121,11 @@ def _enough(values: Iterable[Sequence[float]]) -> float:
     return min(6, max(map(len, values), default=0) / 4)
 
 
-def _steps(free: Iterable[Timed], prefill: float) -> StepCosts:
+def _steps(free: Iterable[Timed], prefill: float, around: float) -> StepCosts:
     """Seconds by tokens drafted; made to rise with them, since a wider pass never costs less."""
     cells = _cells((it.times.drafted, it.times.total - it.times.drafting) for it in free)
     seconds = np.maximum.accumulate(list(cells.values())).tolist()
-    return StepCosts(tuple(cells), tuple(seconds), prefill)
+    return StepCosts(tuple(cells), tuple(seconds), prefill, around)
 
 
 def _line(beyond: Sequence[tuple[Timed, float]]) -> DraftCost:

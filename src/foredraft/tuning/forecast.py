@@ -25,11 +25,9 @@ def forecast(acceptance: Acceptance, draft: DraftCost, steps: StepCosts, max_new
     lengths = range(1, min(MAX_GAMMA, acceptance.depth) + 1)
     rounds = [walk(acceptance, gamma, max_new_tokens) for gamma in lengths]
     samples = len(acceptance.runs)
-    plain = samples * steps.prefill + acceptance.positions * steps.step(0)
-    seconds = [
-        samples * steps.prefill + sum(n * (steps.step(d) + draft.seconds(d)) for d, n in it.steps.items())
-        for it in rounds
-    ]
+    plain = samples * steps.prefill + acceptance.positions * steps.whole(0)
+    once = samples * (steps.prefill + draft.start)
+    seconds = [once + sum(n * (steps.whole(d) + draft.seconds(d)) for d, n in it.steps.items()) for it in rounds]
     by_length = (1.0, *(plain / s if s else 1.0 for s in seconds))
     gamma = max(lengths, key=lambda g: by_length[g])
     best = rounds[gamma - 1]

@@ -1,0 +1,44 @@
+"""The peers' benchmark finds the models of each engine; running it takes environments that tests do not make."""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from foredraft.llm import BUNDLED
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """run.py, as it is from its own folder."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    import run as module
+
+    yield module
+    for name in set(sys.modules) - before:
+        if str(FOLDER.parent) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def chosen(run: ModuleType, *given: str) -> tuple[str, ...]:
+    flags = ArgumentParser()
+    run.add_flags(flags)
+    return run.pair(flags.parse_args(given))
+
+
+def test_shapes_have_folders_of_their_own(run: ModuleType) -> None:
+    assert chosen(run) == (BUNDLED / "target", BUNDLED / "draft", "bundled")
+    pair = chosen(run, "--shape", "344M")
+    assert pair.name == "344M" and pair.target == run.RUNS / "models" / "344M" / "target"
+    assert run.models("foredraft", pair) == {"target": str(pair.target), "draft": str(BUNDLED / "draft")}
+    for engine, ending in (("llama_cpp", ".gguf"), ("openvino_genai", "-openvino")):
+        assert run.models(engine, pair)["draft"] == str(run.RUNS / "models" / "344M" / f"draft{ending}")
+    assert run.models(run.LOOKUP, pair)["draft"] == "ngram"
+    with pytest.raises(SystemExit, match="contradicts"):
+        chosen(run, "--shape", "344M", "--target", "here")
