@@ -48,6 +48,7 @@ def work(path: Path) -> None:
     from foredraft.models.base import Guessing
     from foredraft.models.native import NativeModel
     from foredraft.models.rows import Span, plan
+    from foredraft.native.choosing import Sampler
     from foredraft.native.library import load
     from foredraft.policy import StopRule
     from foredraft.weights.quantize import Quantizer
@@ -64,7 +65,7 @@ def work(path: Path) -> None:
                     torch.set_num_threads(threads)
                     tokens = list(range(width))
                     runs.forward(plan([Span(0, 0, tokens, 1), Span(2, 5, tokens, width)], 1, 1))
-                    guessing = [Guessing(temperature, 1, 9) for temperature in (0.0, 0.7)]
+                    guessing = [Guessing(sampler, 1, 9) for sampler in (Sampler(), Sampler(0.7, 20, 0.8, 0.01))]
                     rule = StopRule([None, 0.9], [0.9, 0.8], [0.1] * 9, 1.0, 1)
                     runs.chain([Span(0, width, [1]), Span(1, 0, tokens[:3])], guessing, rule, 150)
                     passes += 1

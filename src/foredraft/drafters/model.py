@@ -83,7 +83,7 @@ class Held:
 
 
 def _guessing(request: Request) -> Guessing:
-    return Guessing(request.params.temperature, noise.fold(request.seed, Stream.TOKEN), request.draft_limit)
+    return Guessing(sampling.sampler(request.params), noise.fold(request.seed, Stream.TOKEN), request.draft_limit)
 
 
 class ModelDrafter:

@@ -11,7 +11,7 @@ from typing import Any
 from foredraft.errors import ForedraftError
 from foredraft.native.build import NAME
 
-ABI = 3
+ABI = 4
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
@@ -78,11 +78,20 @@ class Model(Structure):
     )
 
 
+class Filters(Structure):
+    _fields_ = (
+        ("top_p", c_double),
+        ("temperature", c_float),
+        ("least", c_float),
+        ("top_k", c_int32),
+    )
+
+
 class Chain(Structure):
     _fields_ = (
         ("survival", c_double),
         ("seed", c_uint64),
-        ("temperature", c_float),
+        ("filters", Filters),
         ("slot", c_int32),
         ("position", c_int32),
         ("limit", c_int32),
@@ -91,8 +100,8 @@ class Chain(Structure):
 
 class StopRule(Structure):
     _fields_ = (
-        ("chances", POINTER(c_double)),
-        ("costs", POINTER(c_double)),
+        ("chances", c_void_p),
+        ("costs", c_void_p),
         ("rate", c_double),
         ("bins", c_int32),
         ("sharing", c_int32),
@@ -118,6 +127,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_void_p,
         c_void_p,
         c_int,
+    ),
+    "foredraft_choose": (
+        c_int,
+        c_void_p,
+        c_int,
+        c_int,
+        POINTER(Filters),
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
     ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
     "foredraft_mask": (c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
