@@ -15,7 +15,7 @@ from foredraft.types import Draft, Request
 from foredraft.verify import verify
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
-FILTERS = (
+ALONE = (
     {},
     {"top_k": 1},
     {"top_k": 7},
