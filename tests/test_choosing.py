@@ -11,6 +11,7 @@ from foredraft import SamplingParams, sampling
 from foredraft.errors import NumericsError
 from foredraft.native import choosing, library
 from foredraft.native.choosing import Place, Sampler
+from foredraft.scores import adjust
 from foredraft.types import Draft, Request
 from foredraft.verify import verify
 
@@ -49,7 +50,7 @@ def test_a_row_gets_the_token_that_torch_draws(filters, kind):
         params = SamplingParams(temperature=temperature, **filters)
         for seed in range(8):
             logits, positions = rows(kind, vocab, seed), [source.randrange(10**6) for _ in range(4)]
-            scores = sampling.adjust(logits, [1], [()], 1, params)
+            scores = adjust(logits, [1], [()], 1, params)
             before = logits.clone()
             drawn, peaks = choosing.choose(logits, sampling.sampler(params), Place([seed] * 4, positions, 0))
             assert (
