@@ -29,7 +29,8 @@ def verify(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         NumericsError: the logits are NaN or infinite.
         VocabularyMismatchError: the draft's distributions are not over the target's vocabulary.
     """
-    assert len(logits) == len(draft) + 1, f"{len(draft)} draft tokens need {len(draft) + 1} rows, not {len(logits)}"
+    rows = len(draft.tokens) + 1
+    assert logits.shape[0] == rows, f"{len(draft)} draft tokens need {rows} rows, not {len(logits)}"
     targets = None if draft.parents else follow(logits, draft.tokens, request)
     if targets is not None:
         return match(draft, targets)
