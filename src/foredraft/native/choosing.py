@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from foredraft.native.library import Filters, Library, LibraryError, load
+from foredraft.native.library import Filters, loaded
 
 MASK = 2**64 - 1
 
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 def serves(logits: torch.Tensor) -> bool:
     """Whether the library is there and takes these. # [n, V]"""
-    return _library() is not None and logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous()
+    return loaded() is not None and logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous()
 
 
 def choose(
@@ -54,7 +54,7 @@ def choose(
 
     With a draft of n - 1 tokens, up to the first row whose token is another.
     """
-    library = _library()
+    library = loaded()
     assert library is not None, "ask `serves` first"
     rows, count = logits.shape
     seeds, positions = array("Q", [seed & MASK for seed in place.seeds]), array("i", place.positions)
@@ -71,11 +71,3 @@ def choose(
 
 def _address(values: "array[int] | array[float]") -> int:
     return values.buffer_info()[0]
-
-
-@lru_cache(maxsize=1)
-def _library() -> Library | None:
-    try:
-        return load()
-    except LibraryError:
-        return None

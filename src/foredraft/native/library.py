@@ -143,6 +143,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
     "foredraft_mask": (c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
+    "foredraft_round": (c_int, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int),
     "foredraft_pack": (c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
 }
 
@@ -194,8 +195,17 @@ def load(path: Path | None = None) -> Library:
         raise LibraryError(f"{path} has interface {found}, and this version needs {ABI}; rebuild it with `make native`")
     for name, arguments in SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
-    functions.foredraft_pack.restype = functions.foredraft_mask.restype = None
+    for name in ("pack", "mask", "round"):
+        getattr(functions, f"foredraft_{name}").restype = None
     return Library(functions, _present(functions.foredraft_isas()), ISAS[functions.foredraft_fastest_isa()])
+
+
+def loaded() -> Library | None:
+    """`load`, or None where there is no library."""
+    try:
+        return load()
+    except LibraryError:
+        return None
 
 
 def _present(bits: int) -> tuple[str, ...]:

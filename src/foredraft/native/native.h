@@ -116,6 +116,7 @@ typedef struct {
   void (*attend)(const attention *a, const unit *u);
   drawn (*draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);
   drawn (*likeliest)(const float *logits, int count);
+  void (*round4)(const float *x, int size, uint8_t *codes, bf16 *grid);
   void (*mask)(const float *x, const uint8_t *allowed, int count, float *out);
 } kernels;
 
