@@ -17,7 +17,6 @@ from foredraft.models.rows import RowBatch, Span
 from foredraft.native import library as native
 from foredraft.native.library import Library
 from foredraft.policy import StopRule
-from foredraft.weights.packed import round_up
 
 
 class Call:
@@ -53,13 +52,12 @@ class Call:
         ints = array("i", tokens + places + ends)
         found = array("i", bytes(4 * count * (most + 2)))  # active texts, lengths, tokens
         confidences = array("f", bytes(4 * count * most))
-        logits = torch.empty(2 * count * round_up(self.struct.vocab, 16), dtype=torch.float32)
         chains = (native.Chain * count)(*map(_chain, spans, guessing, rule.survivals))
         stop, _alive = _rule(rule)
         address = found.buffer_info()[0]
         status = self.function_of_chains(
             self.address, ints.buffer_info()[0], len(tokens), count, cache.address, cache.table.shape[1], chains,
-            stop, address, logits.data_ptr(), vocab_size, most, address + 8 * count,
+            stop, address, vocab_size, most, address + 8 * count,
             confidences.buffer_info()[0], address + 4 * count, torch.get_num_threads(),
         )  # fmt: skip
         if status:

@@ -59,12 +59,14 @@ static bool goes_on(chain *c, const stop_rule *rule, int depth, float confidence
 }
 
 /* ints: tokens [rows], spans [spans][3], the last row of each span [spans], all written over; active [spans];
- * logits [2][spans][vocab, up to a multiple of 16], drawn from the first `count`; tokens, confidences [spans][most];
- * lengths [spans]. A confidence that is no number ends its chain, and that guess means nothing. Returns as a pass. */
+ * tokens below `count`, confidences [spans][most]; lengths [spans]. A confidence that is no number ends its chain, and
+ * that guess means nothing. Returns as a pass. */
 EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, const unsigned char *const *pages,
-                           int max_pages, chain *chains, const stop_rule *rule, int32_t *active, float *logits,
-                           int count, int most, int32_t *tokens, float *confidences, int32_t *lengths, int threads) {
+                           int max_pages, chain *chains, const stop_rule *rule, int32_t *active, int count, int most,
+                           int32_t *tokens, float *confidences, int32_t *lengths, int threads) {
   const int stride = round_up(m->vocab, 16);
+  float *logits = malloc(2 * sizeof *logits * (size_t)spans * stride); /* and as much to spare for filters */
+  if (!logits) return 1;
   draw_job job = {m, kernels_of(m->isa), chains, active, logits, count, stride, 0, most, (size_t)spans * stride,
                   tokens, confidences};
   int status = 0, left = spans, sharing = rule->sharing;
@@ -92,6 +94,7 @@ EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, c
     job.depth++;
   }
   pool_leave();
+  free(logits);
   return status;
 }
 

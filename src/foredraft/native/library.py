@@ -120,7 +120,6 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         POINTER(Chain),
         POINTER(StopRule),
         c_void_p,
-        c_void_p,
         c_int,
         c_int,
         c_void_p,
