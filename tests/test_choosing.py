@@ -11,7 +11,7 @@ from foredraft import SamplingParams, sampling
 from foredraft.errors import NumericsError
 from foredraft.native import choosing, library
 from foredraft.native.choosing import Place, Sampler
-from foredraft.scores import adjust
+from foredraft.scores import adjust, restrict
 from foredraft.types import Draft, Request
 from foredraft.verify import verify
 
@@ -52,17 +52,19 @@ def test_a_row_gets_the_token_that_torch_draws(filters, kind):
             logits, positions = rows(kind, vocab, seed), [source.randrange(10**6) for _ in range(4)]
             scores = adjust(logits, [1], [()], 1, params)
             before = logits.clone()
-            drawn, peaks = choosing.choose(logits, sampling.sampler(params), Place([seed] * 4, positions, 0))
+            drawn, peaks, sure = choosing.choose(logits, sampling.sampler(params), Place([seed] * 4, positions, 0))
             assert (
                 drawn == sampling.choose(scores, params, seed, positions) == by_torch(scores, params, seed, positions)
             )
+            chances = restrict(scores, params).softmax(-1).gather(1, torch.tensor(drawn)[:, None]).flatten()
+            assert torch.tensor(sure) == pytest.approx(chances, rel=1e-4)
             assert peaks == scores.amax(-1).tolist() and torch.equal(logits, before)
 
 
 def test_without_a_temperature_the_first_of_the_largest_is_taken():
     for vocab, seed in product((5, 16, 17, 4099), range(6)):
         logits = rows("equals", vocab, seed)
-        drawn, peaks = choosing.choose(logits, Sampler(), Place([0] * 4, range(4), 0))
+        drawn, peaks, _ = choosing.choose(logits, Sampler(), Place([0] * 4, range(4), 0))
         assert (drawn, peaks) == sampling.best(logits)
 
 
@@ -85,3 +87,16 @@ def test_a_row_with_nothing_but_masked_tokens_is_refused():
     for params in (SamplingParams(), SamplingParams(temperature=1.0, top_k=3, top_p=0.5)):
         with pytest.raises(NumericsError, match="every token is masked"):
             verify(Draft(), torch.full((1, 21), -math.inf), Request([1], params, 5, lambda token: False))
+
+
+def test_all_that_tie_with_the_last_of_top_k_count_for_top_p():
+    """More of them than a filter looks at first: of 74 kept by top_k, top_p ends among those that tie."""
+    logits = torch.full((1, 300), -9.0)
+    logits[0, :39], logits[0, 39:74] = 10.0, 9.0
+    params = SamplingParams(temperature=1.0, top_k=40, top_p=0.95)
+    kept = restrict(logits, params).isfinite()
+    assert int(kept.sum()) == 74
+    for seed in range(40):
+        drawn, _, sure = choosing.choose(logits, sampling.sampler(params), Place([seed], [0], 0))
+        assert drawn == by_torch(logits, params, seed, [0])
+        assert sure[0] == pytest.approx(float(logits[kept].softmax(0)[drawn[0]]), rel=1e-4)

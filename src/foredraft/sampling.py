@@ -42,7 +42,7 @@ def choose(
     if choosing.serves(scores):
         one = isinstance(seeds, int)
         place = Place([seeds] * len(scores) if one else seeds, positions, stream)  # type: ignore[arg-type, list-item]
-        tokens, peaks = choosing.choose(scores, sampler(params)._replace(temperature=1.0), place)
+        tokens, peaks, _ = choosing.choose(scores, sampler(params)._replace(temperature=1.0), place)
         check_finite(peaks, positions)
         return tokens
     weights, ids, peak = _entrants(scores, params)
@@ -68,7 +68,7 @@ def follow(logits: torch.Tensor, tokens: Ids, request: Request) -> list[int] | N
     start, rows = len(request.token_ids), len(tokens) + 1
     positions = range(start, start + rows)
     place = Place([request.seed] * rows, positions, Stream.TOKEN)
-    targets, peaks = choosing.choose(logits, sampler(request.params), place, tokens)
+    targets, peaks, _ = choosing.choose(logits, sampler(request.params), place, tokens)
     check_finite(peaks, positions[: len(targets)])
     return targets
 
@@ -197,6 +197,10 @@ def _draw_alike(
     starts = [len(request.token_ids) for request in requests]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
     rows: abc.Sequence[torch.Tensor | None] = [None] * len(requests)
+    if params.verifier == "coupled" and choosing.serves(scores):
+        place = Place([s.seed for s in requests], positions, Stream.TOKEN)
+        found, _, sure = choosing.choose(scores, sampler(params)._replace(temperature=1.0), place)
+        return list(map(Drawn, found, sure))
     if params.verifier == "coupled":
         weights, ids, _ = _entrants(scores, params)
         columns = race(weights, [s.seed for s in requests], positions, Stream.TOKEN, ids).unsqueeze(1)

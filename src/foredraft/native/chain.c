@@ -98,11 +98,12 @@ EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, c
   return status;
 }
 
-/* Tokens and the largest scores [rows] of rows of logits [rows][count], each with the noise of its own seed and position
+/* Tokens, the largest scores, and how sure of the tokens they are, [rows] each, of rows of logits [rows][count], each with the noise of its own seed and position
  * [rows]. Where there is a draft [rows - 1], up to the first token that differs from it. Returns how many these are; -1
  * where there is no memory. */
 EXPORT int foredraft_choose(int isa, const float *logits, int rows, int count, const filters *f, const uint64_t *seeds,
-                            const int32_t *positions, int stream, const int32_t *draft, int32_t *tokens, float *peaks) {
+                            const int32_t *positions, int stream, const int32_t *draft, int32_t *tokens, float *peaks,
+                            float *confidences) {
   const int padded = round_up(count, 16);
   const kernels *k = kernels_of(isa);
   float *x = f->temperature == 0 ? NULL : malloc(2 * sizeof *x * (size_t)padded);
@@ -115,6 +116,7 @@ EXPORT int foredraft_choose(int isa, const float *logits, int rows, int count, c
     const drawn d = x ? k->draw(x, count, f, key, x + padded) : k->likeliest(own, count);
     tokens[row] = d.token;
     peaks[row] = d.peak;
+    confidences[row] = d.confidence;
     follows = !draft || (row < rows - 1 && d.token == draft[row]);
   }
   free(x);

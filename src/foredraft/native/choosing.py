@@ -49,8 +49,8 @@ def serves(logits: torch.Tensor) -> bool:
 
 def choose(
     logits: torch.Tensor, sampler: Sampler, place: Place, draft: Sequence[int] | None = None
-) -> tuple[list[int], list[float]]:
-    """The token of each row, and the row's largest score, as `sampling.choose` has them. # [n, V] -> n, n
+) -> tuple[list[int], list[float], list[float]]:
+    """Each row's token, as `sampling.choose` has it, its largest score, and how likely the token is. # [n, V] -> 3 x n
 
     With a draft of n - 1 tokens, up to the first row whose token is another.
     """
@@ -58,15 +58,16 @@ def choose(
     assert library is not None, "ask `serves` first"
     rows, count = logits.shape
     seeds, positions = array("Q", [seed & MASK for seed in place.seeds]), array("i", place.positions)
-    tokens, peaks = array("i", bytes(4 * rows)), array("f", bytes(4 * rows))
+    tokens, peaks = array("i", bytes(4 * rows)), array("f", bytes(8 * rows))  # and confidences
     follow = array("i", draft or ())
     done = library.functions.foredraft_choose(
         library.isa(), logits.data_ptr(), rows, count, byref(sampler.filters), _address(seeds), _address(positions),
         place.stream, _address(follow) if draft else None, _address(tokens), _address(peaks),
+        _address(peaks) + 4 * rows,
     )  # fmt: skip
     if done < 0:
         raise MemoryError(f"no memory to draw from {count} tokens")
-    return tokens[:done].tolist(), peaks[:done].tolist()
+    return tokens[:done].tolist(), peaks[:done].tolist(), peaks[rows : rows + done].tolist()
 
 
 def _address(values: "array[int] | array[float]") -> int:

@@ -139,6 +139,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_void_p,
         c_void_p,
         c_void_p,
+        c_void_p,
     ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
     "foredraft_mask": (c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
