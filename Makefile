@@ -14,14 +14,15 @@ usable = $(shell $(1) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info
 # $(call install,ENVIRONMENT,VERSIONS): see scripts/install.py.
 install = $(1)/bin/python scripts/install.py $(2) --torch $(TORCH)
 
-.PHONY: help demo native sanitize test test-lowest test-latest check format bench constraints clean
+.PHONY: help demo native sanitize cross test test-lowest test-latest check format bench constraints clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    decode the bundled pair with and without drafting; equal tokens and the speed-up"
 	@echo "make native  build the native library anew"
-	@echo "make sanitize  run its passes under the address and undefined-behaviour sanitizers"
+	@echo "make sanitize  run its passes under the address, undefined-behaviour and thread sanitizers"
+	@echo "make cross   compile it for aarch64, and run that by qemu-user (RUN='command' for another emulator)"
 	@echo "make test    run the tests (ARGS='-k cache' is passed to pytest)"
 	@echo "make check   ruff, mypy --strict, import-linter"
 	@echo "make format  let ruff rewrite what it can"
@@ -40,6 +41,10 @@ native: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python scripts/sanitize_native.py
+
+cross: $(VENV)/.installed
+	$(BIN)/python -m ziglang version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet ziglang
+	$(BIN)/python scripts/cross_native.py $(if $(RUN),--run "$(RUN)") $(ARGS)
 
 # Tests compute on one thread each, so there is a process for each core; ARGS='-n 0' runs them in one.
 WORKERS := -n auto --dist worksteal

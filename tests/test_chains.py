@@ -16,14 +16,21 @@ from foredraft.models.load import LoadOptions, load_model
 from foredraft.models.native import NativeModel
 from foredraft.models.rows import Span, plan
 from foredraft.native import library
+from foredraft.native.choosing import Sampler
 from foredraft.noise import Stream
 from foredraft.policy import DraftPolicy, Fixed, Gain, PerRequest, StepTimes, StopRule
-from foredraft.scores import adjust
+from foredraft.scores import adjust, restrict
 from foredraft.types import Draft, Request, Verdict
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 GREEDY, COUPLED, WARM = SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=0.7)
+FILTERED = (
+    SamplingParams(temperature=1.0, top_k=5),
+    SamplingParams(temperature=0.8, top_p=0.7),
+    SamplingParams(temperature=1.2, min_p=0.05),
+    SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01),
+)
 MOST = 12
 
 
@@ -91,7 +98,7 @@ def both(model: NativeModel, requests: list[Request], make) -> tuple[list[Draft]
 
 
 @pytest.mark.parametrize("make", [Fixed, learnt], ids=["fixed", "gain"])
-@pytest.mark.parametrize("params", [GREEDY, COUPLED, WARM], ids=["greedy", "coupled", "warm"])
+@pytest.mark.parametrize("params", [GREEDY, COUPLED, WARM, *FILTERED], ids=str)
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_chain_is_the_draft_that_asking_after_each_token_gives(name, params, make):
     model, lengths = native(name), set()
@@ -113,16 +120,16 @@ def test_every_instruction_set_draws_by_the_targets_noise(isa, dtype):
     """50 draws each: the token that `sampling.choose` gives for the same logits, position and seed."""
     model = native("qwen3", dtype, isa)
     tokens = draws(40)
-    for params in (GREEDY, WARM, SamplingParams(temperature=1.3)):
+    for params in (GREEDY, WARM, SamplingParams(temperature=1.3), *FILTERED):
         for seed in range(4):
-            guessing = Guessing(params.temperature, noise.fold(seed, Stream.TOKEN), 50)
+            guessing = Guessing(sampling.sampler(params), noise.fold(seed, Stream.TOKEN), 50)
             ((drawn, confidences),) = model.chain([Span(0, 0, tokens)], [guessing], StopRule([None]), VOCAB)
             whole = tokens + drawn
             logits = model.forward(plan([Span(1, 0, whole[:-1], 50)], 1, 1))
             positions = list(range(40, 90))
             scores = adjust(logits, whole, [()], 0, params)
             assert drawn == sampling.choose(scores, params, seed, positions)
-            chances = scores.softmax(-1).gather(1, torch.tensor(drawn)[:, None]).flatten()
+            chances = restrict(scores, params).softmax(-1).gather(1, torch.tensor(drawn)[:, None]).flatten()
             assert torch.tensor(confidences) == pytest.approx(chances, rel=1e-4)
 
 
@@ -141,11 +148,11 @@ def test_a_chain_ends_where_its_logits_are_no_numbers():
 
 def test_a_smaller_vocabulary_of_the_target_bounds_the_guesses():
     model = native("llama")
-    ((drawn, _),) = model.chain([Span(0, 0, draws(20))], [Guessing(2.0, 5, 60)], StopRule([None]), 9)
+    ((drawn, _),) = model.chain([Span(0, 0, draws(20))], [Guessing(Sampler(2.0), 5, 60)], StopRule([None]), 9)
     assert len(drawn) == 60 and max(drawn) < 9
 
 
-@pytest.mark.parametrize("params", [SamplingParams(temperature=1.0, top_k=5), SamplingParams(repetition_penalty=1.2)])
+@pytest.mark.parametrize("params", [SamplingParams(logit_bias={3: 2.0}), SamplingParams(repetition_penalty=1.2)])
 def test_processed_scores_are_drawn_one_by_one(params, monkeypatch):
     model = native("llama")
     monkeypatch.setattr(NativeModel, "chain", lambda *_: pytest.fail("drawn without its processing"))

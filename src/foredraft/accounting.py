@@ -32,11 +32,15 @@ class Clock:
 
 def account(requests: list[Request], outputs: list[StepOutput], drafter: Drafter, clock: Clock) -> None:
     """Share the step's seconds among all that took part."""
+    count, drafting, verifying, other = len(requests), clock.drafting, clock.verifying, clock.ended - clock.verified
     for request in requests:
-        request.stats.seconds_drafting += clock.drafting / len(requests)
-        request.stats.seconds_verifying += clock.verifying / len(requests)
-        request.stats.seconds_other += (clock.ended - clock.verified) / len(requests)
-    _charge([request for request in requests if request.draft_limit > 0], drafter, clock.drafting)
+        stats = request.stats
+        stats.seconds_drafting += drafting / count
+        stats.seconds_verifying += verifying / count
+        stats.seconds_other += other / count
+    asked = [request for request in requests if request.draft_limit > 0]
+    if asked:
+        _charge(asked, drafter, drafting)
     for output in outputs:
         if output.token_ids and not output.request.stats.seconds_to_first_token:
             output.request.stats.seconds_to_first_token = clock.ended - output.request.arrived
@@ -56,9 +60,9 @@ def teach(
     policy: PerRequest, outputs: list[StepOutput], spans: list[Span], rows: int, drafted: int, clock: Clock
 ) -> None:
     """Tell the policy what a step costs; forced tokens cost no drafting, so theirs is not typical."""
-    if any(output.request.lead for output in outputs):
+    if any([output.request.lead for output in outputs]):
         return
-    emitted = sum(len(output.token_ids) for output in outputs)
-    read = sum(len(span.tokens) for span in spans) - drafted - len(outputs)
+    emitted = sum([len(output.token_ids) for output in outputs])
+    read = sum([len(span.tokens) for span in spans]) - drafted - len(outputs)
     total = clock.ended - clock.began
     policy.observe_times(StepTimes(len(outputs), drafted, rows, emitted, clock.drafting, clock.verifying, total, read))

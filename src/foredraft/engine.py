@@ -25,6 +25,8 @@ from foredraft.stats import SpecStats
 from foredraft.types import Draft, FinishReason, Phase, Request, StepOutput, Verdict
 from foredraft.verify import verify, verify_reached
 
+NOTHING = Draft()
+
 
 class Engine:
     """Runs requests over a target and a drafter until each is finished.
@@ -100,7 +102,6 @@ class Engine:
         if request.phase is not Phase.FINISHED:
             self._finish(request, "error")
 
-    @torch.no_grad()
     def step(self) -> list[StepOutput]:
         """Advance those whose turn it is by one pass; return what reached the users.
 
@@ -112,10 +113,14 @@ class Engine:
         requests = self.scheduler.next_batch()
         if not requests:
             return []
+        grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)  # `no_grad` takes ten microseconds
         try:
             outputs = self._run(requests)
         except Exception as error:
             outputs = [self._failed(request, error) for request in requests]
+        finally:
+            torch.set_grad_enabled(grad)
         for output in outputs:
             if output.finish_reason:
                 self._finish(output.request, output.finish_reason)
@@ -154,10 +159,11 @@ class Engine:
     def _propose(self, requests: list[Request]) -> list[Draft]:
         for request in requests:
             request.draft_limit = self._draft_limit(request)
-        drafts = dict.fromkeys(requests, Draft())
         wanting = [request for request in requests if request.draft_limit > 0]
-        if wanting:
-            drafts.update(zip(wanting, forced.propose(self.drafter, wanting, self.policy), strict=True))
+        if not wanting:
+            return [NOTHING] * len(requests)
+        drafts = dict.fromkeys(requests, NOTHING)
+        drafts.update(zip(wanting, forced.propose(self.drafter, wanting, self.policy), strict=True))
         return [self._accepted(draft, request) for request, draft in drafts.items()]
 
     def _accepted(self, draft: Draft, request: Request) -> Draft:
@@ -166,7 +172,7 @@ class Engine:
             check_draft(draft, request.draft_limit, self.target.vocab_size)
         except ForedraftError as error:
             request.error = error
-            return Draft()
+            return NOTHING
         return draft
 
     def _draft_limit(self, request: Request) -> int:
@@ -193,7 +199,8 @@ class Engine:
             if span.wanted == 0:
                 request.cached = span.start + len(span.tokens)
                 continue
-            outputs.append(self._commit_or_fail(request, draft, logits[row : row + span.wanted]))
+            own = logits if len(spans) == 1 else logits[row : row + span.wanted]
+            outputs.append(self._commit_or_fail(request, draft, own))
             row += span.wanted
         return outputs
 
@@ -246,12 +253,10 @@ class Engine:
             return verify_reached(draft, logits, request)
 
     def _ends(self, request: Request, token: int) -> FinishReason | None:
-        stopped = token in request.stop_token_ids
-        stopped = request.stop_rule(token) or stopped
-        if stopped:
+        if request.stop_rule(token) or token in request.stop_token_ids:
             return "stop"
-        full = request.remaining <= 0 or len(request.token_ids) >= self.max_model_len
-        return "length" if full else None
+        most = min(request.prompt_len + request.params.max_new_tokens, self.max_model_len)
+        return "length" if len(request.token_ids) >= most else None
 
     def _observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         self.drafter.observe(request, verdict)

@@ -226,6 +226,8 @@ class Runner:
                 turn.wake.set()
 
     def _take_in(self, *, wait: bool = False) -> None:
+        if not wait and self._intake.empty():
+            return
         with suppress(Empty):
             command = self._intake.get(wait)
             self._inside = threading.get_ident()

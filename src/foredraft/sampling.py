@@ -12,6 +12,8 @@ import torch
 
 from foredraft import noise
 from foredraft.errors import NumericsError
+from foredraft.native import choosing
+from foredraft.native.choosing import Place, Sampler
 from foredraft.noise import Stream
 from foredraft.scores import Ids, adjust, candidates, filters, penalises, probabilities, restrict
 from foredraft.types import Request, SamplingParams, TokenLogprobs, VerifierName
@@ -37,10 +39,38 @@ def choose(
         tokens, peaks = best(scores)
         check_finite(peaks, positions)
         return tokens
+    if choosing.serves(scores):
+        one = isinstance(seeds, int)
+        place = Place([seeds] * len(scores) if one else seeds, positions, stream)  # type: ignore[arg-type, list-item]
+        tokens, peaks, _ = choosing.choose(scores, sampler(params)._replace(temperature=1.0), place)
+        check_finite(peaks, positions)
+        return tokens
     weights, ids, peak = _entrants(scores, params)
     check_finite(peak.flatten().tolist(), positions)
     winners = race(weights, seeds, positions, stream, ids).unsqueeze(1)
     return list(map(int, (winners if ids is None else ids.gather(1, winners)).flatten().tolist()))
+
+
+def sampler(params: SamplingParams) -> Sampler:
+    return Sampler(params.temperature, params.top_k, params.top_p, params.min_p)
+
+
+def follow(logits: torch.Tensor, tokens: Ids, request: Request) -> list[int] | None:
+    """What `choose` makes of each row along a draft, up to the first token that the draft has not. # [n + 1, V], n
+
+    From raw logits, in one call of the library; None where that is not there, or the request has its scores processed.
+
+    Raises:
+        NumericsError: a row that was reached has NaN or +inf, or nothing but -inf.
+    """
+    if not (is_plain(request) and choosing.serves(logits)):
+        return None
+    start, rows = len(request.token_ids), len(tokens) + 1
+    positions = range(start, start + rows)
+    place = Place([request.seed] * rows, positions, Stream.TOKEN)
+    targets, peaks, _ = choosing.choose(logits, sampler(request.params), place, tokens)
+    check_finite(peaks, positions[: len(targets)])
+    return targets
 
 
 def _entrants(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -104,9 +134,9 @@ class Drawn(NamedTuple):
 
 
 def is_plain(request: Request) -> bool:
-    """Whether its drafts are drawn from temperature and the target's noise alone: nothing processes their scores."""
+    """Whether its tokens are drawn by temperature, filters and noise alone: nothing else processes their scores."""
     p = request.params
-    processed = p.logit_bias or penalises(p) or filters(p) or request.steering.active
+    processed = p.logit_bias or penalises(p) or request.steering.active
     return not processed and (p.greedy or p.verifier == "coupled")
 
 
@@ -167,6 +197,10 @@ def _draw_alike(
     starts = [len(request.token_ids) for request in requests]
     positions = [start + len(path) for start, path in zip(starts, drafted, strict=True)]
     rows: abc.Sequence[torch.Tensor | None] = [None] * len(requests)
+    if params.verifier == "coupled" and choosing.serves(scores):
+        place = Place([s.seed for s in requests], positions, Stream.TOKEN)
+        found, _, sure = choosing.choose(scores, sampler(params)._replace(temperature=1.0), place)
+        return list(map(Drawn, found, sure))
     if params.verifier == "coupled":
         weights, ids, _ = _entrants(scores, params)
         columns = race(weights, [s.seed for s in requests], positions, Stream.TOKEN, ids).unsqueeze(1)

@@ -119,7 +119,7 @@ def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tens
 
     The sets of transformers' TopK-, TopP- and MinPLogitsWarper in this order (its top_p cuts ties at random, here all
     that tie with the last one kept are kept), without sorting the vocabulary: looks at the likeliest tokens only, at 8
-    times as many when some row keeps them all.
+    times as many when some row keeps them all, or may have more that tie with the last of top_k, whose mass counts.
     """
     peak = scores.amax(-1, keepdim=True)
     total = (scores - peak).exp_().sum(-1, keepdim=True, dtype=torch.float64) if params.top_k == 0 else None
@@ -128,7 +128,8 @@ def candidates(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tens
         values, ids = scores.topk(min(width, scores.shape[1]))
         floor = _floor(values, peak, total, params)
         last = values[:, -1:]
-        if width >= scores.shape[1] or bool(((last < floor) | (last == -math.inf)).all()):
+        tied = last == values[:, min(params.top_k, values.shape[1]) - 1, None] if params.top_k else last == math.inf
+        if width >= scores.shape[1] or bool((((last < floor) & ~tied) | (last == -math.inf)).all()):
             return values.masked_fill(values < floor, -math.inf), ids
         width *= 8
 

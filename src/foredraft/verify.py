@@ -14,7 +14,7 @@ import torch
 from foredraft import noise
 from foredraft.errors import ExactnessError, VocabularyMismatchError
 from foredraft.noise import Stream
-from foredraft.sampling import check_finite, choose, race
+from foredraft.sampling import check_finite, choose, follow, race
 from foredraft.scores import adjust, probabilities, restrict
 from foredraft.types import Draft, Request, Verdict
 
@@ -29,7 +29,11 @@ def verify(draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         NumericsError: the logits are NaN or infinite.
         VocabularyMismatchError: the draft's distributions are not over the target's vocabulary.
     """
-    assert len(logits) == len(draft) + 1, f"{len(draft)} draft tokens need {len(draft) + 1} rows, not {len(logits)}"
+    rows = len(draft.tokens) + 1
+    assert logits.shape[0] == rows, f"{len(draft)} draft tokens need {rows} rows, not {len(logits)}"
+    targets = None if draft.parents else follow(logits, draft.tokens, request)
+    if targets is not None:
+        return match(draft, targets)
     scores, positions = _scores(draft, logits, request)
     return _decide(draft, scores, positions, request)
 
@@ -95,7 +99,10 @@ def match(draft: Draft, targets: abc.Sequence[int]) -> Verdict:
 
     `targets[0]` is the target's token after the last committed one, `targets[i + 1]` its token after draft token i.
     """
-    parents = draft.parents or range(-1, len(draft) - 1)
+    if not draft.parents:
+        kept = next((i for i, token in enumerate(draft.tokens) if token != targets[i]), len(draft))
+        return Verdict(tuple(range(kept)), targets[kept], "recovered" if kept < len(draft) else "bonus")
+    parents = draft.parents
     children: dict[tuple[int, int], int] = {}
     for i, edge in enumerate(zip(parents, draft.tokens, strict=True)):
         children.setdefault(edge, i)

@@ -83,7 +83,7 @@ class Held:
 
 
 def _guessing(request: Request) -> Guessing:
-    return Guessing(request.params.temperature, noise.fold(request.seed, Stream.TOKEN), request.draft_limit)
+    return Guessing(sampling.sampler(request.params), noise.fold(request.seed, Stream.TOKEN), request.draft_limit)
 
 
 class ModelDrafter:
@@ -137,8 +137,7 @@ class ModelDrafter:
         return True
 
     def _take(self, chain: Chain, tokens: list[int], confidences: list[float]) -> None:
-        for token in tokens[:-1]:  # the last one was drawn and not computed
-            self._hold(chain.request, token)
+        self.held[chain.request].drafted += tokens[:-1]  # the last one was drawn and not computed
         if math.isnan(confidences[-1]):
             tokens, confidences = tokens[:-1], confidences[:-1]
             self._give_up(chain.request)

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from foredraft.errors import ModelError
 from foredraft.models.rows import RowBatch, RowInvariance, Span
+from foredraft.native.choosing import Sampler
 from foredraft.policy import StopRule
 
 Convert = Callable[[Any], Any]
@@ -110,7 +111,7 @@ class Cache(Protocol):
 class Guessing(NamedTuple):
     """How a text is to be guessed on from: see `Chains`."""
 
-    temperature: float  # 0: the likeliest token, no noise
+    sampler: Sampler
     seed: int  # of the noise, 64 bits: `noise.fold` of the request's and of the stream
     limit: int  # guesses at most
 

@@ -17,7 +17,6 @@ from foredraft.models.rows import RowBatch, Span
 from foredraft.native import library as native
 from foredraft.native.library import Library
 from foredraft.policy import StopRule
-from foredraft.weights.packed import round_up
 
 
 class Call:
@@ -46,19 +45,19 @@ class Call:
         self, spans: list[Span], guessing: list[Guessing], rule: StopRule, vocab_size: int, cache: PageCache
     ) -> list[tuple[list[int], list[float]]]:
         """The library's other function, over the same model."""
-        count, most = len(spans), max(limit for _, _, limit in guessing)
+        count, most = len(spans), max(guess.limit for guess in guessing)
         tokens = [token for span in spans for token in span.tokens]
         places = [number for span in spans for number in (span.slot, span.start, len(span.tokens))]
         ends = [end - 1 for end in accumulate(len(span.tokens) for span in spans)]
         ints = array("i", tokens + places + ends)
         found = array("i", bytes(4 * count * (most + 2)))  # active texts, lengths, tokens
         confidences = array("f", bytes(4 * count * most))
-        logits = torch.empty(count * round_up(self.struct.vocab, 16), dtype=torch.float32)
         chains = (native.Chain * count)(*map(_chain, spans, guessing, rule.survivals))
+        stop, _alive = _rule(rule)
         address = found.buffer_info()[0]
         status = self.function_of_chains(
             self.address, ints.buffer_info()[0], len(tokens), count, cache.address, cache.table.shape[1], chains,
-            _rule(rule), address, logits.data_ptr(), vocab_size, most, address + 8 * count,
+            stop, address, vocab_size, most, address + 8 * count,
             confidences.buffer_info()[0], address + 4 * count, torch.get_num_threads(),
         )  # fmt: skip
         if status:
@@ -76,14 +75,15 @@ class Call:
 
 def _chain(span: Span, guessing: Guessing, survival: float | None) -> native.Chain:
     position = span.start + len(span.tokens)
-    return native.Chain(
-        -1.0 if survival is None else survival, guessing.seed, guessing.temperature, span.slot, position, guessing.limit
-    )
+    survival = -1.0 if survival is None else survival
+    return native.Chain(survival, guessing.seed, guessing.sampler.filters, span.slot, position, guessing.limit)
 
 
-def _rule(rule: StopRule) -> native.StopRule:
-    chances, costs = ((ctypes.c_double * len(values))(*values) for values in (rule.chances, rule.costs))
-    return native.StopRule(chances, costs, rule.rate, len(rule.chances), rule.sharing)
+def _rule(rule: StopRule) -> tuple[native.StopRule, tuple["array[float]", ...]]:
+    """For the library, as long as the arrays live that come with it."""
+    arrays = array("d", rule.chances), array("d", rule.costs)
+    addresses = (values.buffer_info()[0] for values in arrays)
+    return native.StopRule(*addresses, rule.rate, len(rule.chances), rule.sharing), arrays
 
 
 class Rope:

@@ -172,8 +172,8 @@ class NativeModel:
         self, spans: list[Span], guessing: list[Guessing], rule: StopRule, vocab_size: int
     ) -> list[tuple[list[int], list[float]]]:
         """See `Chains`."""
-        for span, (_, _, limit) in zip(spans, guessing, strict=True):
-            end = span.start + len(span.tokens) + limit - 1
+        for span, guess in zip(spans, guessing, strict=True):
+            end = span.start + len(span.tokens) + guess.limit - 1
             self.cache.extend(span.slot, span.start, end)
             if end > self.call.length:
                 self._lengthen(end)

@@ -97,6 +97,8 @@ def round_keys(length: int, multiple: int) -> int:
 def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: int = 1) -> RowBatch:
     """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
     ordered = list(spans)
+    if len(ordered) == 1 and min_rows == key_multiple == row_multiple == 1:
+        return _unpadded(*ordered)
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -116,6 +118,16 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
             slots += [slot] * width
     wanted = [row for slot, _, _, count in ordered for row in range(ends[slot] - count, ends[slot])]
     return RowBatch(tokens, positions, slots, wanted, tuple(groups))
+
+
+def _unpadded(span: Span) -> RowBatch:
+    """What `plan` makes of one span that needs no padding."""
+    slot, start, tokens, wanted = span
+    count = len(tokens)
+    groups = (Group(slot, 0, count, (start,), round_keys(start + count, 1)),)
+    return RowBatch(
+        list(tokens), list(range(start, start + count)), [slot] * count, list(range(count - wanted, count)), groups
+    )
 
 
 def _runs(spans: list[Span], *, alone: bool) -> list[list[Span]]:

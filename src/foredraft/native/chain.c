@@ -3,6 +3,8 @@
  */
 #include <math.h>
 #include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "native.h"
 
@@ -10,7 +12,7 @@
 typedef struct {
   double survival; /* how likely all guesses so far are accepted; negative: the rule does not end this chain */
   uint64_t seed;   /* of the noise, with its stream */
-  float temperature;
+  filters filters;
   int32_t slot, position; /* of the next guess */
   int32_t limit;
 } chain;
@@ -30,6 +32,7 @@ typedef struct {
   const int32_t *active;
   float *logits;
   int count, stride, depth, most;
+  size_t spare;
   int32_t *tokens;
   float *confidences;
 } draw_job;
@@ -38,8 +41,10 @@ static void draw_chunk(void *arg, int row) {
   const draw_job *j = arg;
   const chain *c = j->chains + j->active[row];
   size_t at = (size_t)j->active[row] * j->most + j->depth;
-  uint64_t key = mix(c->seed + (uint64_t)c->position);
-  j->tokens[at] = j->k->draw(j->logits + (size_t)row * j->stride, j->count, c->temperature, key, j->confidences + at);
+  float *logits = j->logits + (size_t)row * j->stride;
+  const drawn d = j->k->draw(logits, j->count, &c->filters, mix(c->seed + (uint64_t)c->position), logits + j->spare);
+  j->tokens[at] = d.token;
+  j->confidences[at] = d.confidence;
 }
 
 /* Whether a chain goes on after its guess number `depth`, counted from 1. */
@@ -54,13 +59,16 @@ static bool goes_on(chain *c, const stop_rule *rule, int depth, float confidence
 }
 
 /* ints: tokens [rows], spans [spans][3], the last row of each span [spans], all written over; active [spans];
- * logits [spans][vocab, up to a multiple of 16], drawn from the first `count`; tokens, confidences [spans][most];
- * lengths [spans]. A confidence that is no number ends its chain, and that guess means nothing. Returns as a pass. */
+ * tokens below `count`, confidences [spans][most]; lengths [spans]. A confidence that is no number ends its chain, and
+ * that guess means nothing. Returns as a pass. */
 EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, const unsigned char *const *pages,
-                           int max_pages, chain *chains, const stop_rule *rule, int32_t *active, float *logits,
-                           int count, int most, int32_t *tokens, float *confidences, int32_t *lengths, int threads) {
+                           int max_pages, chain *chains, const stop_rule *rule, int32_t *active, int count, int most,
+                           int32_t *tokens, float *confidences, int32_t *lengths, int threads) {
   const int stride = round_up(m->vocab, 16);
-  draw_job job = {m, kernels_of(m->isa), chains, active, logits, count, stride, 0, most, tokens, confidences};
+  float *logits = malloc(2 * sizeof *logits * (size_t)spans * stride); /* and as much to spare for filters */
+  if (!logits) return 1;
+  draw_job job = {m, kernels_of(m->isa), chains, active, logits, count, stride, 0, most, (size_t)spans * stride,
+                  tokens, confidences};
   int status = 0, left = spans, sharing = rule->sharing;
   for (int i = 0; i < spans; i++) active[i] = i;
   pool_enter(threads);
@@ -86,5 +94,31 @@ EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, c
     job.depth++;
   }
   pool_leave();
+  free(logits);
   return status;
+}
+
+/* Tokens, the largest scores, and how sure of the tokens they are, [rows] each, of rows of logits [rows][count], each with the noise of its own seed and position
+ * [rows]. Where there is a draft [rows - 1], up to the first token that differs from it. Returns how many these are; -1
+ * where there is no memory. */
+EXPORT int foredraft_choose(int isa, const float *logits, int rows, int count, const filters *f, const uint64_t *seeds,
+                            const int32_t *positions, int stream, const int32_t *draft, int32_t *tokens, float *peaks,
+                            float *confidences) {
+  const int padded = round_up(count, 16);
+  const kernels *k = kernels_of(isa);
+  float *x = f->temperature == 0 ? NULL : malloc(2 * sizeof *x * (size_t)padded);
+  if (!x && f->temperature != 0) return -1;
+  int row = 0;
+  for (bool follows = true; follows && row < rows; row++) {
+    const float *own = logits + (size_t)row * count;
+    if (x) memcpy(x, own, sizeof *x * (size_t)count);
+    uint64_t key = mix(fold(seeds[row], (uint64_t)stream) + (uint64_t)positions[row]);
+    const drawn d = x ? k->draw(x, count, f, key, x + padded) : k->likeliest(own, count);
+    tokens[row] = d.token;
+    peaks[row] = d.peak;
+    confidences[row] = d.confidence;
+    follows = !draft || (row < rows - 1 && d.token == draft[row]);
+  }
+  free(x);
+  return row;
 }

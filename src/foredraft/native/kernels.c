@@ -6,8 +6,10 @@ void ISA(encode)(const linear *to, const float *x, int count, const float *norm,
 void ISA(product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
 void ISA(write)(const attention *a, const unit *u);
 void ISA(attend)(const attention *a, const unit *u);
-int32_t ISA(draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
+drawn ISA(draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);
+drawn ISA(likeliest)(const float *logits, int count);
+void ISA(round4)(const float *x, int size, uint8_t *codes, bf16 *grid);
 void ISA(mask)(const float *x, const uint8_t *allowed, int count, float *out);
 
-const kernels ISA(kernels) = {ISA_NAME,    ISA(embed),  ISA(encode), ISA(product),
-                              ISA(write), ISA(attend), ISA(draw),   ISA(mask)};
+const kernels ISA(kernels) = {ISA_NAME,  ISA(embed), ISA(encode),    ISA(product), ISA(write),
+                              ISA(attend), ISA(draw),  ISA(likeliest), ISA(round4),  ISA(mask)};

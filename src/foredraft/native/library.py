@@ -11,7 +11,7 @@ from typing import Any
 from foredraft.errors import ForedraftError
 from foredraft.native.build import NAME
 
-ABI = 3
+ABI = 4
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
@@ -78,11 +78,20 @@ class Model(Structure):
     )
 
 
+class Filters(Structure):
+    _fields_ = (
+        ("top_p", c_double),
+        ("temperature", c_float),
+        ("least", c_float),
+        ("top_k", c_int32),
+    )
+
+
 class Chain(Structure):
     _fields_ = (
         ("survival", c_double),
         ("seed", c_uint64),
-        ("temperature", c_float),
+        ("filters", Filters),
         ("slot", c_int32),
         ("position", c_int32),
         ("limit", c_int32),
@@ -91,8 +100,8 @@ class Chain(Structure):
 
 class StopRule(Structure):
     _fields_ = (
-        ("chances", POINTER(c_double)),
-        ("costs", POINTER(c_double)),
+        ("chances", c_void_p),
+        ("costs", c_void_p),
         ("rate", c_double),
         ("bins", c_int32),
         ("sharing", c_int32),
@@ -111,7 +120,6 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         POINTER(Chain),
         POINTER(StopRule),
         c_void_p,
-        c_void_p,
         c_int,
         c_int,
         c_void_p,
@@ -119,8 +127,23 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_void_p,
         c_int,
     ),
+    "foredraft_choose": (
+        c_int,
+        c_void_p,
+        c_int,
+        c_int,
+        POINTER(Filters),
+        c_void_p,
+        c_void_p,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+    ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
     "foredraft_mask": (c_int, c_void_p, c_void_p, c_int, c_int, c_void_p),
+    "foredraft_round": (c_int, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int),
     "foredraft_pack": (c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int),
 }
 
@@ -172,8 +195,17 @@ def load(path: Path | None = None) -> Library:
         raise LibraryError(f"{path} has interface {found}, and this version needs {ABI}; rebuild it with `make native`")
     for name, arguments in SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
-    functions.foredraft_pack.restype = functions.foredraft_mask.restype = None
+    for name in ("pack", "mask", "round"):
+        getattr(functions, f"foredraft_{name}").restype = None
     return Library(functions, _present(functions.foredraft_isas()), ISAS[functions.foredraft_fastest_isa()])
+
+
+def loaded() -> Library | None:
+    """`load`, or None where there is no library."""
+    try:
+        return load()
+    except LibraryError:
+        return None
 
 
 def _present(bits: int) -> tuple[str, ...]:

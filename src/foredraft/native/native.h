@@ -8,6 +8,8 @@
 #ifndef FOREDRAFT_NATIVE_H
 #define FOREDRAFT_NATIVE_H
 
+#include <math.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,7 +23,7 @@
 
 typedef uint16_t bf16;
 
-enum { ABI = 3 };         /* raise it with every change that native/library.py must follow */
+enum { ABI = 4 };         /* raise it with every change that native/library.py must follow */
 enum { BLOCK = 32 };      /* outputs that are packed together */
 enum { PAGE = 64 };       /* tokens of a page of the cache */
 enum { MAX_DIM = 256 };   /* of a head */
@@ -88,6 +90,20 @@ typedef struct {
   float *out;       /* [rows][heads * dim] */
 } attention;
 
+/* How a token is drawn from logits. */
+typedef struct {
+  double top_p;      /* 1 keeps all */
+  float temperature; /* 0 takes the likeliest */
+  float least;       /* how much less than the largest score one that is kept may be; -infinity keeps all */
+  int32_t top_k;     /* 0 keeps all */
+} filters;
+
+/* A token, how sure of it the logits are, and the largest score: no number where one of them is none. */
+typedef struct {
+  int32_t token;
+  float confidence, peak;
+} drawn;
+
 /* The kernels of one instruction set. */
 typedef struct {
   const char *name;
@@ -98,8 +114,9 @@ typedef struct {
   void (*product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
   void (*write)(const attention *a, const unit *u);
   void (*attend)(const attention *a, const unit *u);
-  /* A token from logits [count], and how sure of it they are; temperature 0 takes the likeliest. */
-  int32_t (*draw)(float *logits, int count, float temperature, uint64_t key, float *confidence);
+  drawn (*draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);
+  drawn (*likeliest)(const float *logits, int count);
+  void (*round4)(const float *x, int size, uint8_t *codes, bf16 *grid);
   void (*mask)(const float *x, const uint8_t *allowed, int count, float *out);
 } kernels;
 
@@ -111,6 +128,8 @@ extern const kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 INLINE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 INLINE int inputs_per_lane(int format) { return 1 << format; }
+
+INLINE bool filtering(const filters *f) { return f->top_k || f->top_p < 1 || f->least > -INFINITY; }
 
 INLINE int groups_of(const linear *w) { return w->format >= INT8 ? w->inputs / w->group : 0; }
 
@@ -137,6 +156,8 @@ INLINE uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   return x ^ (x >> 31);
 }
+
+INLINE uint64_t fold(uint64_t seed, uint64_t value) { return mix(mix(seed) + value); }
 
 /* pass.c */
 const kernels *kernels_of(int isa);

@@ -1,4 +1,4 @@
-/* Weights as they lie in a tensor, into the order in which the kernels read them; all threads at once. */
+/* Weights as they lie in a tensor, into the order in which the kernels read them, and to four bits; all threads at once. */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -60,5 +60,29 @@ EXPORT void foredraft_pack(int format, const char *const *rows, int outputs, int
     int left = outputs / BLOCK - first;
     pool_run(pack_block, &part, left < MOST_BLOCKS ? left : MOST_BLOCKS);
   }
+  pool_leave();
+}
+
+typedef struct {
+  const kernels *k;
+  const float *x;
+  uint8_t *codes;
+  bf16 *grid;
+  int groups, size;
+} round_job;
+
+enum { GROUPS_A_CHUNK = 256 };
+
+static void round_chunk(void *arg, int chunk) {
+  const round_job *j = arg;
+  for (int g = chunk * GROUPS_A_CHUNK; g < j->groups && g < (chunk + 1) * GROUPS_A_CHUNK; g++)
+    j->k->round4(j->x + (size_t)g * j->size, j->size, j->codes + (size_t)g * j->size, j->grid + 2 * (size_t)g);
+}
+
+/* codes and grid [groups][2] of x [groups][size], a multiple of sixteen. */
+EXPORT void foredraft_round(int isa, const float *x, int groups, int size, uint8_t *codes, bf16 *grid, int threads) {
+  round_job job = {kernels_of(isa), x, codes, grid, groups, size};
+  pool_enter(threads);
+  pool_run(round_chunk, &job, (groups + GROUPS_A_CHUNK - 1) / GROUPS_A_CHUNK);
   pool_leave();
 }

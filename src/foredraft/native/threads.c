@@ -136,7 +136,8 @@ static void place(int workers) {
     if (enough) {
       while (!CPU_ISSET(next, &mask) || next == cpu) next++;
       CPU_ZERO(&own);
-      CPU_SET(next++, &own);
+      CPU_SET(next, &own);
+      next++;
     }
     pthread_setaffinity_np(pool.worker[worker], sizeof own, &own);
   }

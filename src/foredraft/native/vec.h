@@ -123,6 +123,12 @@ INLINE vec v_abs(vec a) {
   return a;
 }
 
+/* No number where a is none, else 0. */
+INLINE vec v_nan(vec a) {
+  EACH_PART a.p[i] = (part)((ipart)(a.p[i] != a.p[i]));
+  return a;
+}
+
 /* a where first <= its place < end, b elsewhere; the places of the sixteen begin at `place`. */
 INLINE vec v_between(int place, int first, int end, vec a, vec b) {
   static const int32_t places[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -133,6 +139,21 @@ INLINE vec v_between(int place, int first, int end, vec a, vec b) {
     a.p[i] = part_choose((at >= first) & (at < end), a.p[i], b.p[i]);
   }
   return a;
+}
+
+/* Whether any of a is at least its counterpart in b. */
+INLINE bool v_reaches(vec a, vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a.p[0], b.p[0], _CMP_GE_OQ) != 0;
+#else
+  uint64_t any = 0, bits[WIDTH / 2];
+  EACH_PART {
+    ipart reached = a.p[i] >= b.p[i];
+    memcpy(bits, &reached, sizeof bits);
+    for (int j = 0; j < WIDTH / 2; j++) any |= bits[j];
+  }
+  return any != 0;
+#endif
 }
 
 /* Sum and largest of sixteen, as a tree: halves, quarters, ... */

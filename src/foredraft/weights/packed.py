@@ -194,7 +194,7 @@ def _int4(weight: torch.Tensor, group: int | None) -> Part:
     group = pick_group(weight) if group is None else check_group(group, weight)
     codes, grid = round_int4(weight, group)
     grid[~weight.any(1)] = 0  # padding stays zero
-    return Part(codes.to(torch.uint8), grid=grid)
+    return Part(codes, grid=grid)
 
 
 def _int8(weight: torch.Tensor) -> Part:

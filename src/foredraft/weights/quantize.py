@@ -73,7 +73,7 @@ class Int4Linear(QuantLinear):
     def from_codes(
         cls, codes: torch.Tensor, grid: torch.Tensor, in_features: int, bias: torch.Tensor | None = None
     ) -> "Int4Linear":
-        """Of codes [out, width] int32 and grid [out, width / group, 2], as `round_int4` returns them."""
+        """Of codes [out, width] uint8 and grid [out, width / group, 2], as `round_int4` returns them."""
         layer = cls.__new__(cls)
         QuantLinear.__init__(layer, (len(codes), in_features), bias)
         layer._keep(codes, grid)
@@ -84,7 +84,7 @@ class Int4Linear(QuantLinear):
         self.padding = codes.shape[1] - self.in_features
         self.group = codes.shape[1] // grid.shape[1]
         self.grid = F.pad(grid, (0, 0, 0, 0, 0, rows)).transpose(0, 1).contiguous()  # as the kernels want it
-        self.packed = kernels.pack_int4(F.pad(codes, (0, 0, 0, rows)))
+        self.packed = kernels.pack_int4(F.pad(codes.int(), (0, 0, 0, rows)))
         self.nbytes = self.packed.numel() * self.packed.element_size() + self.grid.numel() * 2
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:

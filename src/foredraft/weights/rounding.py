@@ -6,11 +6,13 @@ Numbers alone. Knows nothing of layers or kernels.
 import torch
 
 from foredraft.errors import ModelError
+from foredraft.native.library import loaded
 
 GROUPS = (256, 128, 64, 32)
 MOST_ERROR = 0.09  # of a layer's weights, relative, in the largest group that may serve
 CLIPS = (1.0, 0.92, 0.84)  # shares of a group's range that are tried; the best of them is kept
 CHUNK = 2**18  # weights that are rounded at a time: copies that stay in the processor's cache
+CHUNK_OF_ALL = 2**23  # the same where all threads of the native library share them
 
 
 def check_group(group: int, weight: torch.Tensor) -> int:
@@ -44,16 +46,28 @@ def pick_group(weight: torch.Tensor) -> int:
 
 
 def round_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes 0 to 15 [out, in] int32, and scale and offset [out, in / group, 2] bf16, of the least squared error."""
-    codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+    """Codes 0 to 15 [out, in] uint8, and scale and offset [out, in / group, 2] bf16, of the least squared error."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     grid = weight.new_empty(len(weight), weight.shape[1] // group, 2, dtype=torch.bfloat16)
-    step = max(1, CHUNK // weight.shape[1])
+    library = loaded() if weight.is_cpu else None
+    step = max(1, (CHUNK if library is None else CHUNK_OF_ALL) // weight.shape[1])
     for part, own_codes, own_grid in zip(weight.split(step), codes.split(step), grid.split(step), strict=True):
-        columns = part.float().reshape(-1, group).T.contiguous()
-        found, scale, offset = _round_columns(columns)
-        own_codes.view(-1, group).copy_(found.T)
-        own_grid.view(-1, 2).copy_(torch.stack((scale, offset), -1))
+        if library is None:
+            _by_torch(part, own_codes.view(-1, group), own_grid.view(-1, 2))
+        else:
+            groups = part.float().reshape(-1, group).contiguous()
+            addresses = own_codes.data_ptr(), own_grid.data_ptr()
+            library.functions.foredraft_round(
+                library.isa(), groups.data_ptr(), len(groups), group, *addresses, torch.get_num_threads()
+            )
     return codes, grid
+
+
+def _by_torch(weight: torch.Tensor, codes: torch.Tensor, grid: torch.Tensor) -> None:
+    """Fill in codes [groups, size] and grid [groups, 2] of some rows."""
+    found, scale, offset = _round_columns(weight.float().reshape(codes.shape).T.contiguous())
+    codes.copy_(found.T)
+    grid.copy_(torch.stack((scale, offset), -1))
 
 
 def _round_columns(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -89,7 +89,7 @@ def _fused_int4(parts: Sequence[StoredLinear]) -> Int4Linear:
     groups = max(part.groups for part in parts)  # a group with its scale is two of half the size with the same one
     grid = torch.cat([part.grid.repeat_interleave(groups // part.groups, 1) for part in parts])
     pairs = torch.cat([part.codes for part in parts])
-    codes = torch.stack((pairs >> 4, pairs & 15), -1).flatten(1).to(torch.int32)
+    codes = torch.stack((pairs >> 4, pairs & 15), -1).flatten(1)
     return Int4Linear.from_codes(codes, grid, parts[0].in_features, _bias(parts))
 
 
