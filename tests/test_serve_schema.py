@@ -44,7 +44,7 @@ class FakeAnswer:
 class FakeModel:
     """Answers "ok" to everything."""
 
-    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {})
+    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {}, 0)
 
     async def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
         return asks

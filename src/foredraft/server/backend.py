@@ -16,6 +16,7 @@ from foredraft.results import Job
 from foredraft.server.errors import ApiError
 from foredraft.server.generation import Generation, Text
 from foredraft.server.inbox import Bell, Mail
+from foredraft.server.launching import taken
 from foredraft.server.metrics import ModelMetrics
 from foredraft.server.service import Answer, Ask, Figures, Finished, Messages, ModelInfo
 from foredraft.server.settings import Limits
@@ -160,4 +161,5 @@ def describe(llm: LLM) -> ModelInfo:
         device=str(llm.model.device),
         exact=llm.model.row_invariance.exact,
         memory=llm.memory,
+        bytes=taken(llm),
     )

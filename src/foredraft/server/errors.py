@@ -16,6 +16,7 @@ from foredraft.errors import (
     RequestError,
     StoppedError,
 )
+from foredraft.server.settings import show_bytes
 
 TYPES = {
     400: "invalid_request_error",
@@ -70,6 +71,18 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ForedraftError):
         return ApiError(500, message)
     return ApiError(500, "the model failed on this request; the server's log has the reason", code="internal_error")
+
+
+def check_room(name: str, needed: int, room: int) -> None:
+    """Raises ApiError where a model needs more bytes than there are."""
+    if needed > room:
+        advice = "delete a model, launch this one with a smaller max_model_len, or raise --memory-budget"
+        raise ApiError(
+            507,
+            f"{name[:100]!r} needs {show_bytes(needed)}, and {show_bytes(room)} of the memory budget are left: "
+            f"{show_bytes(needed - room)} too much; {advice}",
+            code="memory_budget",
+        )
 
 
 def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiError:

@@ -253,6 +253,8 @@ class LaunchRequest(Body):
     policy: Literal["gain", "fixed", "heuristic", "threshold"] | None = None
     max_model_len: int | None = Field(None, ge=2)
     max_batch_size: int | None = Field(None, ge=1, le=1024)
+    cache_bytes: int | None = Field(None, ge=1, description="Of all caches. None: what a batch of longest texts takes.")
+    prefix_cache: bool | None = Field(None, description="Whether texts that begin alike share that; true where it can.")
     wait: bool = Field(False, description="Answer once it is ready or has failed.")
 
 
