@@ -2,14 +2,18 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi")
 
 from foredraft import LLM, SamplingParams
-from foredraft.server.backend import EngineModel
+from foredraft.server.backend import QUICK, EngineModel
+from foredraft.server.generation import Beat
 from foredraft.server.metrics import Metrics, StepFigures
 from foredraft.server.service import Ask, Delta, Figures, Finished
 from foredraft.server.settings import Limits
@@ -97,3 +101,43 @@ def test_a_stream_speaks_as_often_as_asked(llm: LLM, interval: float, logprobs: 
     assert deltas[0].text and [delta.finish_reason for delta in deltas[-2:]] == [None, "length"]
     assert sum(len(delta.logprobs) for delta in deltas) == len(whole.logprobs) == (24 if logprobs is not None else 0)
     assert sum(len(delta.tokens) for delta in deltas) == (24 if details else 0)
+
+
+def test_short_prompts_are_prepared_at_once_and_long_ones_hold_nobody_up(llm: LLM) -> None:
+    """A change of threads costs more than a short prompt; a long one would keep the streams waiting."""
+    short, turns = Ask(SamplingParams(), "I need a taxi."), [{"role": "user", "content": "I need a taxi."}]
+    forms = SamplingParams(structured={"type": "integer"}, max_new_tokens=4)
+    quick = [short, replace(short, prompt=[5] * 20), Ask(SamplingParams(), messages=turns)]
+    slow = [
+        Ask(SamplingParams(max_new_tokens=1), "a " * QUICK),
+        Ask(forms, "How many?"),
+        replace(quick[2], tools=({},)),
+    ]
+    threads: set[int] = set()
+
+    class Watching:
+        def job(self, *_: object, **__: object) -> SimpleNamespace:
+            threads.add(threading.get_ident())
+            return SimpleNamespace(request=SimpleNamespace())
+
+        chat_job = job
+
+    async def prepare(asks: list[Ask]) -> bool:
+        """Whether on the loop's own thread."""
+        model = EngineModel(llm, Limits(), Metrics().of("m"), asyncio.get_running_loop())
+        model._llm = Watching()  # type: ignore[assignment]
+        threads.clear()
+        await model.prepare(asks)
+        llm.runner.stop()
+        return threads == {threading.get_ident()}
+
+    assert [asyncio.run(prepare([ask])) for ask in quick] == [True] * 3
+    assert [asyncio.run(prepare([ask])) for ask in slow] == [False] * 3
+    assert not asyncio.run(prepare([*quick, *slow[:1]]))
+
+
+def test_streams_speak_on_the_same_beat() -> None:
+    beat = Beat(1.0)
+    assert [beat.at(now) for now in (5.0, 5.2, 5.9, 6.0, 6.5, 7.1, 7.2)] == [1, 1, 1, 2, 2, 3, 3]
+    always = Beat(0.0)
+    assert [always.at(5.0), always.at(5.0)] == [1, 2]

@@ -14,7 +14,7 @@ from foredraft.errors import RequestError
 from foredraft.llm import LLM
 from foredraft.results import Job
 from foredraft.server.errors import ApiError
-from foredraft.server.generation import Generation, Text
+from foredraft.server.generation import Beat, Generation, Text
 from foredraft.server.inbox import Bell, Mail
 from foredraft.server.launching import taken
 from foredraft.server.metrics import ModelMetrics
@@ -22,6 +22,7 @@ from foredraft.server.service import Answer, Ask, Figures, Finished, Messages, M
 from foredraft.server.settings import Limits
 from foredraft.text import render_chat, token_bytes
 
+QUICK = 1000  # characters, or token ids
 REMEMBERED = 0.8  # of the mean duration, from one request to the next
 
 
@@ -36,6 +37,7 @@ class EngineModel:
         self._metrics = metrics
         self._loop = loop
         self._mail = Mail(loop)
+        self._beat = Beat(limits.stream_interval)
         self._live: set[Generation] = set()
         self._empty = Bell(loop)
         self._texts = 0  # of all live generations
@@ -50,6 +52,8 @@ class EngineModel:
     async def prepare(self, asks: Sequence[Ask]) -> list[Job]:
         self._preparing += 1
         try:
+            if all(map(_is_quick, asks)):
+                return [_job(self._llm, ask) for ask in asks]
             return await asyncio.to_thread(lambda llm: [_job(llm, ask) for ask in asks], self._llm)
         finally:  # whoever waits in `drained` looks again only after the caller has submitted
             self._preparing -= 1
@@ -58,7 +62,7 @@ class EngineModel:
     def submit(self, prepared: Sequence[Job], *, stream: bool, details: bool) -> Answer:
         jobs = list(prepared)
         self._admit(len(jobs))
-        how = (self.info.drafter, self._metrics, stream, details, self._limits.stream_interval)
+        how = (self.info.drafter, self._metrics, stream, details, self._beat)
         texts = [Text(index, job, *how) for index, job in enumerate(jobs)]
         generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
         late = ApiError(
@@ -134,6 +138,14 @@ class EngineModel:
         self._llm.model.cache.release()
         del self._llm, self._runner
         gc.collect()
+
+
+def _is_quick(ask: Ask) -> bool:
+    """Whether to tokenise it takes less than to change threads for that."""
+    if ask.tools or ask.params.structured is not None:
+        return False
+    texts = [ask.prompt] if ask.messages is None else [turn["content"] for turn in ask.messages]
+    return sum(map(len, texts)) <= QUICK
 
 
 def _job(llm: LLM, ask: Ask) -> Job:

@@ -19,6 +19,20 @@ ALIVE_EVERY = 15.0  # seconds without a step after which a stream gives a sign o
 
 
 @dataclass(slots=True)
+class Beat:
+    """When the streams of a model speak: all in the same step, so that waking the loop once serves them all."""
+
+    interval: float  # seconds from one beat to the next, at least
+    number: int = 0
+    began: float = 0.0
+
+    def at(self, now: float) -> int:
+        if now - self.began >= self.interval:
+            self.number, self.began = self.number + 1, now
+        return self.number
+
+
+@dataclass(slots=True)
 class Text:
     """One text while it grows. Everything here happens on the engine's thread, until it has ended."""
 
@@ -28,7 +42,7 @@ class Text:
     metrics: ModelMetrics
     stream: bool
     details: bool
-    interval: float = 0.0  # seconds from one delta to the next, at least; with `details` each step has its own
+    beat: Beat  # a delta on each; with `details` each step has its own
     tokens: list[TokenPiece] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -36,7 +50,7 @@ class Text:
     accepted: int = 0
     scored: int = 0
     last_step: float | None = None
-    last_delta: float = 0.0
+    spoken: int = 0  # the last beat that was used
     queued: float = 0.0
 
     def take(self, output: StepOutput) -> Delta | None:
@@ -51,14 +65,15 @@ class Text:
         if self.details:
             text, pieces = self._pieces(output, drafted, accepted)
             return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
-        if output.finish_reason is None and not (self.stream and now - self.last_delta >= self.interval):
+        beat = self.beat.at(now)
+        if output.finish_reason is None and not (self.stream and beat > self.spoken):
             return None
-        self.last_delta = now
+        self.spoken = beat
         return Delta(self.index, self._text(output), (), self._new_logprobs(), finish_reason=output.finish_reason)
 
     def _measure(self, output: StepOutput, drafted: int, accepted: int, now: float) -> None:
         since = None if self.last_step is None else now - self.last_step
-        off = self._why_off()
+        off = "" if drafted else self._why_off()
         if self.last_step is None:
             self.queued = max(0.0, self.job.request.started - self.job.request.arrived)
         self.last_step = now
