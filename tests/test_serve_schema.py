@@ -44,7 +44,7 @@ class FakeAnswer:
 class FakeModel:
     """Answers "ok" to everything."""
 
-    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {}, 0)
+    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {}, 1000)
 
     async def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
         return asks
@@ -72,7 +72,7 @@ class FakeModel:
 
 
 def fake_loader(settings: Settings, metrics: Any) -> Loader:
-    return Loader(lambda spec: 1000, lambda spec, uid, loop: FakeModel())
+    return Loader(lambda spec: 1000, lambda spec, uid, loop, room: FakeModel())
 
 
 @pytest.fixture(scope="module")
