@@ -3,8 +3,9 @@
 import asyncio
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("fastapi")
 
 from foredraft import LLM, SamplingParams
 from foredraft.server.backend import QUICK, EngineModel
-from foredraft.server.generation import Beat
+from foredraft.server.inbox import Mail
 from foredraft.server.metrics import Metrics, StepFigures
 from foredraft.server.service import Ask, Delta, Figures, Finished
 from foredraft.server.settings import Limits
@@ -136,8 +137,44 @@ def test_short_prompts_are_prepared_at_once_and_long_ones_hold_nobody_up(llm: LL
     assert not asyncio.run(prepare([*quick, *slow[:1]]))
 
 
-def test_streams_speak_on_the_same_beat() -> None:
-    beat = Beat(1.0)
-    assert [beat.at(now) for now in (5.0, 5.2, 5.9, 6.0, 6.5, 7.1, 7.2)] == [1, 1, 1, 2, 2, 3, 3]
-    always = Beat(0.0)
-    assert [always.at(5.0), always.at(5.0)] == [1, 2]
+def test_the_loop_is_woken_for_what_is_urgent_and_hears_the_rest_on_the_beat() -> None:
+    """Words of all streams come together; beats go on while somebody listens, and only then."""
+
+    class Loop:
+        """Counts how often it is woken; time is what the test says."""
+
+        def __init__(self) -> None:
+            self.soon: list[Callable[[], None]] = []
+            self.later: list[tuple[Callable[[], None], SimpleNamespace]] = []
+
+        def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+            self.soon.append(call)
+
+        def call_later(self, seconds: float, call: Callable[[], None]) -> SimpleNamespace:
+            handle = SimpleNamespace(cancel=lambda: self.later.clear())
+            self.later.append((call, handle))
+            return handle
+
+    loop, heard = Loop(), []
+    mail = Mail(loop, 1.0)  # type: ignore[arg-type]
+    say = [partial(heard.append, name) for name in "abcdef"]
+    mail.listen()
+    mail.listen()
+    mail.post(say[0], urgent=False)
+    mail.post(say[1], urgent=False)
+    assert (loop.soon, len(loop.later), mail.beat) == ([], 1, 0)
+    loop.later.pop()[0]()
+    assert (heard, mail.beat, len(loop.later)) == (["a", "b"], 1, 1)
+    for number in (2, 3, 4):
+        mail.post(say[number], urgent=number > 2)
+    assert len(loop.soon) == 1  # two urgent ones, one call; what waited comes along, in order
+    loop.soon.pop()()
+    assert heard == ["a", "b", "c", "d", "e"]
+    mail.leave()
+    assert loop.later
+    mail.leave()
+    assert not loop.later
+    always = Mail(loop, 0.0)  # type: ignore[arg-type]
+    always.listen()
+    always.post(say[5], urgent=False)
+    assert len(loop.soon) == 1 and not loop.later

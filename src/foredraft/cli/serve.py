@@ -88,7 +88,7 @@ class ServeOptions:
     ] = 30.0
     stream_interval: Annotated[
         float,
-        flag("--stream-interval", help="Seconds between a stream's chunks at least; 0: one each step.", panel=LIMITS),
+        flag("--stream-interval", help="Seconds between the chunks of streams; 0: one each step.", panel=LIMITS),
     ] = 0.02
     log_level: Annotated[str, flag("--log-level", help="debug, info, warning, error.", panel=NETWORK)] = "info"
 

@@ -14,7 +14,7 @@ from foredraft.errors import RequestError
 from foredraft.llm import LLM
 from foredraft.results import Job
 from foredraft.server.errors import ApiError
-from foredraft.server.generation import Beat, Generation, Text
+from foredraft.server.generation import Generation, Text
 from foredraft.server.inbox import Bell, Mail
 from foredraft.server.launching import taken
 from foredraft.server.metrics import ModelMetrics
@@ -36,8 +36,7 @@ class EngineModel:
         self._limits = limits
         self._metrics = metrics
         self._loop = loop
-        self._mail = Mail(loop)
-        self._beat = Beat(limits.stream_interval)
+        self._mail = Mail(loop, limits.stream_interval)
         self._live: set[Generation] = set()
         self._empty = Bell(loop)
         self._texts = 0  # of all live generations
@@ -62,7 +61,7 @@ class EngineModel:
     def submit(self, prepared: Sequence[Job], *, stream: bool, details: bool) -> Answer:
         jobs = list(prepared)
         self._admit(len(jobs))
-        how = (self.info.drafter, self._metrics, stream, details, self._beat)
+        how = (self.info.drafter, self._metrics, stream, details, self._mail)
         texts = [Text(index, job, *how) for index, job in enumerate(jobs)]
         generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
         late = ApiError(
@@ -71,6 +70,7 @@ class EngineModel:
         timer = self._loop.call_later(self._limits.request_timeout, generation.fail, late)
         generation.start(partial(self._ended, generation), timer)
         self._live.add(generation)
+        self._mail.listen()
         self._texts += len(texts)
         for text in texts:
             self._runner.submit(text.job.request, partial(generation.take, text))
@@ -91,6 +91,7 @@ class EngineModel:
 
     def _ended(self, generation: Generation) -> None:
         self._live.discard(generation)
+        self._mail.leave()
         self._texts -= len(generation.texts)
         done = [one for one in generation.finished if isinstance(one, Finished) and one.stats.seconds_total]
         if done:

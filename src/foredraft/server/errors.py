@@ -90,6 +90,8 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiE
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
+        return ApiError(400, "the body is empty; send a JSON object")
     if first["type"] == "refused":
         return ApiError(400, str(first["msg"]), first["ctx"]["name"])
     if tuple(first["loc"]) == ("body",) and "json" not in content_type:

@@ -19,20 +19,6 @@ ALIVE_EVERY = 15.0  # seconds without a step after which a stream gives a sign o
 
 
 @dataclass(slots=True)
-class Beat:
-    """When the streams of a model speak: all in the same step, so that waking the loop once serves them all."""
-
-    interval: float  # seconds from one beat to the next, at least
-    number: int = 0
-    began: float = 0.0
-
-    def at(self, now: float) -> int:
-        if now - self.began >= self.interval:
-            self.number, self.began = self.number + 1, now
-        return self.number
-
-
-@dataclass(slots=True)
 class Text:
     """One text while it grows. Everything here happens on the engine's thread, until it has ended."""
 
@@ -42,7 +28,7 @@ class Text:
     metrics: ModelMetrics
     stream: bool
     details: bool
-    beat: Beat  # a delta on each; with `details` each step has its own
+    mail: Mail  # on each of its beats there is a delta; with `details` each step has its own
     tokens: list[TokenPiece] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -50,7 +36,7 @@ class Text:
     accepted: int = 0
     scored: int = 0
     last_step: float | None = None
-    spoken: int = 0  # the last beat that was used
+    spoken: int = -1  # the beat of the last delta
     queued: float = 0.0
 
     def take(self, output: StepOutput) -> Delta | None:
@@ -65,11 +51,13 @@ class Text:
         if self.details:
             text, pieces = self._pieces(output, drafted, accepted)
             return Delta(self.index, text, pieces, self._new_logprobs(), drafted, accepted, output.finish_reason)
-        beat = self.beat.at(now)
-        if output.finish_reason is None and not (self.stream and beat > self.spoken):
+        if output.finish_reason is None and not (self.stream and self._may_speak()):
             return None
-        self.spoken = beat
+        self.spoken = self.mail.beat
         return Delta(self.index, self._text(output), (), self._new_logprobs(), finish_reason=output.finish_reason)
+
+    def _may_speak(self) -> bool:
+        return self.mail.beat > self.spoken or not self.mail.interval
 
     def _measure(self, output: StepOutput, drafted: int, accepted: int, now: float) -> None:
         since = None if self.last_step is None else now - self.last_step
@@ -168,9 +156,10 @@ class Generation:
 
     def take(self, text: Text, output: StepOutput) -> None:
         """A step of one of the texts, or its end."""
+        urgent = output.finish_reason is not None or text.last_step is None
         delta = text.take(output)
         if delta is not None and (text.stream or output.finish_reason):
-            self._mail.post(partial(self._arrive, text, delta))
+            self._mail.post(partial(self._arrive, text, delta), urgent=urgent)
 
     def _arrive(self, text: Text, delta: Delta) -> None:
         self._deltas.append(delta)
