@@ -12,8 +12,8 @@ TRIGGER = Path(os.environ["RAISE_WHILE"])
 load = launching.load
 
 
-def load_raising(spec: Any) -> Any:
-    llm = load(spec)
+def load_raising(spec: Any, room: int | None) -> Any:
+    llm = load(spec, room)
     forward = llm.model.forward
 
     def raising(rows: Any) -> Any:

@@ -21,13 +21,13 @@ from foredraft.diagnosis import machine, promises, report, serving
 from foredraft.diagnosis.diagnose import Diagnosis, diagnose
 from foredraft.diagnosis.promises import Promise
 from foredraft.errors import RequestError
+from foredraft.memory import Memory
 from foredraft.native import library
 
 INTEL = (
     "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\nflags\t\t: fpu sse4_2 avx2 fma avx512f amx_tile\n"
 )
 ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
-MEMINFO = "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:   12000000 kB\n"
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +65,11 @@ def test_arm_gives_numbers_for_a_name() -> None:
 
 
 def test_what_the_system_does_not_tell_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("CPUINFO", "MEMINFO", "CGROUP"):
-        monkeypatch.setattr(machine, name, tmp_path / "nothing")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "nothing")
+    monkeypatch.setattr(machine, "memory", lambda: Memory(None, None))
     here = machine.look()
     assert (here.memory_total, here.memory_available) == (None, None)
     assert here.processor and here.cores >= 1
-
-
-@pytest.mark.parametrize(
-    ("limit", "most"), [("", (16_384_000_000, 12_288_000_000)), ("max\n", (16_384_000_000, 12_288_000_000)),
-                        ("4096\n", (4096, 4096))]
-)  # fmt: skip
-def test_a_container_has_the_memory_it_may_take(limit: str, most: tuple[int, int]) -> None:
-    assert machine.memory(MEMINFO, limit) == most
 
 
 # --- all is well ---

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import ROPE, draws, tiny
 
 from foredraft import LLM, SamplingParams
-from foredraft.admission import CacheLimits, free_memory
+from foredraft.admission import CacheLimits
 from foredraft.drafters.base import NoDrafter
 from foredraft.engine import Engine
 from foredraft.errors import CacheMemoryError, RequestError
@@ -382,22 +382,6 @@ def test_by_default_most_of_what_is_free_may_be_used(monkeypatch):
     assert CacheLimits.of(None, True, cpu) == CacheLimits(900, 225)
     assert CacheLimits.of(400, False, cpu) == CacheLimits(400, 0)
     assert CacheLimits.of(400, 10**9, cpu) == CacheLimits(400, 400)
-
-
-def test_what_is_free_is_the_containers_where_that_has_less(monkeypatch, tmp_path):
-    monkeypatch.setattr("foredraft.admission.MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr("foredraft.admission.CGROUP", tmp_path)
-    cpu = torch.device("cpu")
-    assert free_memory(cpu) > 2**20  # of a machine that does not say
-    (tmp_path / "meminfo").write_text("MemTotal:  99 kB\nMemAvailable:   50 kB\n")
-    assert free_memory(cpu) == 50 * 1024
-    for name, value in (("memory.max", "max"), ("memory.current", "30000")):
-        (tmp_path / name).write_text(f"{value}\n")
-    assert free_memory(cpu) == 50 * 1024
-    (tmp_path / "memory.max").write_text("40000\n")
-    assert free_memory(cpu) == 10000
-    (tmp_path / "memory.stat").write_text("file 9\ninactive_file 2000\nactive_file 1000\n")
-    assert free_memory(cpu) == 13000  # what was read from files gives way
 
 
 # --- what is given back ----------------------------------------------------------------------------------------------

@@ -278,7 +278,8 @@ BAD = [
     ({"top_p": 0}, "top_p"),
     ({"seed": -1}, "seed"),
     ({"stop": ["a"] * 99}, "stop"),
-    ({"stop": [""]}, None),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop.1"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"99999999": 1}}, None),
     ({"logit_bias": {"5": 1e300}}, "logit_bias"),
@@ -374,6 +375,11 @@ def test_bodies_that_are_none(server: ServerProcess, body: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_empty_body_is_told_in_words(server: ServerProcess) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", headers={"Content-Type": "application/json"}).json()["error"]
+    assert answer["message"] == "the body is empty; send a JSON object"
 
 
 def test_not_json_is_refused(server: ServerProcess) -> None:

@@ -139,6 +139,7 @@ def slow_llm(monkeypatch: pytest.MonkeyPatch) -> "tuple[LLM, threading.Event, th
         return job(*args, **named)
 
     monkeypatch.setattr(LLM, "job", slow)
+    monkeypatch.setattr("foredraft.server.backend.QUICK", 0)  # on a thread of its own
     return LLM(draft="none", max_model_len=64, max_batch_size=1), begun, go
 
 

@@ -2,14 +2,19 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi")
 
 from foredraft import LLM, SamplingParams
-from foredraft.server.backend import EngineModel
+from foredraft.server.backend import QUICK, EngineModel
+from foredraft.server.inbox import Mail
 from foredraft.server.metrics import Metrics, StepFigures
 from foredraft.server.service import Ask, Delta, Figures, Finished
 from foredraft.server.settings import Limits
@@ -97,3 +102,79 @@ def test_a_stream_speaks_as_often_as_asked(llm: LLM, interval: float, logprobs: 
     assert deltas[0].text and [delta.finish_reason for delta in deltas[-2:]] == [None, "length"]
     assert sum(len(delta.logprobs) for delta in deltas) == len(whole.logprobs) == (24 if logprobs is not None else 0)
     assert sum(len(delta.tokens) for delta in deltas) == (24 if details else 0)
+
+
+def test_short_prompts_are_prepared_at_once_and_long_ones_hold_nobody_up(llm: LLM) -> None:
+    """A change of threads costs more than a short prompt; a long one would keep the streams waiting."""
+    short, turns = Ask(SamplingParams(), "I need a taxi."), [{"role": "user", "content": "I need a taxi."}]
+    forms = SamplingParams(structured={"type": "integer"}, max_new_tokens=4)
+    quick = [short, replace(short, prompt=[5] * 20), Ask(SamplingParams(), messages=turns)]
+    slow = [
+        Ask(SamplingParams(max_new_tokens=1), "a " * QUICK),
+        Ask(forms, "How many?"),
+        replace(quick[2], tools=({},)),
+    ]
+    threads: set[int] = set()
+
+    class Watching:
+        def job(self, *_: object, **__: object) -> SimpleNamespace:
+            threads.add(threading.get_ident())
+            return SimpleNamespace(request=SimpleNamespace())
+
+        chat_job = job
+
+    async def prepare(asks: list[Ask]) -> bool:
+        """Whether on the loop's own thread."""
+        model = EngineModel(llm, Limits(), Metrics().of("m"), asyncio.get_running_loop())
+        model._llm = Watching()  # type: ignore[assignment]
+        threads.clear()
+        await model.prepare(asks)
+        llm.runner.stop()
+        return threads == {threading.get_ident()}
+
+    assert [asyncio.run(prepare([ask])) for ask in quick] == [True] * 3
+    assert [asyncio.run(prepare([ask])) for ask in slow] == [False] * 3
+    assert not asyncio.run(prepare([*quick, *slow[:1]]))
+
+
+def test_the_loop_is_woken_for_what_is_urgent_and_hears_the_rest_on_the_beat() -> None:
+    """Words of all streams come together; beats go on while somebody listens, and only then."""
+
+    class Loop:
+        """Counts how often it is woken; time is what the test says."""
+
+        def __init__(self) -> None:
+            self.soon: list[Callable[[], None]] = []
+            self.later: list[tuple[Callable[[], None], SimpleNamespace]] = []
+
+        def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+            self.soon.append(call)
+
+        def call_later(self, seconds: float, call: Callable[[], None]) -> SimpleNamespace:
+            handle = SimpleNamespace(cancel=lambda: self.later.clear())
+            self.later.append((call, handle))
+            return handle
+
+    loop, heard = Loop(), []
+    mail = Mail(loop, 1.0)  # type: ignore[arg-type]
+    say = [partial(heard.append, name) for name in "abcdef"]
+    mail.listen()
+    mail.listen()
+    mail.post(say[0], urgent=False)
+    mail.post(say[1], urgent=False)
+    assert (loop.soon, len(loop.later), mail.beat) == ([], 1, 0)
+    loop.later.pop()[0]()
+    assert (heard, mail.beat, len(loop.later)) == (["a", "b"], 1, 1)
+    for number in (2, 3, 4):
+        mail.post(say[number], urgent=number > 2)
+    assert len(loop.soon) == 1  # two urgent ones, one call; what waited comes along, in order
+    loop.soon.pop()()
+    assert heard == ["a", "b", "c", "d", "e"]
+    mail.leave()
+    assert loop.later
+    mail.leave()
+    assert not loop.later
+    always = Mail(loop, 0.0)  # type: ignore[arg-type]
+    always.listen()
+    always.post(say[5], urgent=False)
+    assert len(loop.soon) == 1 and not loop.later

@@ -1,6 +1,7 @@
 """schemathesis, in process and over a model that is not there: no request, however odd, makes a 500."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from foredraft.server.models import Loader
 from foredraft.server.service import Ask, Delta, Figures, Finished, ModelInfo, TokenPiece
 from foredraft.server.settings import Limits, Settings
 from foredraft.stats import SpecStats
+
+CASES = int(os.environ.get("FOREDRAFT_TEST_CASES", "25"))  # of each operation
 
 
 class FakeAnswer:
@@ -44,7 +47,7 @@ class FakeAnswer:
 class FakeModel:
     """Answers "ok" to everything."""
 
-    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {})
+    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {}, 1000)
 
     async def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
         return asks
@@ -72,7 +75,7 @@ class FakeModel:
 
 
 def fake_loader(settings: Settings, metrics: Any) -> Loader:
-    return Loader(lambda spec: 1000, lambda spec, uid, loop: FakeModel())
+    return Loader(lambda spec: 1000, lambda spec, uid, loop, room: FakeModel())
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_nothing_makes_a_500(api: Any) -> None:
 
 def asked_at_random(cases: SearchStrategy[Any]) -> Callable[[], None]:
     @given(case=cases)
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
     def ask(case: Any) -> None:
         response = case.call()
         assert response.status_code < 500 or response.status_code in (503, 507), response.text

@@ -4,22 +4,19 @@ The one place that limits them. A request comes in once all that it may grow to 
 out of memory; what ended texts left for others that begin alike takes what remains. Knows nothing of slots or steps.
 """
 
-import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from foredraft.errors import RequestError
+from foredraft.memory import memory
 from foredraft.models.base import Cache
 from foredraft.types import Request, is_whole
 
 SHARE = 0.9  # of the memory that is free once the models are loaded
 KEPT = 0.25, 2**30  # for what ended texts leave: a share of that, and the most
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +100,8 @@ def take_over(cache: Cache, request: Request) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on a CPU those of the machine, or of the container where that has fewer."""
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(MEMINFO), re.MULTILINE)
-    free = int(found[1]) * 1024 if found else _all_memory()
-    limit, taken = (_read(CGROUP / name).strip() for name in ("memory.max", "memory.current"))
-    if not (limit.isdecimal() and taken.isdecimal()):
-        return free
-    files = re.findall(r"^(?:in)?active_file (\d+)$", _read(CGROUP / "memory.stat"), re.MULTILINE)  # they give way
-    return max(0, min(free, int(limit) - int(taken) + sum(map(int, files))))
-
-
-def _all_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not a Unix
-        return sys.maxsize // 2
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    found = memory()
+    return next((it for it in (found.available, found.total) if it is not None), sys.maxsize // 2)

@@ -48,6 +48,7 @@ class LaunchOptions(ServerOptions):
     device: DeviceFlag = "auto"
     max_model_len: Annotated[int | None, flag("--max-model-len", help="Tokens in all.", panel=MODEL)] = None
     max_batch_size: Annotated[int | None, flag("--max-batch-size", help="Texts at once.", panel=MODEL)] = None
+    cache_bytes: Annotated[str | None, flag("--cache-bytes", help="Of all its caches: 2GiB.", panel=MODEL)] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class TerminateOptions(ServerOptions):
 @takes(LaunchOptions)
 def launch(options: LaunchOptions) -> None:
     """Launch a model on a running server; print its uid once it is ready."""
+    from foredraft.server.settings import parse_bytes
+
     interruptible()
     spec: dict[str, Any] = {
         "target": options.target,
@@ -75,6 +78,7 @@ def launch(options: LaunchOptions) -> None:
         "device": options.device,
         "max_model_len": options.max_model_len,
         "max_batch_size": options.max_batch_size,
+        "cache_bytes": None if options.cache_bytes is None else parse_bytes(options.cache_bytes),
     }
     with connect(options) as client, busy(f"loading {options.target or 'the bundled pair'}"):
         model = client.launch({name: value for name, value in spec.items() if value is not None})

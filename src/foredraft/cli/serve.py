@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from foredraft.cli.console import busy, note
 from foredraft.cli.options import DRAFTING, MODEL, DeviceFlag, WeightFormatFlag, flag, takes
 from foredraft.errors import RequestError, missing_extra
+from foredraft.memory import memory
 
 if TYPE_CHECKING:
     from foredraft.server.app import Launch
@@ -44,6 +45,13 @@ class ServeOptions:
         int | None, flag("--max-model-len", help="Tokens of prompt and output. Default: the model's.", panel=MODEL)
     ] = None
     max_batch_size: Annotated[int, flag("--max-batch-size", help="Texts that run at once.", panel=MODEL)] = 8
+    cache_bytes: Annotated[
+        str | None,
+        flag("--cache-bytes", help="Of all caches: 2GiB. Default: what a batch of longest texts takes.", panel=MODEL),
+    ] = None
+    no_prefix_cache: Annotated[
+        bool, flag("--no-prefix-cache", help="Compute each prompt anew, whatever was computed before.", panel=MODEL)
+    ] = False
     policy: Annotated[
         str | None, flag("--policy", help="How far to draft: gain, fixed, heuristic, threshold.", panel=DRAFTING)
     ] = None
@@ -80,7 +88,7 @@ class ServeOptions:
     ] = 30.0
     stream_interval: Annotated[
         float,
-        flag("--stream-interval", help="Seconds between a stream's chunks at least; 0: one each step.", panel=LIMITS),
+        flag("--stream-interval", help="Seconds between the chunks of streams; 0: one each step.", panel=LIMITS),
     ] = 0.02
     log_level: Annotated[str, flag("--log-level", help="debug, info, warning, error.", panel=NETWORK)] = "info"
 
@@ -117,7 +125,7 @@ def check_installed() -> None:
 
 def read_settings(options: ServeOptions) -> "Settings":
     """Raises RequestError for values that are not usable."""
-    from foredraft.server.settings import Settings, parse_bytes
+    from foredraft.server.settings import Settings
 
     keys = tuple(key for key in os.environ.get("FOREDRAFT_API_KEYS", "").split(",") if key.strip())
     hosts = tuple(name.lower() for name in options.allowed_host or ())
@@ -132,7 +140,7 @@ def read_settings(options: ServeOptions) -> "Settings":
         allowed_folders=tuple(options.allow_folder or ()),
         allow_hub=options.allow_hub,
         registry=options.registry,
-        memory_budget=parse_bytes(options.memory_budget) if options.memory_budget else int(0.9 * machine_memory()),
+        memory_budget=memory_budget(options.memory_budget),
         playground=not options.no_playground,
     )
 
@@ -155,6 +163,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     from foredraft.models.load import LoadOptions
     from foredraft.server.app import Launch
     from foredraft.server.launching import LaunchSpec
+    from foredraft.server.settings import parse_bytes
     from foredraft.weights.checkpoint import check_source
 
     if options.no_model:
@@ -177,6 +186,8 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         max_batch_size=options.max_batch_size,
         weight_format=options.weight_format,
         trust_remote_code=options.trust_remote_code,
+        cache_bytes=None if options.cache_bytes is None else parse_bytes(options.cache_bytes),
+        prefix_cache=not options.no_prefix_cache,
     )
     return (Launch(spec, options.uid or name),)
 
@@ -186,15 +197,14 @@ def warn_if_open(host: str, settings: "Settings") -> None:
         note(f"foredraft: warning: {host} is reachable from other machines and no API key is asked; use --api-key-file")
 
 
-def machine_memory() -> int:
-    """Bytes of RAM, or of the container's limit; and of GPUs, where weights go first."""
+def memory_budget(asked: str | None) -> int | None:
+    """Bytes for all models together: by default most of RAM, and of GPUs, where weights go first."""
     import torch
 
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        total = min(total, int(limit))
-    except (OSError, ValueError):
-        pass
+    from foredraft.server.settings import parse_bytes
+
+    if asked:
+        return parse_bytes(asked)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return total + sum(torch.cuda.get_device_properties(i).total_memory for i in devices)
+    total = memory().total
+    return total and int(0.9 * (total + sum(torch.cuda.get_device_properties(i).total_memory for i in devices)))

@@ -11,12 +11,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from foredraft.memory import memory
+
 X86 = (
     "sse4_2", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
     "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
 )  # fmt: skip
 ARM = {"asimd": "neon", "asimddp": "dotprod", "asimdhp": "fp16", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
-CPUINFO, MEMINFO, CGROUP = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,15 @@ class Machine:
 def look() -> Machine:
     """This machine."""
     about = _read(CPUINFO)
-    total, available = memory(_read(MEMINFO), _read(CGROUP / "memory.max"))
+    found = memory()
     return Machine(
         f"{platform.system()} {platform.machine()}",
         processor(about) or _asked("machdep.cpu.brand_string") or platform.processor() or "unknown",
         features(about),
         os.cpu_count() or 1,
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        total,
-        available,
+        found.total,
+        found.available,
     )
 
 
@@ -60,14 +62,6 @@ def features(cpuinfo: str) -> tuple[str, ...]:
     known = set(flags[1].split()) if flags else set()
     found = tuple(name for name in X86 if name in known) or tuple(ARM[name] for name in ARM if name in known)
     return found or (("neon",) if platform.machine() in ("arm64", "aarch64") else ())
-
-
-def memory(meminfo: str, limit: str) -> tuple[int | None, int | None]:
-    """Bytes in total and available; a container's limit counts, where it is the smaller."""
-    sizes = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB", meminfo, re.MULTILINE)}
-    most = int(limit) if limit.strip().isdecimal() else sys.maxsize
-    total, available = (sizes.get(name) for name in ("MemTotal", "MemAvailable"))
-    return total and min(total, most), available and min(available, most)
 
 
 def _read(path: Path) -> str:

@@ -107,8 +107,8 @@ def engine_loader(settings: Settings, metrics: Metrics) -> Loader:
     from foredraft.server.backend import EngineModel
     from foredraft.server.launching import footprint, load
 
-    def load_model(spec: LaunchSpec, uid: str, loop: asyncio.AbstractEventLoop) -> EngineModel:
-        return EngineModel(load(spec), settings.limits, metrics.of(uid), loop)
+    def load_model(spec: LaunchSpec, uid: str, loop: asyncio.AbstractEventLoop, room: int | None) -> EngineModel:
+        return EngineModel(load(spec, room), settings.limits, metrics.of(uid), loop)
 
     return Loader(footprint, load_model)
 

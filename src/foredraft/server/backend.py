@@ -17,12 +17,14 @@ from foredraft.results import Job
 from foredraft.server.errors import ApiError
 from foredraft.server.generation import Generation, Text
 from foredraft.server.inbox import Bell, Mail
+from foredraft.server.launching import taken
 from foredraft.server.metrics import ModelMetrics
 from foredraft.server.service import Answer, Ask, Figures, Finished, Messages, ModelInfo
 from foredraft.server.settings import Limits
 from foredraft.text import render_chat, token_bytes
 
 FORMS = 64  # requests whose grammars may compile or wait for that; others are not held up by them
+QUICK = 1000  # characters, or token ids
 REMEMBERED = 0.8  # of the mean duration, from one request to the next
 
 
@@ -36,7 +38,7 @@ class EngineModel:
         self._limits = limits
         self._metrics = metrics
         self._loop = loop
-        self._mail = Mail(loop)
+        self._mail = Mail(loop, limits.stream_interval)
         self._forms = ThreadPoolExecutor(FORMS, thread_name_prefix="foredraft-forms")
         self._live: set[Generation] = set()
         self._empty = Bell(loop)
@@ -52,6 +54,8 @@ class EngineModel:
     async def prepare(self, asks: Sequence[Ask]) -> list[Job]:
         self._preparing += 1
         try:
+            if all(map(_is_quick, asks)):
+                return _jobs(self._llm, asks)
             pool = self._forms if any(ask.params.structured is not None or ask.tools for ask in asks) else None
             return await self._loop.run_in_executor(pool, _jobs, self._llm, asks)
         finally:  # whoever waits in `drained` looks again only after the caller has submitted
@@ -61,7 +65,7 @@ class EngineModel:
     def submit(self, prepared: Sequence[Job], *, stream: bool, details: bool) -> Answer:
         jobs = list(prepared)
         self._admit(len(jobs))
-        how = (self.info.drafter, self._metrics, stream, details, self._limits.stream_interval)
+        how = (self.info.drafter, self._metrics, stream, details, self._mail)
         texts = [Text(index, job, *how) for index, job in enumerate(jobs)]
         generation = Generation(texts, self._mail, self._loop, self._runner.cancel)
         late = ApiError(
@@ -70,6 +74,7 @@ class EngineModel:
         timer = self._loop.call_later(self._limits.request_timeout, generation.fail, late)
         generation.start(partial(self._ended, generation), timer)
         self._live.add(generation)
+        self._mail.listen()
         self._texts += len(texts)
         for text in texts:
             self._runner.submit(text.job.request, partial(generation.take, text))
@@ -90,6 +95,7 @@ class EngineModel:
 
     def _ended(self, generation: Generation) -> None:
         self._live.discard(generation)
+        self._mail.leave()
         self._texts -= len(generation.texts)
         done = [one for one in generation.finished if isinstance(one, Finished) and one.stats.seconds_total]
         if done:
@@ -144,6 +150,14 @@ def _jobs(llm: LLM, asks: Sequence[Ask]) -> list[Job]:
     return [_job(llm, ask) for ask in asks]
 
 
+def _is_quick(ask: Ask) -> bool:
+    """Whether to tokenise it takes less than to change threads for that."""
+    if ask.tools or ask.params.structured is not None:
+        return False
+    texts = [ask.prompt] if ask.messages is None else [turn["content"] for turn in ask.messages]
+    return sum(map(len, texts)) <= QUICK
+
+
 def _job(llm: LLM, ask: Ask) -> Job:
     if ask.messages is None:
         job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens, draft=ask.draft)
@@ -169,4 +183,5 @@ def describe(llm: LLM) -> ModelInfo:
         device=str(llm.model.device),
         exact=llm.model.row_invariance.exact,
         memory=llm.memory,
+        bytes=taken(llm),
     )

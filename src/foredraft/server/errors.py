@@ -16,6 +16,7 @@ from foredraft.errors import (
     RequestError,
     StoppedError,
 )
+from foredraft.server.settings import show_bytes
 
 TYPES = {
     400: "invalid_request_error",
@@ -72,11 +73,25 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the model failed on this request; the server's log has the reason", code="internal_error")
 
 
+def check_room(name: str, needed: int, room: int) -> None:
+    """Raises ApiError where a model needs more bytes than there are."""
+    if needed > room:
+        advice = "delete a model, launch this one with a smaller max_model_len, or raise --memory-budget"
+        raise ApiError(
+            507,
+            f"{name[:100]!r} needs {show_bytes(needed)}, and {show_bytes(room)} of the memory budget are left: "
+            f"{show_bytes(needed - room)} too much; {advice}",
+            code="memory_budget",
+        )
+
+
 def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiError:
     """What is wrong with a body, in one sentence, from pydantic's list; never the body itself."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "missing" and tuple(first["loc"]) == ("body",):
+        return ApiError(400, "the body is empty; send a JSON object")
     if first["type"] == "refused":
         return ApiError(400, str(first["msg"]), first["ctx"]["name"])
     if tuple(first["loc"]) == ("body",) and "json" not in content_type:

@@ -29,7 +29,7 @@ class Text:
     metrics: ModelMetrics
     stream: bool
     details: bool
-    interval: float = 0.0  # seconds from one delta to the next, at least; with `details` each step has its own
+    mail: Mail  # on each of its beats there is a delta; with `details` each step has its own
     tokens: list[TokenPiece] = field(default_factory=list)
     kinds: list[TokenKind] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Text:
     accepted: int = 0
     scored: int = 0
     last_step: float | None = None
-    last_delta: float = 0.0
+    spoken: int = -1  # the beat of the last delta
     queued: float = 0.0
     parting: Parting | None = None  # of a stream of a chat whose model may think
 
@@ -60,9 +60,9 @@ class Text:
             thought, text = self._part(text, output)
             new = self._new_logprobs()
             return Delta(self.index, text, pieces, new, drafted, accepted, output.finish_reason, thought)
-        if output.finish_reason is None and not (self.stream and now - self.last_delta >= self.interval):
+        if output.finish_reason is None and not (self.stream and self._may_speak()):
             return None
-        self.last_delta = now
+        self.spoken = self.mail.beat
         thought, text = self._part(self._text(output), output)
         new = self._new_logprobs()
         return Delta(self.index, text, (), new, finish_reason=output.finish_reason, reasoning=thought)
@@ -71,9 +71,12 @@ class Text:
         """What of it is thought, and what is answer."""
         return ("", text) if self.parting is None else self.parting.take(text, last=output.finish_reason is not None)
 
+    def _may_speak(self) -> bool:
+        return self.mail.beat > self.spoken or not self.mail.interval
+
     def _measure(self, output: StepOutput, drafted: int, accepted: int, now: float) -> None:
         since = None if self.last_step is None else now - self.last_step
-        off = self._why_off()
+        off = "" if drafted else self._why_off()
         if self.last_step is None:
             self.queued = max(0.0, self.job.request.started - self.job.request.arrived)
         self.last_step = now
@@ -169,9 +172,10 @@ class Generation:
 
     def take(self, text: Text, output: StepOutput) -> None:
         """A step of one of the texts, or its end."""
+        urgent = output.finish_reason is not None or text.last_step is None
         delta = text.take(output)
         if delta is not None and (text.stream or output.finish_reason):
-            self._mail.post(partial(self._arrive, text, delta))
+            self._mail.post(partial(self._arrive, text, delta), urgent=urgent)
 
     def _arrive(self, text: Text, delta: Delta) -> None:
         self._deltas.append(delta)

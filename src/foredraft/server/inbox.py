@@ -1,6 +1,7 @@
-"""From the engine's thread to the event loop: what steps gave, delivered with one wake-up for all that waits.
+"""From the engine's thread to the event loop: what steps gave, delivered on a beat, and at once where it is urgent.
 
-Knows nothing of what is delivered.
+To wake the loop costs the engine's thread more than a step's bookkeeping, so that it does so for first and last words
+alone. Knows nothing of what is delivered.
 """
 
 import asyncio
@@ -11,22 +12,47 @@ Wake = Callable[[], None]
 
 
 class Mail:
-    """Wakes boxes of one event loop from other threads; many posts between two turns of the loop cost one."""
+    """Wakes boxes of one event loop from other threads; many posts between two turns of the loop cost one.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Everything but `post` is called on the loop. `beat` counts up every `interval` seconds while somebody listens; with
+    an interval of 0 everything is urgent.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+        self.beat = 0
+        self.interval = interval
         self._loop = loop
         self._due: deque[Wake] = deque()
         self._called = False
+        self._listeners = 0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def post(self, wake: Wake) -> None:
-        """Have `wake` called on the loop soon. From any thread."""
+    def post(self, wake: Wake, *, urgent: bool) -> None:
+        """Have `wake` called on the loop: soon, or on the next beat. From any thread."""
         self._due.append(wake)
-        if not self._called:
+        if (urgent or not self.interval) and not self._called:
             self._called = True
             try:
                 self._loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 self._due.clear()
+
+    def listen(self) -> None:
+        """One more listens, until `leave`."""
+        self._listeners += 1
+        if self._timer is None and self.interval:
+            self._timer = self._loop.call_later(self.interval, self._strike)
+
+    def leave(self) -> None:
+        self._listeners -= 1
+        if not self._listeners and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _strike(self) -> None:
+        self.beat += 1
+        self._timer = self._loop.call_later(self.interval, self._strike)
+        self._deliver()
 
     def _deliver(self) -> None:
         self._called = False  # before the boxes are looked at: what is posted now calls again

@@ -10,11 +10,12 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from foredraft.admission import CacheLimits
 from foredraft.drafters import DRAFTERS
 from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED, LLM
 from foredraft.models.options import DTYPES, LoadOptions, parse_device, parse_dtype
-from foredraft.server.errors import ApiError
+from foredraft.server.errors import ApiError, check_room
 from foredraft.server.registry import Registry, Size
 from foredraft.server.schemas import LaunchRequest, SpeculativeLaunchRequest
 
@@ -41,6 +42,8 @@ class LaunchSpec:
     max_batch_size: int = 8
     weight_format: str | None = None
     trust_remote_code: bool = False  # an operator's word, never a client's
+    cache_bytes: int | None = None  # None: what a batch of the longest texts takes, where there is room for that
+    prefix_cache: bool | int = True
 
 
 def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
@@ -66,6 +69,8 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
         body.max_model_len,
         body.max_batch_size or 8,
         weight_format,
+        cache_bytes=body.cache_bytes,
+        prefix_cache=True if body.prefix_cache is None else body.prefix_cache,
     )
 
 
@@ -117,26 +122,30 @@ def _placement(n_gpu: int | str | None, device: str) -> tuple[str, str | None]:
 
 
 def footprint(spec: LaunchSpec) -> int:
-    """Bytes that weights and full caches will take; an estimate from files and configurations, nothing is loaded.
+    """Bytes without which it cannot serve, weights and one longest text; an estimate, nothing is loaded.
 
-    Hub models that are not in the cache yet count as nothing: their size is known once they are here.
+    From files and configurations: hub models that are not in the cache yet count as nothing, and `load` checks again.
     """
     target = Path(spec.target) if spec.target is not None else BUNDLED / "target"
     weights = _weights(target, "bfloat16" if spec.weight_format else spec.dtype)
     weights = int(weights * WEIGHT_SHARE.get(spec.weight_format or "", 1.0))
-    total = weights + _cache(target, spec)
     bundled = BUNDLED / "draft" if spec.target is None else None
     draft = bundled if spec.draft == "auto" else spec.draft
     if isinstance(draft, str) and draft in DRAFTERS:
-        return total + int(weights * DRAFT_SHARE.get(draft, 0.0))
+        return weights + int(weights * DRAFT_SHARE.get(draft, 0.0)) + _caches(spec, target)
     if draft is None:
-        return total
-    return total + _weights(Path(draft), spec.draft_dtype or spec.dtype) + _cache(Path(draft), spec)
+        return weights + _caches(spec, target)
+    return weights + _weights(Path(draft), spec.draft_dtype or spec.dtype) + _caches(spec, target, Path(draft))
 
 
-def load(spec: LaunchSpec) -> LLM:
-    """Raises ModelError, RequestError, or whatever a checkpoint makes of itself."""
-    return LLM(
+def load(spec: LaunchSpec, room: int | None = None) -> LLM:
+    """With caches that take what a batch of the longest texts can, and no more than `room` leaves beside the weights.
+
+    Raises:
+        ApiError: weights and one longest text take more than `room`.
+        ModelError, RequestError, or whatever a checkpoint makes of itself.
+    """
+    llm = LLM(
         spec.target,
         spec.draft,
         dtype=spec.dtype,
@@ -149,7 +158,33 @@ def load(spec: LaunchSpec) -> LLM:
         max_batch_size=spec.max_batch_size,
         policy=spec.policy,
         weight_format=spec.weight_format,
+        cache_bytes=spec.cache_bytes,
+        prefix_cache=spec.prefix_cache,
     )
+    admission = llm.engine.admission
+    admission.limits = _limits(llm, spec, room)
+    return llm
+
+
+def taken(llm: LLM) -> int:
+    """Bytes that it may come to take."""
+    return llm.memory["target_weights"] + llm.memory["draft_weights"] + llm.engine.admission.limits.total
+
+
+def _limits(llm: LLM, spec: LaunchSpec, room: int | None) -> CacheLimits:
+    """Raises ApiError."""
+    limits = llm.engine.admission.limits
+    total = min(limits.total, spec.cache_bytes or _longest(llm, spec.max_batch_size))
+    if room is not None:
+        weights = taken(llm) - limits.total
+        check_room(spec.name, weights + min(_longest(llm, 1), total), room)
+        total = min(total, room - weights)
+    return CacheLimits(total, min(limits.kept, total))
+
+
+def _longest(llm: LLM, texts: int) -> int:
+    """Bytes that so many of the longest texts take in all caches."""
+    return sum(cache.need([llm.max_model_len] * texts) for cache in llm.engine.caches())
 
 
 def _weights(folder: Path, dtype: str) -> int:
@@ -158,6 +193,12 @@ def _weights(folder: Path, dtype: str) -> int:
     wanted = parse_dtype(dtype) or stored
     scale = (wanted.itemsize / stored.itemsize) if wanted is not None and stored is not None else 1.0
     return int(sum(path.stat().st_size for path in files) * scale)
+
+
+def _caches(spec: LaunchSpec, *folders: Path) -> int:
+    """Of one longest text."""
+    needed = sum(_cache(folder, spec) for folder in folders)
+    return needed if spec.cache_bytes is None else min(needed, spec.cache_bytes)
 
 
 def _cache(folder: Path, spec: LaunchSpec) -> int:
@@ -170,8 +211,7 @@ def _cache(folder: Path, spec: LaunchSpec) -> int:
     positions = config.get("max_position_embeddings") or config.get("n_positions") or 0
     length = min(spec.max_model_len or positions, positions)
     dtype = parse_dtype(spec.dtype) or DTYPES.get(str(config.get("dtype")), DTYPES["bfloat16"])
-    per_token = 2 * layers * (config.get("num_key_value_heads") or heads) * size * dtype.itemsize
-    return int(per_token * length * spec.max_batch_size)
+    return int(2 * layers * (config.get("num_key_value_heads") or heads) * size * dtype.itemsize * length)
 
 
 def _local(folder: Path) -> Path:

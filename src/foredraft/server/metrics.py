@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -54,9 +55,11 @@ GAUGES: dict[str, tuple[str, Callable[[Figures], float]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StepFigures:
-    """What one step did for one text. `off` says why nothing was drafted; it counts only where nothing was."""
+class StepFigures(NamedTuple):
+    """What one step did for one text. `off` says why nothing was drafted; it counts only where nothing was.
+
+    A tuple, for one is made for each text and step.
+    """
 
     tokens: int
     drafted: int
@@ -97,6 +100,7 @@ class ModelMetrics:
     def __init__(self) -> None:
         self.histograms = {name: Tally.between(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self.figures: Callable[[], Figures] | None = None
+        self._gaps = self.histograms["inter_token_latency_seconds"]
         self._drafted: Counter[int] = Counter()  # text steps by the length of their drafts
         self._accepted: Counter[int] = Counter()
         self._sources: Counter[str] = Counter(target=0)
@@ -120,9 +124,8 @@ class ModelMetrics:
             self._sources[figures.drafter] += figures.accepted
         if not figures.drafted:
             self._off[figures.off] += 1
-        self.histograms["draft_length_tokens"].observe(figures.drafted)
         if figures.since_last is not None:
-            self.histograms["inter_token_latency_seconds"].observe(figures.since_last / figures.tokens, figures.tokens)
+            self._gaps.observe(figures.since_last / figures.tokens, figures.tokens)
 
     def finished(self, reason: str, stats: SpecStats, queued: float) -> None:
         self._ended[reason] += 1
@@ -142,6 +145,15 @@ class ModelMetrics:
             observed["request_time_per_output_token_seconds"] = rest / (stats.output_tokens - 1)
         for name, value in observed.items():
             self.histograms[name].observe(value)
+
+    def tally(self, name: str) -> Tally:
+        """One of HISTOGRAMS."""
+        if name != "draft_length_tokens":
+            return self.histograms[name]
+        lengths = Tally.between(HISTOGRAMS[name][1])
+        for length, times in self._drafted.copy().items():
+            lengths.observe(length, times)
+        return lengths
 
     def refused(self) -> None:
         self._sums["requests_refused"] += 1
@@ -193,7 +205,7 @@ class Metrics:
         for name, (text, _) in HISTOGRAMS.items():
             histogram = HistogramMetricFamily(f"foredraft:{name}", text, labels=[MODEL])
             for uid, model in models.items():
-                tally = model.histograms[name]
+                tally = model.tally(name)
                 histogram.add_metric([uid], tally.buckets(), tally.total)
             yield histogram
         yield from _gauges({uid: model.figures() for uid, model in models.items() if model.figures is not None})

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from foredraft.errors import ForedraftError
-from foredraft.server.errors import ApiError, as_api_error
+from foredraft.server.errors import ApiError, as_api_error, check_room
 from foredraft.server.logs import log
 from foredraft.server.service import Model
-from foredraft.server.settings import Limits, show_bytes
+from foredraft.server.settings import Limits
 
 State = Literal["waiting", "loading", "ready", "failed", "draining"]
 
@@ -33,7 +33,8 @@ class Loader:
     """How specs become models. `footprint` and `load` block and run on a thread."""
 
     footprint: Callable[[Any], int]
-    load: Callable[[Any, str, asyncio.AbstractEventLoop], Model]  # spec, uid, the loop that will call it
+    # spec, uid, the loop that will call it, bytes that it may take (None: no limit)
+    load: Callable[[Any, str, asyncio.AbstractEventLoop, int | None], Model]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +47,7 @@ class Entry:
     state: State = "waiting"
     began: float = 0.0  # loading; monotonic
     seconds: float = 0.0  # that loading took
-    bytes: int = 0  # estimated before, measured after
+    bytes: int = 0  # without which it cannot load, estimated; then what it may come to take
     error: ApiError | None = None
     model: Model | None = None
     task: "asyncio.Task[None] | None" = None
@@ -164,40 +165,38 @@ class Models:
         async with self._loading:
             entry.state, entry.began = "loading", time.monotonic()
             try:
-                entry.bytes = await asyncio.to_thread(self._loader.footprint, entry.spec)
-                self._check_budget(entry)
-                entry.model = await asyncio.to_thread(
-                    self._loader.load, entry.spec, entry.uid, asyncio.get_running_loop()
-                )
+                entry.model = await self._fit(entry)
             except Exception as error:
                 self._failed(entry, error)
             else:
                 entry.seconds, entry.state = time.monotonic() - entry.began, "ready"
                 log("model ready", model=entry.uid, seconds=round(entry.seconds, 2), bytes=entry.bytes)
 
+    async def _fit(self, entry: Entry) -> Model:
+        """Load it into what the others leave. Raises ApiError where it does not fit, by how much."""
+        room, loop = self._room(entry), asyncio.get_running_loop()
+        entry.bytes = await asyncio.to_thread(self._loader.footprint, entry.spec)
+        if room is not None:
+            check_room(entry.uid, entry.bytes, room)
+        model = await asyncio.to_thread(self._loader.load, entry.spec, entry.uid, loop, room)
+        entry.bytes = model.info.bytes
+        return model
+
     def _failed(self, entry: Entry, error: Exception) -> None:
         entry.seconds, entry.state = time.monotonic() - entry.began, "failed"
-        entry.error = as_api_error(error)
+        entry.error = as_api_error(error).with_traceback(None)  # which holds what was loaded
         trace = None if isinstance(error, ApiError | ForedraftError) else error
         if trace is not None:
             why = f"it could not be loaded ({type(error).__name__}); the server's log has the reason"
             entry.error = ApiError(500, why)
         log("model failed", level=logging.ERROR, error=trace, model=entry.uid, why=entry.error.message)
 
-    def _check_budget(self, entry: Entry) -> None:
-        """Raises ApiError where it would not fit, by how much."""
+    def _room(self, entry: Entry) -> int | None:
+        """Bytes that the others leave of the budget."""
         if self._budget is None:
-            return
-        taken = sum(other.bytes for other in self._entries.values() if other is not entry and other.state != "failed")
-        over = taken + entry.bytes - self._budget
-        if over > 0:
-            raise ApiError(
-                507,
-                f"{entry.uid!r} needs {show_bytes(entry.bytes)}, and {show_bytes(self._budget - taken)} of "
-                f"{show_bytes(self._budget)} are free: {show_bytes(over)} too much; delete a model, or launch this "
-                "one with a smaller max_model_len or max_batch_size",
-                code="memory_budget",
-            )
+            return None
+        others = (other.bytes for other in self._entries.values() if other is not entry and other.state != "failed")
+        return max(0, self._budget - sum(others))
 
     # --- ending -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_
 
 Uid = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1)]
 Text = Annotated[str, Field(max_length=50_000_000)]  # the body's own limit is lower
 
 
@@ -125,7 +126,7 @@ class Generate(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63, description="Choice i of n uses seed + i.")
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
@@ -254,6 +255,8 @@ class LaunchRequest(Body):
     policy: Literal["gain", "fixed", "heuristic", "threshold"] | None = None
     max_model_len: int | None = Field(None, ge=2)
     max_batch_size: int | None = Field(None, ge=1, le=1024)
+    cache_bytes: int | None = Field(None, ge=1, description="Of all caches. None: what a batch of longest texts takes.")
+    prefix_cache: bool | None = Field(None, description="Whether texts that begin alike share that; true where it can.")
     wait: bool = Field(False, description="Answer once it is ready or has failed.")
 
 

@@ -114,6 +114,7 @@ class ModelInfo:
     device: str
     exact: bool  # what the probe found: equal texts however drafted and batched
     memory: dict[str, int]
+    bytes: int  # that it may come to take
 
 
 class Model(Protocol):

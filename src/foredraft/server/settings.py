@@ -26,7 +26,7 @@ class Limits:
     max_choices: int = 16  # prompts times n of one request
     max_stop: int = 16
     max_logit_bias: int = 1024
-    stream_interval: float = 0.02  # from one chunk of a stream to the next, at least; the first and the last go at once
+    stream_interval: float = 0.02  # between the beats on which streams speak; a first and a last word go at once
 
     def __post_init__(self) -> None:
         for name in ("request_timeout", "shutdown_timeout", "drain_timeout", "body_timeout"):
