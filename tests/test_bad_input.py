@@ -481,3 +481,43 @@ def test_a_missing_extra_is_named_with_a_command_that_works_for_any_installation
     assert missing_extra("this needs", "x", "tune") == (
         "this needs x, which is not installed; run: pip install 'foredraft[tune]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (b"User: hi", r"prompt b'User: hi' is bytes; give text: prompt.decode\(\)"),
+        ([b"hi"], r"prompts\[0\]: the prompt b'hi' is bytes"),
+        ([True, False], r"\[True, False\] is not usable; give one text, or one list of token ids"),
+    ],
+    ids=str,
+)
+def test_bytes_and_booleans_are_no_token_ids(llm, prompt, said):
+    with pytest.raises(RequestError, match=said):
+        llm.generate(prompt)
+
+
+def test_arrays_of_token_ids_are_taken(llm):
+    few = SamplingParams(max_new_tokens=3)
+    wanted = llm.generate([5, 6, 7], few).token_ids
+    for ids in (np.array([5, 6, 7]), torch.tensor([5, 6, 7])):
+        assert llm.generate(ids, few).token_ids == wanted
+        assert llm.generate([ids], few)[0].token_ids == wanted
+
+
+@pytest.mark.parametrize(
+    ("draft", "said"),
+    [
+        ("suffix,int4", r"draft='suffix,int4' is several; give a list: draft=\['suffix', 'int4'\]"),
+        (["ngram", "model"], r"draft='model' is what results call a draft model; give its folder or hub name"),
+    ],
+    ids=str,
+)
+def test_names_of_drafters_as_they_are_written_elsewhere(draft, said):
+    with pytest.raises(RequestError, match=said):
+        LLM(tiny("llama"), draft)
+
+
+def test_a_device_that_nothing_here_was_tried_on():
+    with pytest.raises(RequestError, match=r"device='mps' is not known; use auto, cpu, cuda or cuda:N"):
+        LLM(tiny("llama"), device="mps")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +53,7 @@ class Jobs:
         draft: str | None,
     ) -> tuple[list[Job], bool]:
         """A job for each prompt, and whether it was a single one that was given. Raises as `LLM.generate`."""
-        if isinstance(prompts, torch.Tensor):
+        if isinstance(prompts, torch.Tensor | np.ndarray):
             prompts = prompts.tolist()
         if not isinstance(prompts, Sequence):
             raise RequestError(f"prompts={prompts!r} is not usable; give text, token ids, or a list of either")
@@ -142,8 +143,10 @@ class Jobs:
         if isinstance(prompt, str):
             ids = encode_text(self.tokenizer, prompt)
         else:
+            if isinstance(prompt, bytes | bytearray):
+                raise RequestError(f"the prompt {bytes(prompt)!r} is bytes; give text: prompt.decode()")
             try:
-                ids = [operator.index(i) for i in prompt]
+                ids = [_id(i) for i in prompt]
             except TypeError:
                 known = "give one text, or one list of token ids"
                 raise RequestError(f"the prompt {prompt!r} is not usable; {known}") from None
@@ -190,6 +193,13 @@ def _which(index: int | None) -> Iterator[None]:
         if index is None:
             raise
         raise type(error)(f"prompts[{index}]: {error}") from error
+
+
+def _id(token: Any) -> int:
+    """A token id. Raises TypeError for what is none, True among it."""
+    if isinstance(token, bool):
+        raise TypeError
+    return operator.index(token)
 
 
 def _never(token_id: int) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foredraft.drafters.base import Drafter, NoDrafter
 from foredraft.drafters.model import ModelDrafter
-from foredraft.drafters.registry import DRAFTERS, with_profile
+from foredraft.drafters.registry import DRAFTERS, split, with_profile
 from foredraft.drafters.translated import TranslatingDrafter
 from foredraft.drafters.vocabulary import Translation, first_difference
 from foredraft.errors import ModelError, RequestError, VocabularyMismatchError
@@ -78,6 +78,11 @@ def _check_made(drafter: Drafter, vocab_size: int) -> None:
 def check_name(spec: DraftSpec) -> None:
     """Raises RequestError where this looks like a drafter's name misspelt, rather than like a model."""
     if isinstance(spec, str) and spec not in DRAFTERS and not looks_like_path(spec) and "/" not in spec:
+        names = split(spec)
+        if not isinstance(names, str) and all(name in DRAFTERS for name in names):
+            raise RequestError(f"draft={spec!r} is several; give a list: draft={names!r}")
+        if spec == "model":
+            raise RequestError("draft='model' is what results call a draft model; give its folder or hub name")
         near = difflib.get_close_matches(spec, DRAFTERS, n=1)
         if near:
             raise RequestError(f"draft={spec!r} is not known; did you mean {near[0]!r}?")
