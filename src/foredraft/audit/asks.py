@@ -54,7 +54,7 @@ SETTINGS: dict[str, SamplingParams] = {
     "sampled": SamplingParams(temperature=0.8, top_p=0.95),
     "greedy, penalties": SamplingParams(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
     "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),)),
-    "sampled, min_p, state": SamplingParams(temperature=1.1, min_p=0.02, processors=(Stateful(Counting),)),
+    "sampled, min_p, state": SamplingParams(temperature=1.5, min_p=0.2, processors=(Stateful(Counting),)),
 }
 
 
