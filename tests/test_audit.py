@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import foredraft.engine
 from foredraft import LLM, SamplingParams
 from foredraft.audit import Audit, AuditOptions, audit, casefile, shrink
-from foredraft.audit.asks import SETTINGS, Ask, asks, ordered
+from foredraft.audit.asks import SETTINGS, Ask, asks, derived, ordered
 from foredraft.audit.controls import CONTROLS
 from foredraft.audit.distribution import chi_square, make_tree
 from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
-from foredraft.audit.pipeline import Run
+from foredraft.audit.pipeline import CONTROL_LENGTH, Run
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
 from foredraft.audit.subjects import Audited, find
 from foredraft.audit.table import show
@@ -300,6 +300,17 @@ def test_every_kind_of_setting_is_asked(bundled: LLM) -> None:
     biased = next(ask for ask in run.asks if ask.setting == "greedy, bias")
     whole = next(ask for ask in run.asks if (ask.prompt, ask.setting) == (biased.prompt, "greedy"))
     assert run.truth[biased.seed].tokens != run.truth[whole.seed].tokens
+
+
+def test_a_stop_is_within_a_drafts_tokens(llm: LLM) -> None:
+    """At the end of a draft a bug that sees ends late went unnoticed, and the audit failed for it."""
+    ask = Ask((1,), SamplingParams(seed=0), "greedy")
+    for count in range(5, 40):
+        output = [7, *range(20, 19 + count)]
+        output[1] = output[3]  # one that comes twice
+        (made,) = derived(llm, [ask], {0: output})
+        (token,) = made.params.stop_token_ids
+        assert output.index(token) % (CONTROL_LENGTH + 1) != 0 and output.count(token) == 1
 
 
 def test_a_list_of_drafters_is_audited_as_one(bundled: LLM) -> None:

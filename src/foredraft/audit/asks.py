@@ -14,6 +14,7 @@ from foredraft.steering import Stateful
 from foredraft.structured import Structured
 from foredraft.types import Request, SamplingParams
 
+BLOCK = 5  # tokens of a step in which a control's draft is right, the target's own included
 DERIVED = 50_000  # what seeds of requests begin at that are made of others' outputs
 LENGTHS = (3, 17, 40, 130, 250, 257, 300, 420)  # of prompts, in tokens; those behind 256 cross a chunk's border
 TEXTS = (
@@ -54,7 +55,7 @@ SETTINGS: dict[str, SamplingParams] = {
     "sampled": SamplingParams(temperature=0.8, top_p=0.95),
     "greedy, penalties": SamplingParams(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
     "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),)),
-    "sampled, min_p, state": SamplingParams(temperature=1.1, min_p=0.02, processors=(Stateful(Counting),)),
+    "sampled, min_p, state": SamplingParams(temperature=1.5, min_p=0.2, processors=(Stateful(Counting),)),
 }
 
 
@@ -145,8 +146,12 @@ def derived(llm: LLM, asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]],
 
 
 def _stop_token(llm: LLM, output: Sequence[int], params: SamplingParams) -> SamplingParams:
-    """Ends in the middle, at a token that the same request has there."""
-    return replace(params, stop_token_ids=(output[2 * len(output) // 3],))
+    """Ends in the middle, at a token that the same request has there and not before; within a draft, and not at the end
+    of one, where drafts of `BLOCK - 1` tokens are right.
+    """
+    middle = 2 * len(output) // 3
+    places = (i for i in range(middle, 0, -1) if i % BLOCK and output.index(output[i]) == i)
+    return replace(params, stop_token_ids=(output[next(places, middle)],))
 
 
 def _stop_text(llm: LLM, output: Sequence[int], params: SamplingParams) -> SamplingParams:

@@ -30,7 +30,7 @@ class AuditOptions:
             batches=(1, 4),
             orders=("leaving",),
             prompts=3,
-            tokens=24,
+            tokens=18,
             samples=500,
             seed=seed,
             own=own,

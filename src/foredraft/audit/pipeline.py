@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from foredraft import profile
 from foredraft.audit import distribution
-from foredraft.audit.asks import Ask, asks, derived
+from foredraft.audit.asks import BLOCK, Ask, asks, derived
 from foredraft.audit.controls import CONTROLS, Control
 from foredraft.audit.distribution import Tree, make_tree
 from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
@@ -18,7 +18,7 @@ from foredraft.diagnosis.setting import setting
 from foredraft.llm import LLM
 from foredraft.tuning.options import Watcher
 
-CONTROL_BATCH, CONTROL_LENGTH = 3, 4
+CONTROL_BATCH, CONTROL_LENGTH = 3, BLOCK - 1
 CONTROL_REQUESTS = 2  # of each setting
 
 
