@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,10 @@ pytest.importorskip("fastapi")
 
 from foredraft import LLM, SamplingParams
 from foredraft.server.backend import QUICK, EngineModel
+from foredraft.server.errors import ApiError
 from foredraft.server.inbox import Mail
 from foredraft.server.metrics import Metrics, StepFigures
+from foredraft.server.registry import Registry
 from foredraft.server.service import Ask, Delta, Figures, Finished
 from foredraft.server.settings import Limits
 from foredraft.stats import SpecStats
@@ -178,3 +181,21 @@ def test_the_loop_is_woken_for_what_is_urgent_and_hears_the_rest_on_the_beat() -
     always.listen()
     always.post(say[5], urgent=False)
     assert len(loop.soon) == 1 and not loop.later
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("~0", 403),
+        ("~nobody-of-that-name/x", 403),
+        ("a" * 900, 400),
+        ("/" + "a" * 900, 403),
+        ("a\0b", 400),
+        ("\\", 403),
+    ],
+)
+def test_a_name_that_is_no_path_is_refused_like_any_other(name: str, status: int) -> None:
+    """What a client calls a model may be anything; it is looked for on disk before anybody knows that."""
+    with pytest.raises(ApiError) as caught:
+        Registry((), (Path("/models"),), allow_hub=False).resolve(name)
+    assert caught.value.status == status

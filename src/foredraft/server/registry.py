@@ -5,6 +5,7 @@ allowed it.
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,17 +64,16 @@ class Registry:
 
     def _allowed(self, name: str, field: str) -> str | Path:
         """A path below an allowed folder, or a hub name where those are allowed. Raises ApiError."""
-        path = Path(name).expanduser()
-        if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or path.exists():
-            return self._allowed_path(path, field)
+        if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or os.path.exists(name):
+            return self._allowed_path(name, field)
         if self.allow_hub and name.count("/") == 1:
             return name
         hub = "" if self.allow_hub else "; hub names need the server's --allow-hub"
         raise ApiError(400, f"{field}={name!r} is no name in the registry ({self._names()}){hub}", field)
 
-    def _allowed_path(self, path: Path, field: str) -> Path:
+    def _allowed_path(self, name: str, field: str) -> Path:
         try:
-            real = path.resolve()
+            real = Path(name).expanduser().resolve()
         except (OSError, RuntimeError, ValueError):
             real = None
         if real is None or not any(real.is_relative_to(folder) for folder in self.folders):
