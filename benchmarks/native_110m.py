@@ -82,7 +82,7 @@ def memory(llm: LLM) -> dict[str, float]:
     cache.release()
     source, before = Random(1), 0.0
     for index in range(220):
-        ours(llm, [ids(source.randrange(1, 300), index)], source.randrange(1, 12))
+        ours(llm, [ids(source.randrange(1, 120), index)], source.randrange(1, 6))
         before = resident() if index == 19 else before
     return {"held_over_needed": held, "growth_mib": resident() - before}
 
