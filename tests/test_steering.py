@@ -226,3 +226,8 @@ def test_a_constraint_leaves_what_it_allows_as_it_is(vocab_size):
         wanted = before[:, token] if token in allowed else torch.full((3,), -torch.inf)
         assert found[:, token].view(torch.int32).equal(wanted.view(torch.int32))
     assert scores.equal(before)
+
+
+def test_what_cannot_make_a_processor_is_refused():
+    with pytest.raises(RequestError, match=r"Stateful\(5\) is not usable; give a function"):
+        Stateful(5)  # type: ignore[arg-type]

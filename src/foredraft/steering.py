@@ -32,6 +32,10 @@ class Stateful:
 
     make: Callable[[], Processor]
 
+    def __post_init__(self) -> None:
+        if not callable(self.make):
+            raise RequestError(f"Stateful({self.make!r}) is not usable; give a function that makes a processor")
+
 
 class Sample(NamedTuple):
     """A question that a processor has answered."""
