@@ -328,10 +328,11 @@ def test_a_limit_holds_target_and_draft_and_changes_no_token(runtime):
     assert isinstance(result[0].error, RequestError) and result[1].error is None
 
 
-@pytest.mark.parametrize("total", [190, 256, 512])
-def test_no_pass_takes_more_than_a_request_was_admitted_with(total):
-    """A block that doubles with the keys of padding rows took twice the limit at 512 tokens."""
-    model = tiny("llama", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("total", [20, 190, 256, 512])
+def test_no_pass_takes_more_than_a_request_was_admitted_with(total, dtype):
+    """A block that doubles with the keys of padding rows took twice the limit at 512 tokens, and four times at 20."""
+    model = tiny("llama", dtype)
     few = SamplingParams(max_new_tokens=8)
     need = LLM(model, draft="none", runtime="torch").engine.caches()[0].need([total])
     made = LLM(model, draft="none", runtime="torch", cache_bytes=need)

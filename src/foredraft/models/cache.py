@@ -57,6 +57,7 @@ class SlotCache:
         self.max_length = round_up(max_length, GRANULE)
         on_cpu = all(device.type == "cpu" for device in devices)
         self.least, self.slack = (LEAST, 1) if on_cpu else (GRANULE, 4)  # captured graphs end with their block
+        self.key_multiple = LEAST  # of the keys that a pass attends to
         self.generation = 0  # of the storage
         self.slots = self.length = 0
         self.used: dict[int, int] = {}  # by slot of a running text: positions that it needs
@@ -76,7 +77,7 @@ class SlotCache:
 
         With the rows and keys that a pass adds for the sake of its shape.
         """
-        longest = round_keys(max(lengths, default=0) + SHORT_SPAN, LEAST)
+        longest = round_keys(max(lengths, default=0) + SHORT_SPAN, self.key_multiple)
         slots, length = self._size(max(slots, len(lengths)), longest)
         return slots * length * self.bytes_per_token
 
