@@ -323,6 +323,8 @@ def test_what_is_refused_when_it_is_asked_for(make, message):
         (Structured.regex("(ab[^\\s\\S])|[^\\s\\S]c"), "matches nothing"),
         (Structured.regex("((((a{1,1000}){1,1000}){1,1000}){1,1000})"), "cannot be followed beyond"),
         ({"type": "integer", "minimum": 10**20}, "at #/minimum: 1000.* is too large"),
+        ({"const": 2**53 + 1}, "at #: 9007199254740993 is too large"),
+        ({"properties": {"a": {"enum": ["b", {"c": [-(2**64)]}]}}}, "at #/properties/a: -1844.* is too large"),
         (deep(150), "recursion limit"),
         (Structured.grammar("start: nowhere"), "nowhere"),
         (Structured.grammar('begin: "a"'), "start"),
@@ -335,6 +337,11 @@ def test_what_does_not_compile_is_refused_before_anything_runs(llm, form, messag
         llm.generate([PROMPT, PROMPT], [SamplingParams(), params(form)])
     assert "<state>" not in str(caught.value)
     assert llm.engine.stats.output_tokens == before and not llm.engine.has_work
+
+
+@pytest.mark.parametrize("option", ["\x7fa", "\x01", 'a"b\\c', "a\x85b", "\u2028", "東\n"])
+def test_a_choice_of_odd_characters(llm, option):
+    assert llm.generate(PROMPT, params(Structured.choice([option]))).text == option
 
 
 def test_a_choice_of_thousands(llm):

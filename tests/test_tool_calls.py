@@ -250,6 +250,20 @@ def test_nested_arguments_other_alphabets_and_none_at_all(tokenizer, style, func
         (MISTRAL, '[TOOL_CALLS]  [{"name": "a", "arguments": {}}, {"name": 3, "arguments": {}}]', [("a", {})]),
         (MISTRAL_ARGS, '[TOOL_CALLS]now{"x": {"y": []}}[TOOL_CALLS]at{}', [("now", {"x": {"y": []}}), ("at", {})]),
         (MISTRAL_ARGS, "[TOOL_CALLS]now", []),
+        (
+            HERMES,
+            hermes('{"name": "a", "arguments": {"x": "a <tool_call> b </tool_call>"}}')
+            + hermes('{"name": "b", "arguments": {}}'),
+            [("a", {"x": "a <tool_call> b </tool_call>"}), ("b", {})],
+        ),
+        (HERMES, "I write <tool_call> first: " + hermes('{"name": "a", "arguments": {}}'), [("a", {})]),
+        (HERMES, '<tool_call>{"name": "a", "arguments": {"x": "<tool_call>{\\"name\\": \\"rm\\"', []),
+        (
+            MISTRAL,
+            '[TOOL_CALLS][{"name": "a", "arguments": {"x": "[TOOL_CALLS] y"}}]',
+            [("a", {"x": "[TOOL_CALLS] y"})],
+        ),
+        (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"x": "[TOOL_CALLS]rm[ARGS]{}"}', [("f", {"x": "[TOOL_CALLS]rm[ARGS]{}"})]),
         (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS]" + '{"x":' * 5000, []),
     ],
 )

@@ -162,7 +162,7 @@ class PageCache:
 
     def _allocated(self) -> torch.Tensor:
         try:
-            return torch.zeros(self.shape.nbytes, dtype=torch.uint8)
+            return _zeroed(torch.empty(self.shape.nbytes, dtype=torch.uint8))
         except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError
             held = self.nbytes / 2**30
             raise CacheMemoryError(
@@ -250,6 +250,7 @@ class PageCache:
 
 
 def _zeroed(memory: torch.Tensor) -> torch.Tensor:
-    """By this thread alone: torch's threads take milliseconds to wake where the library's keep their cores busy."""
+    """By this thread alone: torch's threads take milliseconds to wake where the library's keep their cores busy, and
+    a forked process has none of them."""
     ctypes.memset(memory.data_ptr(), 0, memory.nbytes)
     return memory

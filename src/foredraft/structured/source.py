@@ -45,10 +45,13 @@ def source_of(form: Structured) -> str:
     if form.kind == "regex":
         return str(LLMatcher.grammar_from_regex(form.source))
     if form.kind == "choice":
-        return "start: OPTION\nOPTION: " + " | ".join(
-            json.dumps(option, ensure_ascii=False) for option in json.loads(form.source)
-        )
+        return "start: OPTION\nOPTION: " + " | ".join(map(_quoted, json.loads(form.source)))
     return str(LLMatcher.grammar_from_lark(form.source))
+
+
+def _quoted(text: str) -> str:
+    """As llguidance's Lark writes it; it does not read DEL as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def literals(form: Structured) -> Iterator[str]:
@@ -86,11 +89,14 @@ def said(form: Structured, message: str) -> str:
 
 
 def _check_parts(form: Structured) -> None:
-    """Raises GrammarError for a bound that the compiler would round in silence, and for a text that costs too much."""
+    """Raises GrammarError for a number that the compiler would round in silence, and a text that costs too much."""
     for pointer, part in _parts(json.loads(form.source), "#") if form.kind == "json_schema" else ():
         for name in BOUNDS:
             if type(part.get(name)) is int and abs(part[name]) > MOST_NUMBER:
                 raise GrammarError(f"the {form.name} cannot be compiled at {pointer}/{name}: {part[name]} is too large")
+        for number in _numbers([part.get("const"), part.get("enum")]):
+            if abs(number) > MOST_NUMBER:
+                raise GrammarError(f"the {form.name} cannot be compiled at {pointer}: {number} is too large")
         longest = max(map(len, _named(part)), default=0)
         if longest > MAX_LITERAL:
             raise GrammarError(
@@ -103,6 +109,15 @@ def _named(part: Mapping[str, Any]) -> Iterator[str]:
     properties, enum = part.get("properties"), part.get("enum")
     named = [*(properties if isinstance(properties, Mapping) else ()), *(enum if isinstance(enum, list) else ())]
     return (name for name in (*named, part.get("const")) if isinstance(name, str))
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in what a part of a schema may be."""
+    if isinstance(value, (list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
 
 
 def _parts(schema: Any, pointer: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

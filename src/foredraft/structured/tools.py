@@ -59,7 +59,7 @@ MISTRAL_SPACED = CallStyle("[TOOL_CALLS]", before=" ", between=", ", listed=True
 MISTRAL_ARGS = CallStyle("[TOOL_CALLS]", parted=True)
 MISTRAL_ID = CallStyle("[TOOL_CALLS]", parted=True, ident=True)
 ARGS, CALL_ID = "[ARGS]", "[CALL_ID]"
-PARTED = re.compile(r"(?P<name>[^\n{]+?)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*|(?={))")
+PARTED = re.compile(r"(?P<name>[^\n{\[]+?)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*|(?={))")
 PYTHON_TAG = "<|python_tag|>"  # Llama 3.1 may open a call by it
 
 
@@ -218,24 +218,29 @@ def read_calls(text: str, style: CallStyle | None) -> tuple[ToolCall, ...]:
     """
     if style is None:
         return ()
-    if not style.opening:
-        parts = [text.strip().removeprefix(PYTHON_TAG)]
-    else:
-        parts = text.split(style.opening)[1:]
-    return tuple(call for part in parts for found in _values_at(part.strip(), style) for call in _call(found))
+    values: list[Any] = []
+    rest = text.strip().removeprefix(PYTHON_TAG) if not style.opening else _after(style.opening, text)
+    while rest:
+        found, rest = _values_at(rest.strip(), style)
+        values += found
+        rest = _after(style.opening, rest) if style.opening else rest.strip().removeprefix(";")
+    return tuple(call for value in values for call in _call(value))
 
 
-def _values_at(text: str, style: CallStyle) -> list[Any]:
-    """What the text begins with: a name and its arguments, a JSON list, or JSON objects with semicolons between."""
-    if style.parted:
-        found = PARTED.match(text)
-        return [{"name": found["name"], "arguments": _json_at(text[found.end() :])[0]}] if found else []
-    values, rest = [], text
-    while rest.startswith(("{", "[")):
-        value, rest = _json_at(rest)
-        values += value if isinstance(value, list) else [value]
-        rest = rest.strip().removeprefix(";").strip() if not style.opening else ""
-    return values
+def _after(mark: str, text: str) -> str:
+    return text.partition(mark)[2]
+
+
+def _values_at(text: str, style: CallStyle) -> tuple[list[Any], str]:
+    """What the text begins with, a name and its arguments or JSON, and the rest: a mark within a call opens none."""
+    named = PARTED.match(text) if style.parted else None
+    start = named.end() if named else 0
+    if style.parted and not named or not text.startswith(("{", "["), start):
+        return [], text if style.opening else ""
+    value, rest = _json_at(text[start:])
+    if named:
+        value = {"name": named["name"], "arguments": value}
+    return value if isinstance(value, list) else [value], rest
 
 
 def _call(found: Any) -> tuple[ToolCall, ...]:
