@@ -338,7 +338,7 @@ def test_cache_out_of_memory_says_how_much_and_what_to_lower(monkeypatch, runtim
         return zeros(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "zeros", fails)
+        patch.setattr(torch, "zeros" if runtime == "torch" else "empty", fails)
         with pytest.raises(CacheMemoryError, match=OUT_OF_MEMORY[runtime]):
             llm.generate([1, 2])
     assert not llm.engine.has_work
@@ -362,6 +362,9 @@ def test_every_error_is_ours_and_a_python_one_too():
         ({"cache_bytes": True}, r"cache_bytes=True is not usable"),
         ({"tokenizer": 5}, r"tokenizer=5 is not usable"),
         ({"policy": 5}, r"policy=5 is not usable"),
+        ({"weight_format": ["int4"]}, r"weight_format=\['int4'\] is not known"),
+        ({"require_exact": "no"}, r"require_exact='no' is not usable; it must be True or False"),
+        ({"trust_remote_code": "no"}, r"trust_remote_code='no' is not usable"),
     ],
     ids=str,
 )
@@ -521,3 +524,16 @@ def test_names_of_drafters_as_they_are_written_elsewhere(draft, said):
 def test_a_device_that_nothing_here_was_tried_on():
     with pytest.raises(RequestError, match=r"device='mps' is not known; use auto, cpu, cuda or cuda:N"):
         LLM(tiny("llama"), device="mps")
+
+
+def test_numbers_beyond_any_float():
+    for option in ({"temperature": 10**400}, {"logit_bias": {5: 10**400}}):
+        with pytest.raises(RequestError, match="is not usable"):
+            SamplingParams(**option)
+
+
+def test_tools_that_are_no_list(checkpoint):
+    llm = LLM(checkpoint, "none")
+    for tools in (5, "search", {"name": "search"}):
+        with pytest.raises(RequestError, match=r"tools=.* is not usable; give a list of functions"):
+            llm.chat([{"role": "user", "content": "hi"}], tools=tools)

@@ -85,6 +85,12 @@ class Parts(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
+def _check_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise RequestError(f"{name}={value!r} is not usable; it must be True or False")
+
+
 def assemble(
     target: str | Path | PreTrainedModel | None,
     options: LoadOptions,
@@ -95,6 +101,8 @@ def assemble(
     require_exact: bool,
 ) -> Parts:
     """Check, then load. Arguments and errors as for `LLM`."""
+    remote, force = options.trust_remote_code, wishes.force_profile
+    _check_switches(require_exact=require_exact, trust_remote_code=remote, force_profile=force)
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
     options = replace(options, max_model_len=room.max_model_len)

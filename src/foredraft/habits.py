@@ -69,7 +69,7 @@ CALLING = {
     "num_speculative_tokens": "num_draft_tokens=...",
     "use_tqdm": "leave it out: there is no progress bar",
     "stream": "stream() or stream_chat()",
-    **{name: ours if ":" in ours else f"params=SamplingParams(...) with {ours}" for name, ours in SAMPLING.items()},
+    **{name: f"params=SamplingParams(...) with {ours}" if "=" in ours else ours for name, ours in SAMPLING.items()},
 }
 
 

@@ -258,6 +258,7 @@ class LLM:
         arguments = (tools, tool_choice, template_arguments)
         return stream(self.runner, self.chat_job(messages, params, num_draft_tokens, *arguments, draft=draft))
 
+    @by_our_names(CALLS)
     def chat_job(
         self,
         messages: Sequence[Message],
@@ -273,6 +274,7 @@ class LLM:
         arguments = (tools, tool_choice, template_arguments)
         return self.jobs.chat(messages, params, num_draft_tokens, *arguments, draft=draft)
 
+    @by_our_names(CALLS)
     def job(
         self,
         prompt: Prompt,

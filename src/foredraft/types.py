@@ -142,11 +142,11 @@ def is_whole(value: object, least: int, most: float = math.inf) -> bool:
 
 
 def _number(value: object, least: float, most: float = sys.float_info.max) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(least <= value <= most)  # type: ignore[operator]  # all have an order
 
 
 def _processes(value: object) -> bool:
-    return callable(value.make) if isinstance(value, Stateful) else callable(value)
+    return isinstance(value, Stateful) or callable(value)
 
 
 def _biases(value: object) -> bool:

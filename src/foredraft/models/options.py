@@ -39,7 +39,7 @@ class LoadOptions:
             raise RequestError(f"device={self.device!r} contradicts device_map={self.device_map!r}; give one of them")
 
     def _check_weight_format(self, name: str) -> None:
-        if name not in BITS:
+        if not isinstance(name, str) or name not in BITS:
             advice = f"use {' or '.join(BITS)}; dtype= is for 16 and 32 bits"
             raise RequestError(f"weight_format={name!r} is not known; {advice}")
         if self.device_map is not None:

@@ -192,6 +192,8 @@ class Calling:
         tools: Sequence[Tool],
         choice: ToolChoice,
     ) -> None:
+        if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+            raise RequestError(f"tools={tools!r:.200} is not usable; give a list of functions or their descriptions")
         self.tokenizer = tokenizer
         self.shown = [] if _choice(choice) == "none" else list(tools)  # what the template renders
         self.style = call_style(str(tokenizer.get_chat_template())) if self.shown and tokenizer.chat_template else None
@@ -235,7 +237,7 @@ def _values_at(text: str, style: CallStyle) -> tuple[list[Any], str]:
     """What the text begins with, a name and its arguments or JSON, and the rest: a mark within a call opens none."""
     named = PARTED.match(text) if style.parted else None
     start = named.end() if named else 0
-    if style.parted and not named or not text.startswith(("{", "["), start):
+    if (style.parted and not named) or not text.startswith(("{", "["), start):
         return [], text if style.opening else ""
     value, rest = _json_at(text[start:])
     if named:
