@@ -129,6 +129,23 @@ def test_a_head_with_fewer_tokens_than_the_table():
     assert llm.generate(prompt, PARAMS).token_ids == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"num_hidden_layers": 1}, "it has 2 layers, and its configuration says 1"), ({"hidden_size": 32}, "other sizes")],
+    ids=["layers", "sizes"],
+)
+def test_a_configuration_that_was_changed_since_the_model_was_made(change, said):
+    """The library wrote beyond its pages."""
+    model = tiny("llama")
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ModelError, match=said):
+        LLM(model, "none", runtime="native")
+    ids = torch.tensor([PROMPTS[3]])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    assert LLM(model, "ngram").generate(PROMPTS[3], PARAMS).token_ids == wanted[0, ids.shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("runtime", ["auto", "torch"])
 @pytest.mark.parametrize("weight_format", ["int4", "int8"])
 def test_narrow_keys_and_values_stay_plain_beside_queries_in_few_bits(weight_format, runtime):

@@ -66,9 +66,30 @@ def oddity(model: PreTrainedModel) -> str:
     rows, tokens = base.embed_tokens.num_embeddings, model.config.vocab_size
     if not head.out_features == rows == tokens:
         return f"its head has {head.out_features} outputs, its table {rows} rows, and its vocabulary {tokens} tokens"
+    if len(base.layers) != model.config.num_hidden_layers:
+        return f"it has {len(base.layers)} layers, and its configuration says {model.config.num_hidden_layers}"
+    if not all(_as_sized(model.config, layer) for layer in base.layers):
+        return "some of its layers have other sizes than its configuration says"
     if not all(_alike(products) for layer in base.layers for products in linears(layer)):
         return "some of its layers are in other formats than those beside them"
     return ""
+
+
+def _as_sized(config: PreTrainedConfig, layer: Any) -> bool:
+    """Whether a layer's products take and give what the configuration, which may have been changed since, says."""
+    dim, hidden = layer.self_attn.head_dim, config.hidden_size
+    heads, keys, inner = config.num_attention_heads * dim, config.num_key_value_heads * dim, config.intermediate_size
+    wanted = (
+        (hidden, heads),
+        (hidden, keys),
+        (hidden, keys),
+        (heads, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    )
+    products = [product for together in linears(layer) for product in together]
+    return all((it.in_features, it.out_features) == size for it, size in zip(products, wanted, strict=True))
 
 
 def _alike(products: Sequence[Any]) -> bool:
