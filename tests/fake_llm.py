@@ -66,7 +66,7 @@ class FakeLLM:
         seed = 7 if params.seed is None else params.seed
         result = SimpleNamespace(
             text=text, token_ids=ids, from_draft=flags, finish_reason="stop", prompt_token_ids=[1, 2, 3], seed=seed,
-            stats=stats, exact=self.exact, error=None, tool_calls=(),
+            stats=stats, exact=self.exact, error=None, tool_calls=(), answer_start=0,
         )  # fmt: skip
         yield chunk("", (), (), (), "stop", result)
 
