@@ -157,7 +157,7 @@ def test_where_memory_is_short_what_ended_texts_left_goes(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch, "empty", full)
     slots.texts[1], slots.names[1] = [], ""
     slots.write(1, draws(PAGE, 9))
     assert slots.cache.kept_bytes == 0
@@ -268,7 +268,7 @@ def engine(limits: CacheLimits, batch: int = 4) -> Engine:
 class OneByte:
     """A cache that takes a byte a token, beside one that takes none."""
 
-    page, kept_bytes, bytes_per_token, sharing = 0, 0, 1, False
+    page, nbytes, kept_bytes, bytes_per_token, sharing = 0, 0, 0, 1, False
 
     def __init__(self) -> None:
         self.kept: list[int] = []
@@ -278,6 +278,9 @@ class OneByte:
 
     def keep(self, nbytes: int) -> None:
         self.kept.append(nbytes)
+
+    def shrink(self) -> None:
+        pass
 
 
 def test_what_does_not_fit_waits_and_comes_in_turn():
@@ -341,6 +344,22 @@ def test_no_pass_takes_more_than_a_request_was_admitted_with(total, dtype):
     assert 0 < peaks.most <= need
 
 
+def test_what_an_ended_text_left_in_a_cache_that_rests_goes_where_others_need_it():
+    """A draft model on torch kept its block while requests without drafts filled the target's native pages."""
+    target, draft = tiny("llama", torch.bfloat16), tiny("gpt2", torch.bfloat16)
+    few = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    long, short = [draws(400), *[draws(5, seed) for seed in range(3)]], [draws(300, seed) for seed in range(3)]
+    probe = LLM(target, draft)
+    need = max(
+        probe.engine.admission.need([probe.job(prompt, few).request for prompt in prompts]) for prompts in (long, short)
+    )
+    made = LLM(target, draft, cache_bytes=need, prefix_cache=False)
+    peaks = Peaks(made, "target_cache", "draft_cache")
+    made.generate(long, few, num_draft_tokens=4)
+    made.generate(short, few, draft="none")
+    assert 0 < peaks.most <= need
+
+
 def test_slots_that_others_left_count():
     """Two texts, of which one has the fourth slot, take a block of four."""
     model = tiny("llama", torch.float32)
@@ -353,15 +372,15 @@ def test_slots_that_others_left_count():
 
 
 class Peaks:
-    """The most bytes that the target's cache held after any step."""
+    """The most bytes that these caches held after any step."""
 
-    def __init__(self, made: LLM) -> None:
-        self.most, self.made, self.step = 0, made, made.engine.step
+    def __init__(self, made: LLM, *names: str) -> None:
+        self.most, self.made, self.step, self.names = 0, made, made.engine.step, names or ("target_cache",)
         made.engine.step = self.watch  # type: ignore[method-assign]
 
     def watch(self) -> list[StepOutput]:
         outputs = self.step()
-        self.most = max(self.most, self.made.memory["target_cache"])
+        self.most = max(self.most, sum(self.made.memory[name] for name in self.names))
         return outputs
 
 

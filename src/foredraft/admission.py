@@ -57,9 +57,17 @@ class Admission:
 
     def need(self, requests: Sequence[Request]) -> int:
         """Bytes that they may come to hold together."""
+        return sum(self._needs(requests))
+
+    def _needs(self, requests: Sequence[Request]) -> list[int]:
+        """The same of each cache."""
         lengths = [self._length(request) for request in requests]
         slots = max([request.slot + 1 for request in requests], default=0)  # a newcomer takes the lowest that is free
-        return sum(cache.need(lengths, slots) for cache in self.caches())
+        return [cache.need(lengths, slots) for cache in self.caches()]
+
+    def _held(self, running: Sequence[Request]) -> int:
+        """Bytes that they may come to hold, or that ended texts have left too large."""
+        return sum(max(need, cache.nbytes) for need, cache in zip(self._needs(running), self.caches(), strict=True))
 
     def _length(self, request: Request) -> int:
         return min(request.prompt_len + request.params.max_new_tokens, self.max_model_len)
@@ -80,8 +88,13 @@ class Admission:
 
     def settle(self, running: Sequence[Request]) -> None:
         """Let the caches keep of ended texts what those that run leave room for."""
-        room = max(0, min(self.limits.kept, self.limits.total - self.need(running)))
         caches = self.caches()
+        held = self._held(running)
+        if held > self.limits.total:
+            for cache in caches:
+                cache.shrink()
+            held = self._held(running)
+        room = max(0, min(self.limits.kept, self.limits.total - held))
         a_token = max(1, sum(cache.bytes_per_token for cache in caches))
         for cache in caches:
             cache.sharing = self.limits.kept > 0

@@ -83,6 +83,10 @@ class Cache(Protocol):
         """Make room for `length` tokens in each of the first `slots` slots. Raises CacheMemoryError."""
         ...
 
+    def shrink(self) -> None:
+        """Give back what ended texts have left beside what running ones need."""
+        ...
+
     def keep(self, nbytes: int) -> None:
         """Keep at most so many bytes of ended texts, from here on."""
         ...

@@ -132,6 +132,13 @@ class SlotCache:
         """A text has ended; its memory goes when others come that need less."""
         self.used.pop(slot, None)
 
+    def shrink(self) -> None:
+        """Now, rather than when another text comes."""
+        if self.used:
+            self._resize(*self._size(max(self.used) + 1, max(self.used.values())))
+        else:
+            self.release()
+
     def keep(self, nbytes: int) -> None:
         """Nothing is kept of ended texts."""
 

@@ -170,6 +170,9 @@ class PageCache:
                 "allocated; lower max_model_len or max_batch_size"
             ) from error
 
+    def shrink(self) -> None:
+        """Pages of ended texts are kept apart."""
+
     def keep(self, nbytes: int) -> None:
         """Keep so many bytes of pages of ended texts at most, from here on."""
         self.most_kept = nbytes // self.shape.nbytes

@@ -98,9 +98,9 @@ EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, c
   return status;
 }
 
-/* Tokens, the largest scores, and how sure of the tokens they are, [rows] each, of rows of logits [rows][count], each with the noise of its own seed and position
- * [rows]. Where there is a draft [rows - 1], up to the first token that differs from it. Returns how many these are; -1
- * where there is no memory. */
+/* Tokens, the largest scores, and how sure of the tokens they are, [rows] each, of rows of logits [rows][count], each
+ * with the noise of its own seed and position [rows]. Where there is a draft [rows - 1], up to the first token that
+ * differs from it. Returns how many these are; -1 where there is no memory. */
 EXPORT int foredraft_choose(int isa, const float *logits, int rows, int count, const filters *f, const uint64_t *seeds,
                             const int32_t *positions, int stream, const int32_t *draft, int32_t *tokens, float *peaks,
                             float *confidences) {
