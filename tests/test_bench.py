@@ -132,6 +132,15 @@ def test_bad_lines_are_refused_by_their_number(tmp_path: Path, content: str | by
     assert message in str(refusal.value)
 
 
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl.gz"
+    whole = gzip.compress(b'"a prompt of some length"' * 9)
+    for data in (whole[:-9], whole[:12] + b"\xff" * 20, b"none"):
+        path.write_bytes(data)
+        with pytest.raises(RequestError, match="prompts cannot be read from"):
+            read_tasks(path)
+
+
 def test_a_limit_takes_from_all_categories() -> None:
     tasks = [task(i, category="a" if i < 6 else "b") for i in range(9)]
     assert [it.name for it in spread(tasks, 4)] == ["0", "1", "6", "7"]

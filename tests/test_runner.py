@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from children import in_a_child
 from fakes import Ask, RandomDrafter, TableModel, new_request
 from models import draws, tiny
@@ -23,6 +24,7 @@ from foredraft.engine import Engine
 from foredraft.errors import ExactnessError, ExactnessWarning, GenerationError, RequestError, StoppedError
 from foredraft.models.invariance import FIXED
 from foredraft.models.load import load_target
+from foredraft.native import library
 from foredraft.policy import Fixed
 from foredraft.runner import Runner
 from foredraft.types import StepOutput
@@ -412,6 +414,24 @@ def test_a_stream_that_was_forked_goes_on_in_both():
     next(chunks)
     in_child = in_a_child(lambda: bytes(token for chunk in chunks for token in chunk.token_ids))
     assert in_child and in_child == bytes(token for chunk in chunks for token in chunk.token_ids)
+
+
+@forks
+@pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+def test_a_child_needs_none_of_torch_s_threads():
+    """Pages of the bundled pair are large enough for torch to share out their zeroing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        llm, prompts = LLM(), [draws(9, seed=seed) for seed in range(8)]
+        wanted = bytes(token % 256 for result in llm.generate(prompts, GREEDY) for token in result.token_ids)
+        more = [*prompts, draws(300)]
+        found = in_a_child(
+            lambda: bytes(token % 256 for one in llm.generate(more, GREEDY)[:-1] for token in one.token_ids)
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert found == wanted
 
 
 @forks
