@@ -52,7 +52,7 @@ def main() -> int:
     )
     equal = [a.token_ids == b.token_ids for a, b in zip(last["plain"], last["speculative"], strict=True)]
     speedup = paired_ratio(figures, "speculative", "plain")
-    _show(Console(), last, equal, figures, speedup, meter.load())
+    _show(Console(), last, equal, figures, speedup, meter.load)
     if args.out:
         results = {name: summary(values) for name, values in figures.items()} | {
             "speedup": speedup,

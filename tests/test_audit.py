@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 import foredraft.engine
 from foredraft import LLM, SamplingParams
-from foredraft.audit import Audit, AuditOptions, audit, casefile, shrink
+from foredraft.audit import Audit, AuditOptions, audit, casefile, distribution, shrink
 from foredraft.audit.asks import SETTINGS, Ask, asks, derived, ordered
 from foredraft.audit.controls import CONTROLS
-from foredraft.audit.distribution import chi_square, make_tree
+from foredraft.audit.distribution import chi_square, make_tree, most_telling
 from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
 from foredraft.audit.pipeline import CONTROL_LENGTH, Run
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
+from foredraft.audit.scripted import Sketch
 from foredraft.audit.subjects import Audited, find
 from foredraft.audit.table import show
 from foredraft.cli.app import app
@@ -352,6 +353,15 @@ def test_the_tree_has_every_continuation(llm: LLM) -> None:
     assert len(tree.continuations) == 81 and sum(tree.continuations.values()) == pytest.approx(1)
     (plain,) = play(llm, PLAIN, [Ask((1, 2, 3), SamplingParams(max_new_tokens=1, seed=0))], 1, torch.Tensor.clone)
     assert max(tree.following[()], key=tree.following[()].__getitem__) == plain.tokens[0]
+
+
+def test_a_drafter_is_tested_where_its_tokens_are_accepted_and_refused(llm: LLM) -> None:
+    """On the other prompt all of its first tokens are refused, and no second one is ever tried."""
+    trees = [make_tree(llm, prompt) for prompt in ((1, 2, 3), (4, 5, 6, 7))]
+    subject = Subject(Sketch(trees[1], llm.model.vocab_size), "fixed")
+    assert most_telling(llm, subject, trees, BRIEF.seed) is trees[1]
+    assert distribution.test(llm, subject, trees[1], BRIEF, 1e-6).telling
+    assert not distribution.test(llm, subject, trees[0], BRIEF, 1e-6).telling
 
 
 def test_chi_square_is_scipys() -> None:

@@ -325,6 +325,11 @@ def test_what_is_refused_when_it_is_asked_for(make, message):
         ({"type": "integer", "minimum": 10**20}, "at #/minimum: 1000.* is too large"),
         ({"const": 2**53 + 1}, "at #: 9007199254740993 is too large"),
         ({"properties": {"a": {"enum": ["b", {"c": [-(2**64)]}]}}}, "at #/properties/a: -1844.* is too large"),
+        ({"const": 123456789.12345679}, "at #: 123456789.12345679 has too many digits"),
+        (
+            {"$ref": "#/stuff/x", "stuff": {"x": {"type": "integer", "minimum": 2**60}}},
+            "at #/stuff/x/minimum: 115.* is too",
+        ),
         (deep(150), "recursion limit"),
         (Structured.grammar("start: nowhere"), "nowhere"),
         (Structured.grammar('begin: "a"'), "start"),

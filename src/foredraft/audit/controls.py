@@ -14,7 +14,7 @@ from foredraft.audit import faulty_verification as verification
 from foredraft.audit.distribution import Tree
 from foredraft.audit.exact import Reference
 from foredraft.audit.play import Subject
-from foredraft.audit.scripted import AllRight, Argmaxed, Choosy, HalfRight, Scripted, Sketch
+from foredraft.audit.scripted import AllRight, Argmaxed, Choosy, HalfRight, Likeliest, Scripted, Sketch
 from foredraft.engine import Engine
 from foredraft.models.base import CausalModel
 
@@ -89,6 +89,12 @@ CONTROLS = (
         rejection.TakesProbabilitiesForLogits,
     ),
     Control("a refused token is drawn again from p", "distribution", rejection.DrawsAgainFromTheTarget),
+    Control(
+        "one number decides over all tokens of a draft",
+        "distribution",
+        rejection.ThrowsOneDie,
+        drafter=Likeliest,
+    ),
     Control("a refused token is emitted, the one after it dropped", "distribution", rejection.RefusesOneLate),
     Control("an argmax is said to be drawn", "distribution", drafter=Argmaxed),
     Control("an unsure token is thrown away after it was drawn", "distribution", drafter=Choosy),

@@ -24,6 +24,9 @@ DRAFTED = 2
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 CERTAIN = 0.55  # of the likeliest of three
 TOGETHER = 16  # draws that run at once
+TREES = 4  # prompts, of which each drafter is tested on the one that tells most
+PILOT = 96  # draws that tell which that is
+FEW = 20  # accepted or refused tokens: with fewer the test says nothing of one kind
 EXPECTED = 5.0  # counts below this share a cell, as the test's approximation asks for
 
 Path = tuple[int, ...]
@@ -71,6 +74,11 @@ class Tested:
     def passed(self) -> bool:
         return not self.error and self.p_value >= self.threshold
 
+    @property
+    def telling(self) -> bool:
+        """Whether tokens were drafted, and accepted as well as refused; else this passes without being evidence."""
+        return min(self.accepted, self.drafted - self.accepted) >= FEW
+
 
 def make_tree(llm: LLM, prompt: Path) -> Tree:
     """At a temperature that leaves the candidates a choice: there a wrong distribution shows soonest."""
@@ -105,20 +113,30 @@ def _chances(logits: torch.Tensor, params: SamplingParams) -> dict[int, float]:
     return {int(token): float(chances[token]) for token in chances.nonzero().flatten()}
 
 
-def draws(llm: LLM, subject: Subject, tree: Tree, options: AuditOptions) -> tuple[Counter[Path], int, int, str]:
+def draws(llm: LLM, subject: Subject, tree: Tree, samples: int, seed: int) -> tuple[Counter[Path], int, int, str]:
     """Continuations counted, tokens drafted and accepted, and the first error."""
     params = replace(tree.params, max_new_tokens=PLACES)
-    first = 1_000_000 * (options.seed + 1)
-    asks = [Ask(tree.prompt, replace(params, seed=first + i), num_draft_tokens=DRAFTED) for i in range(options.samples)]
+    first = 1_000_000 * (seed + 1)
+    asks = [Ask(tree.prompt, replace(params, seed=first + i), num_draft_tokens=DRAFTED) for i in range(samples)]
     outcomes = play(llm, subject, asks, TOGETHER, lambda logits: None)
     error = next((outcome.error for outcome in outcomes if outcome.error), "")
     drafted, accepted = (sum(getattr(it, name) for it in outcomes) for name in ("drafted", "accepted"))
     return Counter(outcome.tokens for outcome in outcomes), drafted, accepted, error
 
 
+def most_telling(llm: LLM, subject: Subject, trees: Sequence[Tree], seed: int) -> Tree:
+    """The one whose drafts are accepted as well as refused, for only behind an accepted token is the next one tried."""
+
+    def balance(tree: Tree) -> int:
+        _, drafted, accepted, _ = draws(llm, subject, tree, PILOT, seed + PILOT)
+        return min(accepted, drafted - accepted)
+
+    return max(trees, key=balance)
+
+
 def test(llm: LLM, subject: Subject, tree: Tree, options: AuditOptions, threshold: float) -> Tested:
     """Draw as often as the options say, and compare. An impossible continuation has probability 0."""
-    seen, drafted, accepted, error = draws(llm, subject, tree, options)
+    seen, drafted, accepted, error = draws(llm, subject, tree, options.samples, options.seed)
     p_value, cells = chi_square(seen, tree.continuations)
     return Tested(options.samples, cells, p_value, threshold, drafted, accepted, error)
 

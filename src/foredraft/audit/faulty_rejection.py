@@ -1,6 +1,6 @@
 """Planted bugs of rejection sampling: the text looks as good as ever, and its distribution is another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,7 +30,7 @@ class FaultyRejection(Engine):
         start = len(request.token_ids)
         key = noise.fold(request.seed, start)
         places = range(start, start + len(p))
-        uniforms = noise.uniform(key, places[:-1], 1, Stream.ACCEPT).flatten().tolist()
+        uniforms = self.dice(key, places[:-1])
         for i, (token, q, uniform) in enumerate(zip(draft.tokens, draft.probs, uniforms, strict=True)):
             if uniform >= self.accept(float(p[i, token]), float(q[token])):
                 weights = self.rest(p[i], token, q)
@@ -38,6 +38,9 @@ class FaultyRejection(Engine):
                 return self.refused(Verdict(tuple(range(i)), int(drawn), "recovered"), draft)
         drawn = sampling.race(p[-1:], key, places[-1:], Stream.BONUS)
         return Verdict(tuple(range(len(draft))), int(drawn), "bonus")
+
+    def dice(self, key: int, places: Sequence[int]) -> list[float]:
+        return [float(value) for value in noise.uniform(key, places, 1, Stream.ACCEPT).flatten()]
 
     def refused(self, verdict: Verdict, draft: Draft) -> Verdict:
         return verdict
@@ -63,6 +66,11 @@ class TakesProbabilitiesForLogits(FaultyRejection):
 
 class DrawsAgainFromTheTarget(FaultyRejection):
     rest = staticmethod(lambda p, token, q: p)
+
+
+class ThrowsOneDie(FaultyRejection):
+    def dice(self, key: int, places: Sequence[int]) -> list[float]:
+        return super().dice(key, places[:1]) * len(places)
 
 
 class RefusesOneLate(FaultyRejection):

@@ -70,7 +70,7 @@ class Run:
     watcher: Watcher
     asks: list[Ask] = field(default_factory=list)
     truth: Reference = field(default_factory=dict)
-    tree: Tree | None = None
+    trees: list[Tree] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)
     controls: list[Planted] = field(default_factory=list)
     failure: Failure | None = None
@@ -84,7 +84,8 @@ class Run:
         more = derived(self.llm, whole, {seed: outcome.tokens for seed, outcome in self.truth.items()})
         self.truth |= reference(self.llm, more)
         self.asks = more + whole
-        self.tree = make_tree(self.llm, min((ask.prompt for ask in self.asks), key=len))  # every draw reads it
+        prompts = sorted({ask.prompt for ask in whole}, key=len)[: distribution.TREES]  # every draw reads one
+        self.trees = [make_tree(self.llm, prompt) for prompt in prompts]
 
     @property
     def threshold(self) -> float:
@@ -97,7 +98,8 @@ class Run:
         subject, found, tested = Subject(it.drafter), Compared(), None
         try:
             found = compare(self.llm, subject, self.asks, self.truth, self.options, self.watcher.tick)
-            tested = self._test(Subject(it.drafter, "fixed" if not hasattr(it.drafter, "drafters") else None))
+            policy = "fixed" if not hasattr(it.drafter, "drafters") else None
+            tested = self._test(Subject(it.drafter, policy), self.trees)
             self.watcher.tick("distribution")
         finally:
             complete = tested is not None
@@ -107,9 +109,9 @@ class Run:
             self.watcher.stage(f"{it.name}: looking for the smallest case", 0)
             self.failure = Failure(it.name, it.flag, smallest(self.llm, subject, found.differences[0]))
 
-    def _test(self, subject: Subject) -> distribution.Tested:
-        assert self.tree is not None
-        return distribution.test(self.llm, subject, self.tree, self.options, self.threshold)
+    def _test(self, subject: Subject, trees: Sequence[Tree]) -> distribution.Tested:
+        tree = distribution.most_telling(self.llm, subject, trees, self.options.seed) if len(trees) > 1 else trees[0]
+        return distribution.test(self.llm, subject, tree, self.options, self.threshold)
 
     def plant(self) -> None:
         self.watcher.stage("controls", len(CONTROLS))
@@ -122,8 +124,8 @@ class Run:
             return Planted(control.name, control.kind, None, "no grammar can be had for this model here")
         if control.kind == "exact":
             return self._planted_exactly(control)
-        assert self.tree is not None
-        found = self._test(control.drawing_subject(self.tree, self.llm.model.vocab_size))
+        tree = self.trees[0]
+        found = self._test(control.drawing_subject(tree, self.llm.model.vocab_size), [tree])
         return Planted(control.name, control.kind, not found.passed, found.error or f"p = {found.p_value:.1e}")
 
     def _of_each_setting(self) -> list[Ask]:

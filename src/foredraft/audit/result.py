@@ -87,8 +87,8 @@ class Audit:
         texts = "greedy and coupled decoding give plain decoding's tokens and logits, bit for bit"
         if not self.promised:
             texts = "greedy and coupled decoding gave plain decoding's tokens in every case tried; it is not promised"
-        if not any(it.tested and it.tested.drafted for it in self.checked):
-            return (texts, "rejection sampling was not tried: no drafter had anything to draft where it is tested")
+        if not any(it.tested and it.tested.telling for it in self.checked):
+            return (texts, "rejection sampling was not tried: no drafter's drafts were both accepted and refused")
         return (
             texts,
             f"rejection sampling draws from the target's distribution ({self.options.alarm:.1%} false alarms)",
@@ -119,7 +119,7 @@ def _checked(it: Checked) -> dict[str, Any]:
         "model_hash": it.model_hash,
         "passed": it.passed,
         "compared": counts | {"differences": len(found.differences)} | failing,
-        "distribution": it.tested and asdict(it.tested) | {"passed": it.tested.passed},
+        "distribution": it.tested and asdict(it.tested) | {"passed": it.tested.passed, "telling": it.tested.telling},
     }
 
 

@@ -76,6 +76,16 @@ class Sketch(Scripted):
         return Draft(tokens, self.name, torch.stack(rows) if rows else None)
 
 
+class Likeliest(Sketch):
+    """The likeliest token, and says that it is certain of it: every second one is refused or so."""
+
+    def q(self, path: tuple[int, ...]) -> torch.Tensor:
+        chances = self.tree.following[path]
+        q = torch.zeros(self.vocab_size, dtype=torch.float32)
+        q[max(chances, key=lambda token: chances[token])] = 1.0
+        return q
+
+
 class Argmaxed(Sketch):
     """Drafts the likeliest token and says that it was drawn."""
 

@@ -48,9 +48,11 @@ def _row(it: Checked, *, failing: bool) -> tuple[str | Text, ...]:
 
 
 def _p(tested: Tested) -> str:
-    if tested.error or tested.drafted:
+    if tested.error or not tested.passed or tested.telling:
         return tested.error or f"{tested.p_value:.3f}"
-    return "no drafts"  # a lookup that found nothing in so short a text: its p says nothing
+    if not tested.drafted:
+        return "no drafts"  # a lookup that found nothing in so short a text: its p says nothing
+    return "all refused" if tested.accepted < tested.drafted - tested.accepted else "all accepted"
 
 
 def _state(it: Checked) -> Text:

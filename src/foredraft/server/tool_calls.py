@@ -1,9 +1,10 @@
 """Tool calls as OpenAI shows them, and which text of a stream may be shown before it is known to be a call or not.
 
-Knows texts and calls, nothing of how a model writes them but the characters that may begin one.
+Knows texts and calls; of how a model writes them only the characters that may begin one, and what is before a name.
 """
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ def message(one: Finished) -> Json:
         shown["reasoning_content"] = one.reasoning
     if not one.tool_calls:
         return shown
-    return shown | {"content": before_a_call(one.text).strip() or None, "tool_calls": calls(one)}
+    return shown | {"content": words_before(one.tool_calls[0].name, one.text).strip() or None, "tool_calls": calls(one)}
 
 
 def finish_reason(one: Finished) -> str:
@@ -39,8 +40,17 @@ def calls(one: Finished) -> list[Json]:
     ]
 
 
-def before_a_call(text: str) -> str:
-    return text[: next((i for i, char in enumerate(text) if char in OPENINGS), len(text))]
+def words_before(name: str, text: str) -> str:
+    """What a text says before the JSON of a call of this tool, or its name and JSON, and the mark that opens it."""
+    called = re.escape(name)
+    found = re.search(rf'{{\s*"name"\s*:\s*"{called}"|{called}\s*(\[CALL_ID\]\s*\w*\s*)?(\[ARGS\]\s*)?{{', text)
+    end = found.start() if found else _opening(text)
+    return re.sub(r"(<[^<>]*>\s*|\[[A-Z_]+\]\s*)?\[?\s*$", "", text[:end])
+
+
+def _opening(text: str) -> int:
+    """Where a call may begin, at the earliest."""
+    return next((i for i, char in enumerate(text) if char in OPENINGS), len(text))
 
 
 @dataclass(slots=True)
@@ -51,12 +61,14 @@ class Withheld:
 
     def take(self, text: str) -> str:
         """What of this may be shown now."""
-        shown = "" if self.text else before_a_call(text)
+        shown = "" if self.text else text[: _opening(text)]
         self.text += text[len(shown) :]
         return shown
 
     def ending(self, one: Finished) -> Json:
         """What the last chunk of a stream adds: calls, or the text that was held back."""
         if one.tool_calls:
-            return {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls(one))]}
+            words = words_before(one.tool_calls[0].name, self.text)
+            made = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls(one))]}
+            return made | ({"content": words} if words else {})
         return {"content": self.text} if self.text else {}

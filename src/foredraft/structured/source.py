@@ -15,6 +15,7 @@ from foredraft.structured.spec import MAX_LITERAL, Structured
 MOST_PARTS = 200  # of a schema, looked at one by one to find the fault
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength")
 MOST_NUMBER = 2**53  # what JSON's readers agree on
+DIGITS = 16  # of a number that is written as it is
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
 PATTERN_FAULT = re.compile(r"regex parse error:\n +(?P<pattern>.*)\n(?P<line> +)(?P<marks>\^+)\nerror: (?P<error>.*)")
 INDENT = 4  # of a pattern that is shown
@@ -90,13 +91,15 @@ def said(form: Structured, message: str) -> str:
 
 def _check_parts(form: Structured) -> None:
     """Raises GrammarError for a number that the compiler would round in silence, and a text that costs too much."""
-    for pointer, part in _parts(json.loads(form.source), "#") if form.kind == "json_schema" else ():
+    for pointer, part in _objects(json.loads(form.source), "#") if form.kind == "json_schema" else ():
         for name in BOUNDS:
             if type(part.get(name)) is int and abs(part[name]) > MOST_NUMBER:
                 raise GrammarError(f"the {form.name} cannot be compiled at {pointer}/{name}: {part[name]} is too large")
         for number in _numbers([part.get("const"), part.get("enum")]):
-            if abs(number) > MOST_NUMBER:
+            if isinstance(number, int) and abs(number) > MOST_NUMBER:
                 raise GrammarError(f"the {form.name} cannot be compiled at {pointer}: {number} is too large")
+            if float(f"{number:.{DIGITS}g}") != number:
+                raise GrammarError(f"the {form.name} cannot be compiled at {pointer}: {number} has too many digits")
         longest = max(map(len, _named(part)), default=0)
         if longest > MAX_LITERAL:
             raise GrammarError(
@@ -109,6 +112,17 @@ def _named(part: Mapping[str, Any]) -> Iterator[str]:
     properties, enum = part.get("properties"), part.get("enum")
     named = [*(properties if isinstance(properties, Mapping) else ()), *(enum if isinstance(enum, list) else ())]
     return (name for name in (*named, part.get("const")) if isinstance(name, str))
+
+
+def _objects(value: Any, pointer: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object of a schema with its pointer: a reference may lead to any of them."""
+    if isinstance(value, Mapping):
+        yield pointer, value
+        for key, inner in value.items():
+            if key not in ("const", "enum", "default", "examples"):
+                yield from _objects(inner, f"{pointer}/{key}")
+    for i, inner in enumerate(value if isinstance(value, list) else ()):
+        yield from _objects(inner, f"{pointer}/{i}")
 
 
 def _numbers(value: Any) -> Iterator[float]:
