@@ -484,11 +484,12 @@ def test_out_of_memory_names_the_bytes_and_the_remedy(llama, monkeypatch):
     made.add(lost)
     llama.cache.release()
 
-    def zeros(*args, **kwargs):
+    def full(*args, **kwargs):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "zeros", zeros)
+        patch.setattr(torch, "zeros", full)
+        patch.setattr(torch, "empty", full)
         made.step()
     with pytest.raises(CacheMemoryError, match=r"[\d.]+ GiB.*lower max_model_len or max_batch_size"):
         raise lost.error

@@ -78,13 +78,14 @@ def fake_loader(settings: Settings, metrics: Any) -> Loader:
     return Loader(lambda spec: 1000, lambda spec, uid, loop, room: FakeModel())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def app() -> Any:
+    """Anew for each test: requests made at random may end the model."""
     rules = Settings(limits=Limits(max_body=2**20), memory_budget=5000)
     return create_app(rules, fake_loader, (Launch(LaunchSpec("fake"), "fake"),))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def api(app: Any) -> Any:
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +194,8 @@ def test_a_server_tells_thoughts_and_answers_apart(llm, closing):
     ask = Ask(messages=MESSAGES, params=params, template_arguments={"enable_thinking": True})
     shown = []
     for stream, details in ((False, False), (True, False), (True, True)):
-        text = Text(0, _job(llm, ask), "int4", Metrics().of("x"), stream, details)
+        mail: Any = SimpleNamespace(beat=0, interval=0.0)  # a delta for each step
+        text = Text(0, _job(llm, ask), "int4", Metrics().of("x"), stream, details, mail)
         deltas = []
         llm.runner.submit(text.job.request, lambda output, text=text, deltas=deltas: deltas.append(text.take(output)))
         llm.runner.run_until(lambda text=text: text.job.request.finish_reason is not None)
