@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from foredraft import profile
 from foredraft.drafters.base import Drafter
-from foredraft.drafters.make import DraftContext, DraftSpec, check_name, make_drafter
+from foredraft.drafters.make import DraftContext, DraftSpec, check_name, check_takes_profile, make_drafter, skips
 from foredraft.drafters.model import ModelDrafter
-from foredraft.drafters.registry import AUTO, DRAFTERS, with_profile
+from foredraft.drafters.registry import AUTO, DRAFTERS
 from foredraft.drafters.self_draft import SelfDrafter, skip_set
 from foredraft.drafters.several import Several, drafters_of
 from foredraft.errors import ModelError, RequestError
@@ -66,7 +66,7 @@ def make_drafters(specs: Sequence[DraftSpec], context: DraftContext, reasons: Se
     listed = _listed(specs)
     _check_profiles(specs, context, listed)
     unprofiled = replace(context, profile=None, force_profile=False)
-    drafters = [make_drafter(spec, context if _skips(spec) else unprofiled) for spec in specs]
+    drafters = [make_drafter(spec, context if skips(spec) else unprofiled) for spec in specs]
     return Several(_told_apart(drafters, listed), reasons)
 
 
@@ -96,14 +96,10 @@ def check_listed(specs: Sequence[DraftSpec]) -> None:
         seen.append(known)
 
 
-def _skips(spec: DraftSpec) -> bool:
-    return isinstance(spec, str) and spec in with_profile()
-
-
 def _check_profiles(specs: Sequence[DraftSpec], context: DraftContext, listed: str) -> None:
     """Before anything is loaded: whether each has the profile that it needs, and whether any needs the one given."""
     check_profile(specs, context.profile, force=context.force_profile)
-    skipping = [spec for spec in specs if _skips(spec)]
+    skipping = [spec for spec in specs if skips(spec)]
     if not skipping:
         return
     try:
@@ -118,9 +114,8 @@ def check_profile(specs: Sequence[DraftSpec], path: str | Path | None, *, force:
     Raises:
         ModelError: it cannot, or none does.
     """
-    if (path is not None or force) and not any(map(_skips, specs)):
-        listed = _listed(specs) if len(specs) > 1 else f"draft={specs[0]!r}"
-        raise ModelError(f"{listed} takes no profile; drop it, or use one of {', '.join(with_profile())}")
+    if path is not None or force:
+        check_takes_profile(specs, _listed(specs) if len(specs) > 1 else f"draft={specs[0]!r}")
     if path is not None:
         profile.load(path)
 

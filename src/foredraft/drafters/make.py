@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def make_drafter(spec: DraftSpec, context: DraftContext) -> Drafter:
         RequestError: nothing of that name; the nearest known name is suggested.
         VocabularyMismatchError: the draft model has other tokens, which cannot be translated.
     """
-    if (context.profile is not None or context.force_profile) and spec not in with_profile():
-        raise ModelError(f"draft={spec!r} takes no profile; drop it, or use one of {', '.join(with_profile())}")
+    if context.profile is not None or context.force_profile:
+        check_takes_profile([spec], f"draft={spec!r}")
     spec = unwrapped(spec)
     if spec is None:
         return NoDrafter()
@@ -62,6 +63,17 @@ def make_drafter(spec: DraftSpec, context: DraftContext) -> Drafter:
         )
     _check_made(spec, context.target.vocab_size)
     return spec
+
+
+def skips(spec: DraftSpec) -> bool:
+    """Whether this is a drafter that leaves out what a profile says."""
+    return isinstance(spec, str) and spec in with_profile()
+
+
+def check_takes_profile(specs: Sequence[DraftSpec], listed: str) -> None:
+    """Raises ModelError where none of these, which the error calls `listed`, takes a profile."""
+    if not any(map(skips, specs)):
+        raise ModelError(f"{listed} takes no profile; drop it, or use one of {', '.join(with_profile())}")
 
 
 def _check_made(drafter: Drafter, vocab_size: int) -> None:
