@@ -1,11 +1,9 @@
 """What structured output gains by drafting, and what a mask costs.
 
-`python benchmarks/structured.py [--rounds N] [--json FILE]`: every schema of the tests on the bundled pair, greedy,
-plain and drafted in turn, one at a time; then the time of a mask against a plain step, on the bundled vocabulary and on
-one of 150,000 tokens.
+Every schema of the tests on the bundled pair, greedy, plain and drafted in turn, one at a time; then the time of a mask
+against a plain step, on the bundled vocabulary and on one of 150,000 tokens.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -16,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from _timing import parser, report
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -111,10 +110,8 @@ def large(vocab_size: int = 150_000) -> LLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser(__doc__, rounds=3).parse_args()
+    torch.set_num_threads(options.threads)
     bundled = LLM(max_batch_size=1, prefix_cache=False)
     forget_outputs(bundled.drafter)  # every round asks the same
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -126,8 +123,7 @@ def main() -> None:
     for name, measure in parts.items():
         found[name] = measure()
         print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found[name].items()), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    report("structured", found, options.out)
 
 
 if __name__ == "__main__":
