@@ -13,7 +13,7 @@ MAX_SOURCE = 1_000_000  # bytes
 MAX_OPTIONS = 10_000
 MAX_LITERAL = 10_000  # characters of a text that is given letter by letter; each is followed by copying what is left
 WITHOUT_ROLLBACK = re.compile(
-    r"^\s*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE
+    r"^\s*[?!]*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE
 )
 MAX_DEPTH = 200  # nested brackets; compilers recurse
 
