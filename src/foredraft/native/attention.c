@@ -73,7 +73,7 @@ INLINE void soften(const int format, bundle *b, int r, int base, float scale, in
 INLINE void through(const int format, const int rows, const model *m, bundle *b, int from, const char *page, int base) {
   const int n = inputs_per_lane(format), dim = m->dim;
   const float scale = 1 / sqrtf((float)m->head_dim);
-  weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n};
+  weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n, NULL, 0};
   for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC)
     tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
   int end = 0;
@@ -82,7 +82,7 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
     end = b->end[r] - base > end ? b->end[r] - base : end;
   }
   const size_t column = PAGE / n * VEC; /* bytes of sixteen values of all tokens */
-  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n};
+  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n, NULL, 0};
   int d = 0;
   for (; d + VECS * 16 <= dim; d += VECS * 16, values.start += VECS * column)
     tile(format, rows, VECS, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);

@@ -37,7 +37,8 @@ typedef struct {
   float *confidences;
 } draw_job;
 
-static void draw_chunk(void *arg, int row) {
+static void draw_chunk(void *arg, int row, int onward) {
+  (void)onward;
   const draw_job *j = arg;
   const chain *c = j->chains + j->active[row];
   size_t at = (size_t)j->active[row] * j->most + j->depth;

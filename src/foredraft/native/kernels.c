@@ -3,7 +3,8 @@
 
 void ISA(embed)(const model *m, int32_t token, float *x, int width);
 void ISA(encode)(const linear *to, const float *x, int count, const float *norm, int size, float eps, char *out);
-void ISA(product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
+void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
+                  int width);
 void ISA(write)(const attention *a, const unit *u);
 void ISA(attend)(const attention *a, const unit *u);
 drawn ISA(draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);

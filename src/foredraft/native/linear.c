@@ -37,15 +37,21 @@ enum { ZERO8 = 0, ZERO4 = 8 };
 enum { ZERO8 = 128, ZERO4 = 8 };
 #endif
 
-typedef void (*product_fn)(const linear *w, int block, int half, const char *x, float *out, size_t out_stride);
+/* Weights that come next, to be read ahead: `fetch` bytes of each block a step. */
+typedef struct {
+  const char *start;
+  size_t fetch;
+} upcoming;
+
+typedef void (*product_fn)(const linear *w, upcoming next, int block, int half, const char *x, float *out, size_t stride);
 
 INLINE size_t block_bytes(const linear *w) { return (size_t)w->inputs / inputs_per_lane(w->format) * 2 * VEC; }
 
-INLINE void float_product(const int format, const int rows, const int vecs, const linear *w, int block, int half,
-                          const char *x, float *out, size_t out_stride) {
+INLINE void float_product(const int format, const int rows, const int vecs, const linear *w, upcoming next, int block,
+                          int half, const char *x, float *out, size_t out_stride) {
   size_t bytes = block_bytes(w);
   const char *start = (const char *)w->weights + block * bytes + half * VEC;
-  weights at = {start, bytes, VEC, 2 * VEC, w->inputs / inputs_per_lane(format)};
+  weights at = {start, bytes, VEC, 2 * VEC, w->inputs / inputs_per_lane(format), next.start, next.fetch};
   tile(format, rows, vecs, 0, at, x, encoded_bytes(w), out, out_stride);
 }
 
@@ -84,12 +90,13 @@ INLINE lanes nibbles(lanes a, const int shift) {
 }
 
 /* A group is summed in whole numbers; then y += (codes x - zero sum(x)) * scale + offset * sum(x). */
-INLINE void int_product(const int format, const int rows, const int vecs, const linear *w, int block, int half,
+INLINE void int_product(const int format, const int rows, const int vecs, const linear *w, upcoming next, int block, int half,
                         const char *x, float *out, size_t out_stride) {
   const int groups = groups_of(w), steps = w->group / inputs_per_lane(format), grids = format == INT4 ? 2 : 1;
   const size_t bytes = block_bytes(w), stride = encoded_bytes(w);
   const char *start = (const char *)w->weights + block * bytes + half * VEC;
   const bf16 *grid = w->grid + (size_t)block * groups * grids * BLOCK + half * 16;
+  const weights ahead = {.pair = bytes, .next = next.start, .fetch = next.fetch};
   vec sum[MOST_TILE_ROWS][4];
   UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vecs; v++) sum[r][v] = v_set(0);
   for (int g = 0; g < groups; g++) {
@@ -97,6 +104,7 @@ INLINE void int_product(const int format, const int rows, const int vecs, const 
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vecs; v++) whole[r][v] = l_set(0);
     for (int k = 0; k < steps; k++) {
       lanes code[4];
+      if (next.start) read_ahead(&ahead, vecs, g * steps + k);
       UNROLL for (int v = 0; v < vecs; v++)
         code[v] = l_load(start + v / 2 * bytes + v % 2 * VEC + (size_t)(g * steps + k) * 2 * VEC);
       UNROLL for (int r = 0; r < rows; r++) {
@@ -132,8 +140,9 @@ INLINE void int_product(const int format, const int rows, const int vecs, const 
 }
 
 #define DEFINE(kind, format, rows, vecs) \
-  static void format##_##rows##_##vecs(const linear *w, int block, int half, const char *x, float *out, size_t stride) { \
-    kind##_product(format, rows, vecs, w, block, half, x, out, stride); \
+  static void format##_##rows##_##vecs(const linear *w, upcoming next, int block, int half, const char *x, float *out, \
+                                       size_t stride) { \
+    kind##_product(format, rows, vecs, w, next, block, half, x, out, stride); \
   }
 #define DEFINE_FLOAT(rows, vecs) DEFINE(float, F32, rows, vecs) DEFINE(float, BF16, rows, vecs)
 #define DEFINE_INT(rows, vecs) DEFINE(int, INT8, rows, vecs) DEFINE(int, INT4, rows, vecs)
@@ -183,28 +192,36 @@ static void finish(const linear *w, int epilogue, int block, int blocks, const f
 }
 
 /* As many rows as fit a tile, and `blocks` blocks. */
-static void strip(const linear *w, int epilogue, int block, int blocks, const char *x, int rows, float *y, int width) {
+static void strip(const linear *w, upcoming next, int epilogue, int block, int blocks, const char *x, int rows, float *y,
+                  int width) {
   float sums[MOST_TILE_ROWS * MOST_TILE_VECS * 16];
   const int wide = w->format >= INT8 ? int_vecs[rows] : float_vecs[rows];
   for (int vecs; blocks > 0; block += (vecs + 1) / 2, blocks -= (vecs + 1) / 2) {
     vecs = wide <= 2 * blocks ? wide : 2;
     product_fn product = products[w->format][rows][vecs];
     int taken = (vecs + 1) / 2;
-    product(w, block, 0, x, sums, (size_t)taken * BLOCK);
-    if (vecs == 1) product(w, block, 1, x, sums + 16, (size_t)taken * BLOCK);
+    product(w, next, block, 0, x, sums, (size_t)taken * BLOCK);
+    if (vecs == 1) product(w, (upcoming){0}, block, 1, x, sums + 16, (size_t)taken * BLOCK);
     finish(w, epilogue, block, taken, sums, rows, y, width);
+    if (next.start) next.start += taken * block_bytes(w);
   }
 }
 
-/* A strip of weights serves all rows while it is in the cache; rows are shared out evenly among tiles. */
-void ISA(product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width) {
+/* A strip of weights serves all rows while it is in the cache, and each tile of rows reads a part of the next strip
+ * ahead; rows are shared out evenly among tiles. */
+void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
+                  int width) {
   const int most = w->format >= INT8 ? INT_ROWS : FLOAT_ROWS, tiles = (rows + most - 1) / most;
-  const int blocks = tiles == 1 ? 4 : 2;
-  for (int block = first; block < last; block += blocks) {
+  const int blocks = tiles == 1 ? 4 : 2, strips = (last - first + blocks - 1) / blocks, all = w->outputs / BLOCK;
+  for (int i = 0; i < strips; i++) {
+    const int block = first + (onward > 0 ? i : strips - 1 - i) * blocks, ahead = block + onward * blocks;
+    const int taken = last - block < blocks ? last - block : blocks;
+    const bool read = ahead >= 0 && ahead + taken <= all;
     for (int t = 0; t < tiles; t++) {
       int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles);
-      int taken = last - block < blocks ? last - block : blocks;
-      strip(w, epilogue, block, taken, x + from * encoded_bytes(w), to - from, y + (size_t)from * width, width);
+      upcoming next = {NULL, 2 * VEC / tiles};
+      if (read) next.start = (const char *)w->weights + ahead * block_bytes(w) + block_bytes(w) * t / tiles;
+      strip(w, next, epilogue, block, taken, x + from * encoded_bytes(w), to - from, y + (size_t)from * width, width);
     }
   }
 }

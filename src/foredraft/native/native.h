@@ -110,8 +110,9 @@ typedef struct {
   void (*embed)(const model *m, int32_t token, float *x, int width);
   /* x [count], normalised where there is a norm, as input of a linear layer: codes, scales and all. */
   void (*encode)(const linear *to, const float *x, int count, const float *norm, int size, float eps, char *out);
-  /* Blocks first to last of y for rows of encoded x. */
-  void (*product)(const linear *w, int epilogue, int first, int last, const char *x, int rows, float *y, int width);
+  /* Blocks first to last of y for rows of encoded x; if onward is -1 the last ones first. */
+  void (*product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
+                  int width);
   void (*write)(const attention *a, const unit *u);
   void (*attend)(const attention *a, const unit *u);
   drawn (*draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);
@@ -166,7 +167,8 @@ int run_pass(const model *m, const int32_t *ints, int rows, int spans, int wante
              int max_pages, float *logits, int width);
 
 /* threads.c */
-typedef void (*task)(void *arg, int chunk);
+/* onward: 1 or -1, where the chunk lies that the same thread is likely to run next */
+typedef void (*task)(void *arg, int chunk, int onward);
 void pool_enter(int threads); /* one pass at a time; up to `threads` threads, the caller among them */
 void pool_leave(void);
 void pool_run(task run, void *arg, int chunks);

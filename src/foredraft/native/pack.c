@@ -32,7 +32,8 @@ static uint32_t lane_of(const pack_job *j, const char *row, int first) {
 }
 
 /* One block, sixteen lanes of each row at a time, so that what is written stays in the cache. */
-static void pack_block(void *arg, int block) {
+static void pack_block(void *arg, int block, int onward) {
+  (void)onward;
   const pack_job *j = arg;
   const int n = inputs_per_lane(j->format), steps = j->padded / n;
   uint32_t *out = (uint32_t *)j->out + (size_t)block * steps * BLOCK;
@@ -73,7 +74,8 @@ typedef struct {
 
 enum { GROUPS_A_CHUNK = 256 };
 
-static void round_chunk(void *arg, int chunk) {
+static void round_chunk(void *arg, int chunk, int onward) {
+  (void)onward;
   const round_job *j = arg;
   for (int g = chunk * GROUPS_A_CHUNK; g < j->groups && g < (chunk + 1) * GROUPS_A_CHUNK; g++)
     j->k->round4(j->x + (size_t)g * j->size, j->size, j->codes + (size_t)g * j->size, j->grid + 2 * (size_t)g);

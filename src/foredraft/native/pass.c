@@ -75,12 +75,12 @@ typedef struct {
   int epilogue, rows, width, chunks;
 } product_job;
 
-static void product_chunk(void *arg, int chunk) {
+static void product_chunk(void *arg, int chunk, int onward) {
   const product_job *j = arg;
   const int strips = (j->w->outputs / BLOCK + 3) / 4; /* tiles of one row take four blocks */
   int first = (int)((long)strips * chunk / j->chunks) * 4, last = (int)((long)strips * (chunk + 1) / j->chunks) * 4;
   if (last > j->w->outputs / BLOCK) last = j->w->outputs / BLOCK;
-  j->k->product(j->w, j->epilogue, first, last, j->x, j->rows, j->y, j->width);
+  j->k->product(j->w, j->epilogue, first, last, onward, j->x, j->rows, j->y, j->width);
 }
 
 /* Chunks of some ten microseconds: small enough that an absent worker costs little. */
@@ -107,7 +107,8 @@ typedef struct {
   int rows, stride, count;
 } encode_job;
 
-static void encode_chunk(void *arg, int chunk) {
+static void encode_chunk(void *arg, int chunk, int onward) {
+  (void)onward;
   const encode_job *j = arg;
   const int first = chunk * ROWS_A_CHUNK, end = first + ROWS_A_CHUNK < j->rows ? first + ROWS_A_CHUNK : j->rows;
   for (int r = first; r < end; r++) {
@@ -128,19 +129,22 @@ static void encode_plain(pass *p, const linear *to, const float *x, int count) {
 
 /* --- the phases of a pass --- */
 
-static void embed_chunk(void *arg, int chunk) {
+static void embed_chunk(void *arg, int chunk, int onward) {
+  (void)onward;
   const pass *p = arg;
   for (int r = chunk * ROWS_A_CHUNK; r < p->rows && r < (chunk + 1) * ROWS_A_CHUNK; r++)
     p->k->embed(p->m, p->tokens[r], p->x + (size_t)r * p->width, p->width);
 }
 
-static void unit_chunk(void *arg, int chunk) {
+static void unit_chunk(void *arg, int chunk, int onward) {
+  (void)onward;
   const pass *p = arg;
   if (p->all_short) p->k->write(&p->attention, p->units + chunk);
   p->k->attend(&p->attention, p->units + chunk);
 }
 
-static void write_chunk(void *arg, int chunk) {
+static void write_chunk(void *arg, int chunk, int onward) {
+  (void)onward;
   const pass *p = arg;
   p->k->write(&p->attention, p->units + chunk);
 }

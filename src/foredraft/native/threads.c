@@ -72,7 +72,8 @@ static bool claim(bool from_back) {
     uint64_t left = from_back ? ticket - 1 : ticket + (1 << 16);
     if (atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, left, memory_order_acq_rel,
                                               memory_order_acquire)) {
-      run(arg, first + (int)(from_back ? (ticket & 0xffff) - 1 : (ticket >> 16) & 0xffff));
+      int chunk = (int)(from_back ? (ticket & 0xffff) - 1 : (ticket >> 16) & 0xffff);
+      run(arg, first + chunk, from_back ? -1 : 1);
       atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
       return true;
     }
@@ -189,7 +190,7 @@ static void run_part(task run, void *arg, int first, int chunks) {
 /* run(arg, 0), ..., run(arg, chunks - 1), in any order, on any thread. */
 void pool_run(task run, void *arg, int chunks) {
   if (pool.threads == 1 || chunks == 1) {
-    for (int chunk = 0; chunk < chunks; chunk++) run(arg, chunk);
+    for (int chunk = 0; chunk < chunks; chunk++) run(arg, chunk, 1);
     return;
   }
   for (int first = 0; first < chunks; first += MOST_CHUNKS)

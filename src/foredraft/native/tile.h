@@ -12,7 +12,19 @@ typedef struct {
   const char *start;
   size_t pair, single, step;
   int steps;
+  const char *next; /* where to read ahead meanwhile, for each pair and step `fetch` bytes; or none */
+  size_t fetch;
 } weights;
+
+enum { CACHE_LINE = 64 };
+
+INLINE void read_ahead(const weights *w, const int vecs, int step) {
+  UNROLL for (int v = 0; v < vecs; v += 2) {
+    const char *at = w->next + v / 2 * w->pair + step * w->fetch;
+    __builtin_prefetch(at, 0, 2);
+    if (w->fetch > CACHE_LINE) __builtin_prefetch(at + CACHE_LINE, 0, 2);
+  }
+}
 
 /* out [rows][out_stride] = x w, or out + x w, from the first input to the last. */
 INLINE void tile(const int format, const int rows, const int vecs, const int add, weights w, const char *x,
@@ -23,6 +35,7 @@ INLINE void tile(const int format, const int rows, const int vecs, const int add
   const int widen = format == BF16 && !PAIRS;
   for (int k = 0; k < w.steps; k++, x += (widen ? 2 : 1) * LANE) {
     const char *at = w.start + k * w.step;
+    if (w.next) read_ahead(&w, vecs, k);
     lanes weight[MOST_TILE_VECS], second[MOST_TILE_VECS];
     UNROLL for (int v = 0; v < vecs; v++) {
       weight[v] = l_load(at + v / 2 * w.pair + v % 2 * w.single);
