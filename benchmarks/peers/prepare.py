@@ -3,9 +3,9 @@
     python benchmarks/peers/prepare.py [--shape 344M | --target FOLDER --draft FOLDER --name NAME] [--quantized]
 
 llama.cpp comes twice: as PyPI's `xllamacpp`, whose wheel has AVX2 kernels, and as npm's `node-llama-cpp`, which brings
-libraries with AVX-512 and the sources they were made of; llama_cpp_avx512_job.cpp is compiled against these (npm, git and
-g++ have to be there). OpenVINO GenAI is `openvino-genai`; models for it are exported by optimum-intel, which wants an
-older transformers and no torchvision, so in an environment of its own. A shape is the bundled target widened by
+libraries with AVX-512 and the sources they were made of; llama_cpp_avx512_job.cpp is compiled against these (npm, git
+and g++ have to be there). OpenVINO GenAI is `openvino-genai`; models for it are exported by optimum-intel, which wants
+an older transformers and no torchvision, so in an environment of its own. A shape is the bundled target widened by
 benchmarks/widen.py, with the bundled draft. `--quantized` writes the target as q8_0 and q4_0 for llama.cpp, too.
 """
 

@@ -1,15 +1,16 @@
 """foredraft, llama.cpp, OpenVINO GenAI and transformers on the same models and prompts, plain and drafting, in turn.
 
     python benchmarks/peers/prepare.py && python benchmarks/peers/run.py
-    python benchmarks/peers/prepare.py --shape 344M --quantized && python benchmarks/peers/run.py --shape 344M --weights int4
+    python benchmarks/peers/prepare.py --shape 344M --quantized
+    python benchmarks/peers/run.py --shape 344M --weights int4 --max-new-tokens 64
 
 A worker a time: engines that stay alive beside each other disturb one another. Each run loads, decodes one prompt to
 warm up and then all of them, greedy, batch 1; loading is not timed. Reports tokens a second, and how many texts of an
 engine change when its drafting is switched on. Refuses to start on a machine that is busy with something else.
 
 A worker reads one job from stdin: {"target", "draft" ("" for none), "prompts" [[token ids]], "max_new_tokens",
-"num_draft_tokens", "threads", "context", "dtype", "weights" ("" for dtype's)}, and answers with {"results": [{"output", "tokens", "seconds"}],
-"version"}.
+"num_draft_tokens", "threads", "context", "dtype", "weights" ("" for dtype's)}, and answers with
+{"results": [{"output", "tokens", "seconds"}], "version"}.
 """
 
 import json
@@ -32,7 +33,8 @@ LOOKUP = "transformers_lookup"  # transformers again, with prompt lookup instead
 AVX512 = "llama_cpp_avx512"  # npm's build of llama.cpp
 ENGINES = ("foredraft", "llama_cpp", AVX512, "openvino_genai", "transformers", LOOKUP)
 QUANTIZING = ("foredraft", "llama_cpp", AVX512)
-LENGTHS = {"foredraft": 0, "llama_cpp": 8, AVX512: 8, "openvino_genai": 5, "transformers": 5, LOOKUP: 10}  # 0: as it likes
+PEERS = {"llama_cpp": 8, AVX512: 8, "openvino_genai": 5, "transformers": 5, LOOKUP: 10}
+LENGTHS = {"foredraft": 0} | PEERS  # of drafts; 0: as it likes
 BUSY = 0.2  # of the machine's time
 
 
