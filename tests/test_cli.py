@@ -190,6 +190,14 @@ def test_the_package_is_the_command() -> None:
     assert ran.stdout == "foredraft 0.1.0\n"
 
 
+def test_help_says_what_has_to_be_given(run: Fake) -> None:
+    assert "[required]" in run("terminate", "--help").stdout
+    missing = run("terminate")
+    assert missing.exit_code == 2 and "Missing argument" in missing.stderr
+    launch = run("launch", "--help").stdout  # a server that is told no name launches its own
+    assert "[required]" not in launch and "Default: the bundled pair" in launch
+
+
 def test_version_is_a_flag_and_a_command(run: Fake) -> None:
     assert run("--version").stdout == run("version").stdout == "foredraft 0.1.0\n"
 

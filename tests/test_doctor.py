@@ -149,7 +149,15 @@ def test_it_exits_with_1() -> None:
     assert json.loads(done.stdout)["well"] is False
 
 
+def test_weights_and_runtime_are_as_for_generate() -> None:
+    told = json.loads(run("--draft", "ngram", "--weight-format", "int8", "--json").stdout)
+    assert told["well"] and sum("int8" in kernel for kernel in told["serving"]["target"]["kernels"]) == 1
+    told = json.loads(run("--draft", "ngram", "--runtime", "torch", "--json").stdout)
+    assert told["well"] and told["serving"]["target"]["runtime"] == "torch"
+
+
 def test_wrong_use_exits_with_2() -> None:
+    assert run("--runtime", "x").exit_code == run("--weight-format", "int3").exit_code == 2
     assert run("--dtype", "fp12").exit_code == 2
     with pytest.raises(RequestError, match="fp12"):
         diagnose(dtype="fp12")

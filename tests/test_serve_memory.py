@@ -51,6 +51,9 @@ def test_what_is_estimated_before_is_what_loading_finds(spec: LaunchSpec) -> Non
 def test_flags_reach_the_launch() -> None:
     (launch,) = read_launches(ServeOptions(cache_bytes="3MiB", no_prefix_cache=True))
     assert (launch.spec.cache_bytes, launch.spec.prefix_cache) == (3 * 2**20, False)
+    assert read_launches(ServeOptions(runtime="torch"))[0].spec.runtime == "torch"
+    with pytest.raises(RequestError, match="runtime='x'"):
+        read_launches(ServeOptions(runtime="x"))
     assert (read_launches(ServeOptions())[0].spec.cache_bytes, read_launches(ServeOptions())[0].spec.prefix_cache) == (
         None,
         True,

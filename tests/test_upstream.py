@@ -22,6 +22,7 @@ from foredraft.models import load, pretrained
 from foredraft.models.hf import HFModel
 from foredraft.upstream import kernels
 from foredraft.upstream.modules import is_product
+from foredraft.upstream.progress import no_loading_bars
 from foredraft.upstream.weights import empty_model
 from foredraft.weights.quantize import Int4Linear, Quantizer
 
@@ -361,3 +362,40 @@ def test_the_sweep_notices_another_text(monkeypatch: pytest.MonkeyPatch) -> None
     found = outcome("gpt2")
     assert found.verdict in FAULTS
     assert "another text" in report([found])
+
+
+# --- progress bars ---
+
+
+def test_loading_draws_no_bars_and_leaves_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers drew "Loading weights" into every program that loaded with us."""
+    from transformers.utils import logging
+
+    tiny("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    capfd.readouterr()
+    load.load_target(tmp_path, load.LoadOptions())
+    load.load_target(tmp_path, load.LoadOptions(weight_format="int8"))
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    t.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "Loading weights" in capfd.readouterr().err
+
+
+def test_bars_come_back_when_the_last_of_several_threads_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    first, second = no_loading_bars(), no_loading_bars()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not logging.is_progress_bar_enabled()
+    second.__exit__(None, None, None)
+    assert logging.is_progress_bar_enabled()
+    monkeypatch.setattr(logging, "_tqdm_active", False)  # a user who wants none
+    with no_loading_bars():
+        pass
+    assert not logging.is_progress_bar_enabled()

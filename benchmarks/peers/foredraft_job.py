@@ -14,7 +14,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     dtype = {"bf16": "bfloat16", "f32": "float32"}[job["dtype"]]
-    llm = LLM(job["target"], draft=job["draft"] or "none", dtype=dtype, prefix_cache=False)
+    draft, weights = job["draft"] or "none", job["weights"] or None
+    llm = LLM(job["target"], draft=draft, dtype=dtype, weight_format=weights, prefix_cache=False)
     params = SamplingParams(max_new_tokens=job["max_new_tokens"], ignore_eos=True)
 
     def run(ids: list[int]) -> dict:

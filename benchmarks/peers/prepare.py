@@ -1,10 +1,12 @@
 """Make what the peers need under runs/peers: an environment for each engine, and the models in its format.
 
-    python benchmarks/peers/prepare.py [--shape 344M | --target FOLDER --draft FOLDER --name NAME]
+    python benchmarks/peers/prepare.py [--shape 344M | --target FOLDER --draft FOLDER --name NAME] [--quantized]
 
-llama.cpp comes as `xllamacpp` (its wheel has AVX2 kernels), OpenVINO GenAI as `openvino-genai`; models for it are
-exported by optimum-intel, which wants an older transformers and no torchvision, so in a third environment. A shape is
-the bundled target widened by benchmarks/widen.py, with the bundled draft.
+llama.cpp comes twice: as PyPI's `xllamacpp`, whose wheel has AVX2 kernels, and as npm's `node-llama-cpp`, which brings
+libraries with AVX-512 and the sources they were made of; llama_cpp_avx512_job.cpp is compiled against these (npm, git
+and g++ have to be there). OpenVINO GenAI is `openvino-genai`; models for it are exported by optimum-intel, which wants
+an older transformers and no torchvision, so in an environment of its own. A shape is the bundled target widened by
+benchmarks/widen.py, with the bundled draft. `--quantized` writes the target as q8_0 and q4_0 for llama.cpp, too.
 """
 
 import argparse
@@ -28,6 +30,8 @@ PACKAGES = {
     "openvino_genai": ["openvino-genai", "numpy"],
     "export": ["torch==2.13.0", "optimum-intel[openvino]", "openvino-tokenizers"],
 }
+NODE = ("node-llama-cpp", "3.22.1")
+QUANTIZED = {"int8": "Q8_0", "int4": "Q4_0"}  # our weight formats, and what llama.cpp has at about the same size
 
 
 def python(name: str) -> Path:
@@ -61,8 +65,11 @@ def pair(args: argparse.Namespace) -> Pair:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(flags)
+    flags.add_argument("--quantized", action="store_true", help="the target as q8_0 and q4_0 for llama.cpp, too")
     args = flags.parse_args()
     models = pair(args)
+    if not (RUNS / "llama_cpp_avx512" / "job").exists():
+        avx512()
     for name, packages in PACKAGES.items():
         if not python(name).exists():
             environment(name, packages)
@@ -70,6 +77,8 @@ def main() -> None:
         widen(BUNDLED / "target", models.target, SHAPES[args.shape], torch.bfloat16)
     for role, source in (("target", models.target), ("draft", models.draft)):
         export(source, RUNS / "models" / models.name, role)
+    for kind in QUANTIZED.values() if args.quantized else ():
+        gguf(models.target, RUNS / "models" / models.name / f"target-{kind}.gguf", "--quantize", kind)
 
 
 def environment(name: str, packages: list[str]) -> None:
@@ -80,10 +89,42 @@ def environment(name: str, packages: list[str]) -> None:
         run(python(name), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
 
 
+def avx512() -> None:
+    """npm's libraries of llama.cpp, and a worker compiled against them and their own sources."""
+    print("making llama_cpp_avx512", flush=True)
+    folder, (name, version) = RUNS / "llama_cpp_avx512", NODE
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "package.json").write_text("{}")
+    packages = [f"{name}@{version}", f"@{name}/linux-x64@{version}"]
+    run("npm", "install", "--prefix", folder, "--ignore-scripts", "--omit=optional", "--no-audit", *packages)
+    package, libraries, sources = avx512_parts()
+    if not sources.exists():
+        run("git", "clone", "--quiet", package / "llama" / "gitRelease.bundle", sources)
+    includes = [f"-I{sources / part}" for part in ("common", "include", "ggml/include", "vendor")]
+    wanted = [f"-l:{path.name}" for path in sorted(libraries.glob("lib*.so")) if "-cpu-" not in path.name]
+    job, links = HERE / "llama_cpp_avx512_job.cpp", [f"-L{libraries}", *wanted, f"-Wl,-rpath,{libraries}"]
+    run("g++", "-O2", "-std=c++17", *includes, job, "-o", folder / "job", *links)
+
+
+def avx512_parts() -> tuple[Path, Path, Path]:
+    """The npm package, the folder of its libraries, and llama.cpp's sources."""
+    modules, name = RUNS / "llama_cpp_avx512" / "node_modules", NODE[0]
+    return (
+        modules / name,
+        modules / f"@{name}" / "linux-x64" / "bins" / "linux-x64",
+        RUNS / "llama_cpp_avx512" / "llama.cpp",
+    )
+
+
+def gguf(source: Path, out: Path, *options: str) -> None:
+    if not out.exists():
+        run(python("llama_cpp"), HERE / "to_gguf.py", source, out, *options)
+
+
 def export(source: Path, out: Path, role: str) -> None:
     print(f"exporting {source} to {out}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    run(python("llama_cpp"), HERE / "to_gguf.py", source, out / f"{role}.gguf")
+    gguf(source, out / f"{role}.gguf")
     options = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
     tool = RUNS / "export" / "bin" / "optimum-cli"
     run(tool, "export", "openvino", "--model", source, *options, out / f"{role}-openvino", quiet=True)

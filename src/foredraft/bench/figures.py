@@ -61,7 +61,7 @@ class ArmFigures:
     seconds_per_token: float  # after the first one; median over requests
     times: TimeSplit
     stats: SpecStats  # of the first round
-    categories: Mapping[str, CategoryFigures]
+    categories: Mapping[str, CategoryFigures]  # "": prompts of none
 
 
 def arm_figures(requests: Sequence[Request], name: str, num_draft_tokens: int | None) -> ArmFigures:
@@ -105,7 +105,7 @@ def total(requests: Sequence[Request], name: str) -> SpecStats:
 def _categories(requests: Sequence[Request], name: str) -> dict[str, CategoryFigures]:
     found: dict[str, list[Request]] = {}
     for request in requests:
-        found.setdefault(request.place.task.category or "all", []).append(request)
+        found.setdefault(request.place.task.category, []).append(request)
     return {category: _category(own, name) for category, own in found.items()}
 
 

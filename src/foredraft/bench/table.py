@@ -12,6 +12,7 @@ from foredraft.bench.measure import Difference
 from foredraft.bench.result import Bench
 
 SHOWN = 10  # differences
+NO_CATEGORY = "(none)"
 Rows = tuple[tuple[str, ...], ...]
 MiB = 2**20
 
@@ -104,7 +105,7 @@ def _categories(found: Bench) -> Rows:
         )
         for arm in found.drafting
     ]
-    return (("gamma", *names, "#MAT", "Overall"), *rows)
+    return (("gamma", *(name or NO_CATEGORY for name in names), "#MAT", "Overall"), *rows)
 
 
 def _positions(found: Bench) -> Rows:

@@ -89,9 +89,18 @@ def _task(path: Path, number: int, line: str) -> Task:
     if not isinstance(data, dict):
         raise RequestError(f"{path}, line {number} is no task: {line[:60]!r}; it must be an object or a string")
     try:
+        _check_text(value)
         return _made(data, number)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}, line {number} is no task: {error}") from error
+
+
+def _check_text(value: object) -> None:
+    r"""Half a surrogate pair, as "\ud800", may stand in JSON and is no text. Raises ValueError."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half a pair, which is no character") from error
 
 
 def _made(data: Mapping[str, Any], number: int) -> Task:

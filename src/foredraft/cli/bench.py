@@ -24,8 +24,10 @@ from foredraft.cli.options import (
     ModelFlag,
     RemoteCodeFlag,
     RunOptions,
+    RuntimeFlag,
     TopKFlag,
     TopPFlag,
+    WeightFormatFlag,
     flag,
     takes,
 )
@@ -54,6 +56,8 @@ class BenchFlags:
         ),
     ] = "auto"
     dtype: DtypeFlag = "auto"
+    weight_format: WeightFormatFlag = None
+    runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     draft_device: DraftDeviceFlag = None
     draft_profile: Annotated[

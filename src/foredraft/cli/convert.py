@@ -41,10 +41,7 @@ class ConvertOptions:
 def convert(options: ConvertOptions) -> None:
     """Write MODEL to the folder OUT in fewer bits a weight; `--model OUT` then runs it."""
     with busy("importing torch and transformers"):
-        from transformers.utils.logging import disable_progress_bar
-
         from foredraft.weights.convert import convert as write
-    disable_progress_bar()
     interruptible()
     with progress_bar(f"{options.weight_format} of {options.model}") as report:
         conversion = write(

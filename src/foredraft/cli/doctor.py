@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from foredraft.cli.console import FAILURE, busy, interruptible, only_result, stdout_console
-from foredraft.cli.options import MODEL, DeviceFlag, DtypeFlag, JsonFlag, ModelFlag, RemoteCodeFlag, flag, takes
+from foredraft.cli.options import (
+    MODEL,
+    DeviceFlag,
+    DtypeFlag,
+    JsonFlag,
+    ModelFlag,
+    RemoteCodeFlag,
+    RuntimeFlag,
+    WeightFormatFlag,
+    flag,
+    takes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +29,8 @@ class DoctorOptions:
         flag("--draft", "--draft-model", help="Who drafts, as for generate.", panel=MODEL),
     ] = "auto"
     dtype: DtypeFlag = "auto"
+    weight_format: WeightFormatFlag = None
+    runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     trust_remote_code: RemoteCodeFlag = False
     json: JsonFlag = False
@@ -31,11 +44,12 @@ def doctor(options: DoctorOptions) -> None:
 
         interruptible()
         with busy(f"examining {options.model or 'the bundled pair'}"):
-            _quieten()
             diagnosis = diagnose(
                 options.model,
                 options.draft,
                 dtype=options.dtype,
+                weight_format=options.weight_format,
+                runtime=options.runtime,
                 device=options.device,
                 trust_remote_code=options.trust_remote_code,
             )
@@ -48,12 +62,3 @@ def doctor(options: DoctorOptions) -> None:
     stdout.flush()
     if not diagnosis.well:
         raise typer.Exit(FAILURE)
-
-
-def _quieten() -> None:
-    """No progress bars of libraries; where they do not import, the diagnosis says so."""
-    try:
-        from transformers.utils.logging import disable_progress_bar
-    except Exception:
-        return
-    disable_progress_bar()

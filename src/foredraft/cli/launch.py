@@ -31,7 +31,10 @@ class ServerOptions:
 @dataclass(frozen=True, slots=True)
 class LaunchOptions(ServerOptions):
     target: Annotated[
-        str | None, typer.Argument(help="A name of the server's registry, or a path or hub name that it allows.")
+        str | None,
+        typer.Argument(
+            help="A name of the server's registry, or a path or hub name that it allows. Default: the bundled pair."
+        ),
     ] = None
     size: Annotated[
         str | None, flag("--size", help="Billions of parameters; a name may have several.", panel=MODEL)
@@ -56,9 +59,9 @@ class ListOptions(ServerOptions):
     json: JsonFlag = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TerminateOptions(ServerOptions):
-    uid: Annotated[str, typer.Argument(help="The model's uid, as `foredraft list` shows it.")] = ""
+    uid: Annotated[str, typer.Argument(help="The model's uid, as `foredraft list` shows it.")]
 
 
 @takes(LaunchOptions)

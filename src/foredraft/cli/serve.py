@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from foredraft.cli.console import busy, note
-from foredraft.cli.options import DRAFTING, MODEL, DeviceFlag, WeightFormatFlag, flag, takes
+from foredraft.cli.options import DRAFTING, MODEL, DeviceFlag, RuntimeFlag, WeightFormatFlag, flag, takes
 from foredraft.errors import RequestError, missing_extra
 from foredraft.memory import memory
 
@@ -36,6 +36,7 @@ class ServeOptions:
     no_model: Annotated[bool, flag("--no-model", help="Start empty; clients launch models.", panel=MODEL)] = False
     dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
     weight_format: WeightFormatFlag = None
+    runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     draft_device: Annotated[str | None, flag("--draft-device", help="The draft model's device.", panel=MODEL)] = None
     trust_remote_code: Annotated[
@@ -102,9 +103,6 @@ def serve(options: ServeOptions) -> None:
         from foredraft.server.logs import configure
         from foredraft.server.process import listen
         from foredraft.server.process import serve as run
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     if options.log_level not in ("debug", "info", "warning", "error"):
         raise RequestError(f"--log-level {options.log_level!r} is not known; use debug, info, warning or error")
     settings = read_settings(options)
@@ -172,7 +170,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         check_source(options.model)
     if options.max_batch_size < 1:
         raise RequestError(f"--max-batch-size {options.max_batch_size} is not usable; it must be 1 or more")
-    LoadOptions(options.dtype, options.device, weight_format=options.weight_format)
+    LoadOptions(options.dtype, options.device, weight_format=options.weight_format, runtime=options.runtime)
     name = Path(options.model).name if options.model else "bundled"
     spec = LaunchSpec(
         name,
@@ -185,6 +183,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         max_model_len=options.max_model_len,
         max_batch_size=options.max_batch_size,
         weight_format=options.weight_format,
+        runtime=options.runtime,
         trust_remote_code=options.trust_remote_code,
         cache_bytes=None if options.cache_bytes is None else parse_bytes(options.cache_bytes),
         prefix_cache=not options.no_prefix_cache,

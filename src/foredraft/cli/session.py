@@ -60,13 +60,8 @@ def read_text(path: Path) -> str:
 
 def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":
     """Load target and drafter, for one request at a time; `repeats`: to measure the same prompts again and again."""
-    from huggingface_hub.utils.tqdm import enable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
-
     from foredraft import LLM
 
-    disable_progress_bar()  # loading takes seconds; downloading may take minutes
-    enable_progress_bars()
     return LLM(
         options.model,
         split(options.draft),

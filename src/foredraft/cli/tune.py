@@ -137,12 +137,9 @@ def tune_options(options: TuneFlags) -> "TuneOptions":
 
 
 def open_target(options: TuneFlags) -> "tuple[LLM, LoadOptions]":
-    from transformers.utils.logging import disable_progress_bar
-
     from foredraft import LLM
     from foredraft.models.load import LoadOptions
 
-    disable_progress_bar()
     remote = options.trust_remote_code
     with busy(f"loading {options.model or 'the bundled target'}"):
         llm = LLM(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from foredraft.errors import ForedraftError, ModelError, RequestError
 from foredraft.models.options import LoadOptions, parse_device, parse_dtype
 from foredraft.upstream.kernels import computes_bf16
+from foredraft.upstream.progress import no_loading_bars
 from foredraft.weights import lowbit
 from foredraft.weights.checkpoint import check_source, explained, first_line, has_tokenizer
 from foredraft.weights.choice import quantise
@@ -36,7 +37,8 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
         options.check_length(config)
         dtype = pick_dtype(parse_dtype(options.dtype), config, device)
         placement = {"device_map": options.device_map} if options.device_map else {}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config, **placement, **remote)
+        with no_loading_bars():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config, **placement, **remote)
     except ForedraftError:
         raise
     except Exception as error:  # transformers, safetensors and pickle each have errors of their own for a bad file

@@ -41,6 +41,7 @@ class LaunchSpec:
     max_model_len: int | None = None
     max_batch_size: int = 8
     weight_format: str | None = None
+    runtime: str = "auto"
     trust_remote_code: bool = False  # an operator's word, never a client's
     cache_bytes: int | None = None  # None: what a batch of the longest texts takes, where there is room for that
     prefix_cache: bool | int = True
@@ -158,6 +159,7 @@ def load(spec: LaunchSpec, room: int | None = None) -> LLM:
         max_batch_size=spec.max_batch_size,
         policy=spec.policy,
         weight_format=spec.weight_format,
+        runtime=spec.runtime,
         cache_bytes=spec.cache_bytes,
         prefix_cache=spec.prefix_cache,
     )

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from foredraft.errors import ModelError
+from foredraft.upstream.progress import no_loading_bars
 from foredraft.upstream.weights import tied_weights
 from foredraft.weights.checkpoint import ADAPTER, MERGE, check_source, explained, looks_like_path
 from foredraft.weights.lowbit import MANIFEST, is_low_bit
@@ -84,9 +85,10 @@ class Origin:
 
     def _load(self) -> PreTrainedModel:
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        loaded = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype="auto", trust_remote_code=self.trust_remote_code, **gguf
-        )
+        with no_loading_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype="auto", trust_remote_code=self.trust_remote_code, **gguf
+            )
         assert isinstance(loaded, PreTrainedModel)
         return loaded
 
