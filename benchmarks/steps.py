@@ -53,7 +53,7 @@ class Timers:
 def parts_of(llm: LLM) -> list[tuple[Any, str]]:
     """What is timed with `--parts`."""
     engine = llm.engine
-    own = ("step", "_admit", "_run", "_propose", "_span", "_commit_all", "_commit", "_verify", "_ends")
+    own = ("step", "_admit", "_run", "_propose", "_span", "_commit_all", "_commit", "_verify", "_append" if hasattr(engine, "_append") else "_ends")
     return [
         *((engine, name) for name in own),
         (engine.scheduler, "next_batch"),
@@ -61,7 +61,7 @@ def parts_of(llm: LLM) -> list[tuple[Any, str]]:
         (engine.target, "forward"), (engine.target.cache, "publish"),
         (engine.drafter, "propose"), (engine.drafter, "observe"),
         (engine.policy, "observe"), (engine.policy, "observe_times"), (engine.policy, "start"),
-        (forced, "lead"), (forced, "count"),
+        (forced, "lead"), (forced, "count"), (engine.spoilt, "settle"), (engine, "_observe"),
         (llm.runner, "_advance"), (llm.runner, "_step"), (llm.runner, "_take_in"), (llm.runner, "_deliver"),
     ]  # fmt: skip
 
