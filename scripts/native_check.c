@@ -16,8 +16,10 @@ enum { QKV = (HEADS + 2 * KV) * DIM, BYTES = 2 * LAYERS * KV * PAGE * DIM * 4 };
 
 int foredraft_isas(void);
 int foredraft_pass(const model *, const int32_t *, int, int, int, const unsigned char *const *, int, float *, int);
-int foredraft_choose(int, const float *, int, int, const filters *, const uint64_t *, const int32_t *, int,
-                     const int32_t *, int32_t *, float *, float *);
+bool foredraft_choose(int, const float *, int, int, const filters *, const uint64_t *, const int32_t *, int, int32_t *,
+                      float *, float *);
+int foredraft_follow(int, const filters *, uint64_t, int, const float *, int, int, int, const int32_t *, const uint8_t *,
+                     int32_t *, float *);
 void foredraft_pack(int, const char *const *, int, int, int, char *, int);
 
 static uint64_t state;
@@ -135,15 +137,21 @@ static void one_model(int isa, int format, const char *name, int most_threads) {
   }
   const filters samplers[] = {{1, 0, -INFINITY, 0}, {1, 0.8f, -INFINITY, 0}, {0.8, 1.2f, -6, 30}};
   uint64_t seeds[ROWS];
-  int32_t places[ROWS], tokens[ROWS], again[1];
+  int32_t places[ROWS], tokens[ROWS], again[ROWS];
   float peaks[ROWS], sure[ROWS];
+  uint8_t all[ROWS * ((VOCAB + 7) / 8)];
+  memset(all, 0xff, sizeof all);
   for (int i = 0; i < ROWS; i++) seeds[i] = 5, places[i] = i;
   printf("%s %d", name, format);
   for (int s = 0; s < 3; s++) {
-    if (foredraft_choose(isa, alone, ROWS, VOCAB, samplers + s, seeds, places, 0, NULL, tokens, peaks, sure) != ROWS) exit(1);
+    if (!foredraft_choose(isa, alone, ROWS, VOCAB, samplers + s, seeds, places, 0, tokens, peaks, sure)) exit(1);
     for (int i = 0; i < ROWS; i++) {
-      foredraft_choose(isa, alone + i * VOCAB, 1, VOCAB, samplers + s, seeds, places + i, 0, NULL, again, peaks, sure);
+      foredraft_choose(isa, alone + i * VOCAB, 1, VOCAB, samplers + s, seeds, places + i, 0, again, peaks, sure);
       if (again[0] != tokens[i]) printf(": row %d draws another token alone\n", i), exit(1);
+    }
+    for (int masked = 0; masked < 2; masked++) {
+      int found = foredraft_follow(isa, samplers + s, 5, 0, alone, ROWS, VOCAB, 0, tokens, masked ? all : NULL, again, peaks);
+      if (found != ROWS || memcmp(again, tokens, sizeof again)) printf(": other tokens along a draft\n"), exit(1);
     }
   }
   for (int i = 0; i < 8; i++) printf(" %.4f", (double)alone[(i * 2 + 5) * VOCAB + i * 19]);

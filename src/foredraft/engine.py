@@ -87,7 +87,8 @@ class Engine:
         """Let a request wait for its turn. Raises RequestError where the caches could never hold it."""
         self.admission.check(request)
         request.arrived = request.arrived or perf_counter()
-        request.steering.mind(drafts=request.num_draft_tokens != 0 and not isinstance(self.drafter, NoDrafter))
+        request.may_draft &= request.num_draft_tokens != 0 and not isinstance(self.drafter, NoDrafter)
+        request.steering.mind(drafts=request.may_draft)
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
@@ -158,13 +159,14 @@ class Engine:
 
     def _propose(self, requests: list[Request]) -> list[Draft]:
         for request in requests:
-            request.draft_limit = self._draft_limit(request)
+            request.lead, request.draft_limit = (), self._draft_limit(request) if request.may_draft else 0
         wanting = [request for request in requests if request.draft_limit > 0]
         if not wanting:
             return [NOTHING] * len(requests)
         drafts = dict.fromkeys(requests, NOTHING)
-        drafts.update(zip(wanting, forced.propose(self.drafter, wanting, self.policy), strict=True))
-        return [self._accepted(draft, request) for request, draft in drafts.items()]
+        for request, draft in zip(wanting, forced.propose(self.drafter, wanting, self.policy), strict=True):
+            drafts[request] = self._accepted(draft, request)
+        return list(drafts.values())
 
     def _accepted(self, draft: Draft, request: Request) -> Draft:
         """The draft, or none and the request's error where it is not one that the target can verify."""
@@ -177,12 +179,11 @@ class Engine:
 
     def _draft_limit(self, request: Request) -> int:
         """How many tokens may be drafted: none in a prompt, none that could not be emitted."""
-        request.lead = ()
-        if not (request.decoding and request.may_draft and request.steering.follows_drafts):
+        if not (request.decoding and request.steering.follows_drafts):
             return 0
         room = min(request.remaining, self.max_model_len - len(request.token_ids)) - 1
         room = max(0, min(room, self.target.row_invariance.max_draft_tokens))
-        request.lead = forced.lead(self.drafter, request, room)
+        request.lead = forced.lead(request, room)
         return max(len(request.lead), min(self.policy.start(request), room))
 
     def _span(self, request: Request, draft: Draft) -> Span:
@@ -224,23 +225,19 @@ class Engine:
         verdict = self._verify(draft, logits, request)
         self.spoilt.settle(request, self.drafter.name)
         start = len(request.token_ids)
-        kept = [draft.tokens[i] for i in verdict.accepted]
-        reason: FinishReason | None = None
-        for token in (*kept, verdict.next_token):
-            request.token_ids.append(token)
-            reason = self._ends(request, token)
-            if reason:
-                break
+        reason = self._append(request, (*[draft.tokens[i] for i in verdict.accepted], verdict.next_token))
         added = tuple(request.token_ids[start:])
         request.steering.commit(added, ended=reason is not None)
-        flags = tuple(i < len(kept) for i in range(len(added)))
+        accepted = min(len(verdict.accepted), len(added))
+        flags = (True,) * accepted + (False,) * (len(added) - accepted)
         request.from_draft += flags
         request.cached = len(request.token_ids) - 1
         if request.params.logprobs is not None:
             request.logprobs += sampling.logprobs(logits[: len(added)], added, request.params.logprobs)
         tested = len(added) if all(flags) else len(draft)  # a text that ends within its draft leaves the rest untested
-        request.stats.count_pass(tested, sum(flags), len(added))
-        forced.count(request, draft, tested, sum(flags))
+        request.stats.count_pass(tested, accepted, len(added))
+        if tested:
+            forced.count(request, draft, tested, accepted)
         self._observe(request, draft, verdict)
         return StepOutput(request, added, flags, reason, draft.source)
 
@@ -251,6 +248,15 @@ class Engine:
             if not draft.tokens:
                 raise
             return verify_reached(draft, logits, request)
+
+    def _append(self, request: Request, tokens: tuple[int, ...]) -> FinishReason | None:
+        """Append tokens up to the first that ends the request; say how it does."""
+        for token in tokens:
+            request.token_ids.append(token)
+            reason = self._ends(request, token)
+            if reason:
+                return reason
+        return None
 
     def _ends(self, request: Request, token: int) -> FinishReason | None:
         if request.stop_rule(token) or token in request.stop_token_ids:

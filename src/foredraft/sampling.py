@@ -13,9 +13,10 @@ import torch
 from foredraft import noise
 from foredraft.errors import NumericsError
 from foredraft.native import choosing
-from foredraft.native.choosing import Place, Sampler
+from foredraft.native.choosing import Follower, Place, Sampler
+from foredraft.native.library import loaded
 from foredraft.noise import Stream
-from foredraft.scores import Ids, adjust, candidates, filters, penalises, probabilities, restrict
+from foredraft.scores import Ids, adjust, candidates, filters, probabilities, restrict
 from foredraft.types import Request, SamplingParams, TokenLogprobs, VerifierName
 
 
@@ -58,19 +59,41 @@ def sampler(params: SamplingParams) -> Sampler:
 def follow(logits: torch.Tensor, tokens: Ids, request: Request) -> list[int] | None:
     """What `choose` makes of each row along a draft, up to the first token that the draft has not. # [n + 1, V], n
 
-    From raw logits, in one call of the library; None where that is not there, or the request has its scores processed.
+    From raw logits, in the library; None where that is not there, or more than a constraint changes the scores.
 
     Raises:
         NumericsError: a row that was reached has NaN or +inf, or nothing but -inf.
+        GrammarError: the constraint of a row that was reached has failed.
     """
-    if not (is_plain(request) and choosing.serves(logits)):
+    follower = request.follower or _follower(request)
+    if follower is None or not choosing.serves(logits):
         return None
-    start, rows = len(request.token_ids), len(tokens) + 1
-    positions = range(start, start + rows)
-    place = Place([request.seed] * rows, positions, Stream.TOKEN)
-    targets, peaks, _ = choosing.choose(logits, sampler(request.params), place, tokens)
-    check_finite(peaks, positions[: len(targets)])
+    constraint, start = request.steering.constraint, len(request.token_ids)
+    if constraint is None:
+        targets = follower(logits, request.seed, start, tokens)
+        _check_last(follower, start + len(targets))
+        return targets
+    targets = []
+    for row, position in enumerate(range(start, start + len(tokens) + 1)):
+        allowed = constraint.allowed_after((tokens[:row],)).tobytes()
+        targets += follower(logits[row : row + 1] if tokens else logits, request.seed, position, (), allowed)
+        _check_last(follower, position + 1)
+        if row < len(tokens) and targets[row] != tokens[row]:
+            break
     return targets
+
+
+def _follower(request: Request) -> Follower | None:
+    """What draws a request's tokens in the library; None where it cannot."""
+    if loaded() is not None and request.params.only_draws:
+        request.follower = Follower(sampler(request.params), Stream.TOKEN)
+    return request.follower
+
+
+def _check_last(follower: Follower, end: int) -> None:
+    """`check_finite` for what was drawn last, the tokens up to position `end`."""
+    if not math.isfinite(follower.peak[0]):
+        check_finite(follower.peak, [end - 1])
 
 
 def _entrants(scores: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -109,7 +132,7 @@ def best(scores: torch.Tensor) -> tuple[list[int], list[float]]:
     return list(map(int, ids)), peaks
 
 
-def check_finite(peaks: abc.Sequence[float], positions: Ids) -> None:
+def check_finite(peaks: abc.Iterable[float], positions: Ids) -> None:
     """Refuse rows with NaN or +inf in them, which a maximum keeps, and rows where every score is -inf.
 
     Raises:
@@ -135,9 +158,7 @@ class Drawn(NamedTuple):
 
 def is_plain(request: Request) -> bool:
     """Whether its tokens are drawn by temperature, filters and noise alone: nothing else processes their scores."""
-    p = request.params
-    processed = p.logit_bias or penalises(p) or request.steering.active
-    return not processed and (p.greedy or p.verifier == "coupled")
+    return request.params.only_draws and not request.steering.active
 
 
 def draw(
@@ -172,7 +193,7 @@ def _alike(requests: abc.Sequence[Request]) -> list[list[int]]:
     groups: dict[object, list[int]] = {}
     for row, request in enumerate(requests):
         params = request.params
-        alone = bool(params.logit_bias) or penalises(params) or request.steering.active
+        alone = bool(params.logit_bias) or params.penalises or request.steering.active
         settings = (params.temperature, params.top_k, params.top_p, params.min_p, params.verifier)
         groups.setdefault(row if alone else settings, []).append(row)
     return list(groups.values())

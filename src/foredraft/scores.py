@@ -51,17 +51,12 @@ def adjust(
     scores = logits.float()
     if params.logit_bias:
         scores = _bias(scores, params.logit_bias)
-    if penalises(params):
+    if params.penalises:
         scores = _penalise(scores, prefix, paths, prompt_len, params)
     steering = Steering(params.processors) if steering is None else steering
     if steering.active:
         scores = steering.apply(scores, prefix, paths)
     return scores if params.temperature in (0, 1) else scores / params.temperature
-
-
-def penalises(params: SamplingParams) -> bool:
-    """Whether the scores of a position depend on the tokens before it."""
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 def _bias(scores: torch.Tensor, logit_bias: abc.Mapping[int, float]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from foredraft.errors import RequestError
 from foredraft.habits import SAMPLING, by_our_names
+from foredraft.native.choosing import Follower
 from foredraft.stats import SpecStats
 from foredraft.steering import Processor, Stateful, Steering, check_processors
 from foredraft.structured import Constraint, Structured
@@ -135,6 +136,18 @@ class SamplingParams:
         """Whether the likeliest token is taken (temperature 0)."""
         return self.temperature == 0
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the scores of a position depend on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether nothing but temperature, filters, noise and perhaps a form decides: the target's token is drawn from
+        its raw logits."""
+        changed = self.logit_bias or self.penalises or self.processors
+        return not changed and (self.greedy or self.verifier == "coupled")
+
 
 def is_whole(value: object, least: int, most: float = math.inf) -> bool:
     """Whether it is a whole number within these bounds; True and False are none."""
@@ -198,6 +211,7 @@ class Request:
     stats: SpecStats = field(default_factory=SpecStats)
     constraint: InitVar[Constraint | None] = None
     steering: Steering = field(init=False)
+    follower: Follower | None = None  # what draws its tokens, once that has been needed
     lead: tuple[int, ...] = ()  # forced tokens, with which every draft of this step begins
 
     def __post_init__(self, constraint: Constraint | None) -> None:

@@ -100,8 +100,12 @@ def match(draft: Draft, targets: abc.Sequence[int]) -> Verdict:
     `targets[0]` is the target's token after the last committed one, `targets[i + 1]` its token after draft token i.
     """
     if not draft.parents:
-        kept = next((i for i, token in enumerate(draft.tokens) if token != targets[i]), len(draft))
-        return Verdict(tuple(range(kept)), targets[kept], "recovered" if kept < len(draft) else "bonus")
+        kept = 0
+        for token, target in zip(draft.tokens, targets, strict=False):
+            if token != target:
+                return Verdict(tuple(range(kept)), target, "recovered")
+            kept += 1
+        return Verdict(tuple(range(kept)), targets[kept], "bonus")
     parents = draft.parents
     children: dict[tuple[int, int], int] = {}
     for i, edge in enumerate(zip(parents, draft.tokens, strict=True)):

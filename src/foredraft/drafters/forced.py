@@ -4,7 +4,7 @@ They are a draft like any other, verified like any other: the text could be spel
 target spells it so is for the target to say.
 """
 
-from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.drafters.base import Drafter
 from foredraft.errors import GrammarError
 from foredraft.policy import DraftPolicy
 from foredraft.types import Draft, Request, Verdict
@@ -12,10 +12,10 @@ from foredraft.types import Draft, Request, Verdict
 NAME = "forced"
 
 
-def lead(drafter: Drafter, request: Request, room: int) -> tuple[int, ...]:
-    """The tokens with which every draft of this step begins; none for a request that is to be decoded plainly."""
+def lead(request: Request, room: int) -> tuple[int, ...]:
+    """The tokens with which every draft of this step begins."""
     constraint = request.steering.constraint
-    if constraint is None or isinstance(drafter, NoDrafter):
+    if constraint is None:
         return ()
     asked = request.num_draft_tokens
     try:
@@ -58,9 +58,7 @@ def _begins_with(draft: Draft, forced: tuple[int, ...]) -> bool:
 
 
 def count(request: Request, draft: Draft, tested: int, accepted: int) -> None:
-    """Note who guessed the tokens that were verified: first those that were forced, then the drafter's own."""
-    if not tested:
-        return
+    """Note who guessed the tokens that were verified, of which there are some: first those that were forced, then the drafter's own."""
     given = min(len(request.lead), tested)
     parts = [(draft.source.removeprefix(f"{NAME}+"), tested - given, max(0, accepted - given))]
     if given:

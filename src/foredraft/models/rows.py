@@ -97,8 +97,8 @@ def round_keys(length: int, multiple: int) -> int:
 def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: int = 1) -> RowBatch:
     """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
     ordered = list(spans)
-    if len(ordered) == 1 and min_rows == key_multiple == row_multiple == 1:
-        return _unpadded(*ordered)
+    if min_rows == key_multiple == row_multiple == 1:
+        return _unpadded(ordered)
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -120,14 +120,21 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
     return RowBatch(tokens, positions, slots, wanted, tuple(groups))
 
 
-def _unpadded(span: Span) -> RowBatch:
-    """What `plan` makes of one span that needs no padding."""
-    slot, start, tokens, wanted = span
-    count = len(tokens)
-    groups = (Group(slot, 0, count, (start,), round_keys(start + count, 1)),)
-    return RowBatch(
-        list(tokens), list(range(start, start + count)), [slot] * count, list(range(count - wanted, count)), groups
-    )
+def _unpadded(spans: list[Span]) -> RowBatch:
+    """What `plan` makes of spans that need neither padding nor each other."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    wanted: list[int] = []
+    groups = []
+    for slot, start, own, count in spans:
+        width = len(own)
+        groups.append(Group(slot, len(tokens), width, (start,), round_keys(start + width, 1)))
+        tokens += own
+        positions += range(start, start + width)
+        slots += [slot] * width
+        wanted += range(len(tokens) - count, len(tokens))
+    return RowBatch(tokens, positions, slots, wanted, tuple(groups))
 
 
 def _runs(spans: list[Span], *, alone: bool) -> list[list[Span]]:

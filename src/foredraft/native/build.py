@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAME = "_foredraft_native.so"
-COMMON = ("threads.c", "pass.c", "chain.c", "pack.c")
+COMMON = ("threads.c", "pass.c", "chain.c", "choose.c", "pack.c")
 KERNELS = ("kernels.c", "encode.c", "linear.c", "attention.c", "draw.c", "mask.c", "round.c")
 AVX512 = ("-mavx2", "-mfma", *(f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni")))
 X86_SETS: dict[str, tuple[str, ...]] = {

@@ -98,28 +98,3 @@ EXPORT int foredraft_chain(const model *m, int32_t *ints, int rows, int spans, c
   free(logits);
   return status;
 }
-
-/* Tokens, the largest scores, and how sure of the tokens they are, [rows] each, of rows of logits [rows][count], each
- * with the noise of its own seed and position [rows]. Where there is a draft [rows - 1], up to the first token that
- * differs from it. Returns how many these are; -1 where there is no memory. */
-EXPORT int foredraft_choose(int isa, const float *logits, int rows, int count, const filters *f, const uint64_t *seeds,
-                            const int32_t *positions, int stream, const int32_t *draft, int32_t *tokens, float *peaks,
-                            float *confidences) {
-  const int padded = round_up(count, 16);
-  const kernels *k = kernels_of(isa);
-  float *x = f->temperature == 0 ? NULL : malloc(2 * sizeof *x * (size_t)padded);
-  if (!x && f->temperature != 0) return -1;
-  int row = 0;
-  for (bool follows = true; follows && row < rows; row++) {
-    const float *own = logits + (size_t)row * count;
-    if (x) memcpy(x, own, sizeof *x * (size_t)count);
-    uint64_t key = mix(fold(seeds[row], (uint64_t)stream) + (uint64_t)positions[row]);
-    const drawn d = x ? k->draw(x, count, f, key, x + padded) : k->likeliest(own, count);
-    tokens[row] = d.token;
-    peaks[row] = d.peak;
-    confidences[row] = d.confidence;
-    follows = !draft || (row < rows - 1 && d.token == draft[row]);
-  }
-  free(x);
-  return row;
-}

@@ -47,11 +47,13 @@ static int race(const float *weights, int count, uint64_t key, int favourite) {
   return winner;
 }
 
-/* The first place of the largest of x [padded]; 0 where that is no number. */
-static int first_of(const float *x, int padded, float largest) {
-  for (int i = 0; i < padded; i += 16)
-    for (int j = 0; v_reaches(v_load(x + i), v_set(largest)); j++)
-      if (x[i + j] == largest) return i + j;
+/* The first place of the largest of x [count], of those in a set where there is one; 0 where that is no number. */
+static int first_of(const float *x, const uint8_t *allowed, int count, float largest) {
+  for (int i = 0; i < count; i += 16) {
+    if (i + 16 <= count && !v_reaches(v_load(x + i), v_set(largest))) continue;
+    for (int j = i; j < i + 16 && j < count; j++)
+      if (x[j] == largest && (!allowed || may_come(allowed, j))) return j;
+  }
   return 0;
 }
 
@@ -167,7 +169,7 @@ drawn ISA(draw)(float *logits, int count, const filters *f, uint64_t key, float 
   const int padded = round_up(count, 16);
   for (int i = count; i < padded; i++) logits[i] = -INFINITY;
   const float top = scale(logits, padded, f->temperature == 0 ? 1 : f->temperature);
-  drawn d = {.token = first_of(logits, padded, top), .peak = top};
+  drawn d = {.token = first_of(logits, NULL, padded, top), .peak = top};
   if (f->temperature != 0 && filtering(f)) drop_below(logits, padded, floor_of(logits, count, top, f, spare));
   const float sum = weigh(logits, padded, top);
   if (f->temperature != 0) d.token = race(logits, count, key, d.token);
@@ -175,19 +177,19 @@ drawn ISA(draw)(float *logits, int count, const filters *f, uint64_t key, float 
   return d;
 }
 
-/* The likeliest of logits [count]. */
-drawn ISA(likeliest)(const float *logits, int count) {
+/* The likeliest of logits [count], of those in a set where there is one. */
+drawn ISA(likeliest)(const float *logits, const uint8_t *allowed, int count) {
   const int whole = count / 16 * 16;
   vec most = v_set(-INFINITY), spoilt = v_set(0);
   for (int i = 0; i < whole; i += 16) {
     vec x = v_load(logits + i);
+    if (allowed) x = v_where(allowed + i / 8, x);
     spoilt = v_add(spoilt, v_nan(x));
     most = v_max(most, x);
   }
   float top = v_largest(most) + v_sum(spoilt);
-  for (int i = whole; i < count; i++) top = top >= logits[i] || top != top ? top : logits[i];
-  int token = first_of(logits, whole, top);
-  if (whole == 0 || logits[token] != top)
-    for (token = whole; token < count - 1 && logits[token] != top;) token++;
-  return (drawn){.token = token, .confidence = 1, .peak = top};
+  for (int i = whole; i < count; i++)
+    if (!allowed || may_come(allowed, i) || logits[i] != logits[i])
+      top = top >= logits[i] || top != top ? top : logits[i];
+  return (drawn){.token = first_of(logits, allowed, count, top), .confidence = 1, .peak = top};
 }

@@ -8,7 +8,7 @@ void ISA(product)(const linear *w, int epilogue, int first, int last, int onward
 void ISA(write)(const attention *a, const unit *u);
 void ISA(attend)(const attention *a, const unit *u);
 drawn ISA(draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);
-drawn ISA(likeliest)(const float *logits, int count);
+drawn ISA(likeliest)(const float *logits, const uint8_t *allowed, int count);
 void ISA(round4)(const float *x, int size, uint8_t *codes, bf16 *grid);
 void ISA(mask)(const float *x, const uint8_t *allowed, int count, float *out);
 

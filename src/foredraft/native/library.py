@@ -1,7 +1,7 @@
 """The binding of the C library: where it is, what it takes, and why it is not there. See native.h for the meaning."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_double, c_float, c_int, c_int32, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -11,7 +11,7 @@ from typing import Any
 from foredraft.errors import ForedraftError
 from foredraft.native.build import NAME
 
-ABI = 4
+ABI = 5
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
@@ -139,6 +139,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         c_void_p,
         c_void_p,
         c_void_p,
+    ),
+    "foredraft_follow": (
+        c_int,
+        c_void_p,
+        c_uint64,
+        c_int,
+        c_void_p,
+        c_int,
+        c_int,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_void_p,
         c_void_p,
     ),
     "foredraft_linear": (c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int),
@@ -197,6 +210,7 @@ def load(path: Path | None = None) -> Library:
         getattr(functions, name).argtypes = arguments
     for name in ("pack", "mask", "round"):
         getattr(functions, f"foredraft_{name}").restype = None
+    functions.foredraft_choose.restype = c_bool
     return Library(functions, _present(functions.foredraft_isas()), ISAS[functions.foredraft_fastest_isa()])
 
 

@@ -23,7 +23,7 @@
 
 typedef uint16_t bf16;
 
-enum { ABI = 4 };         /* raise it with every change that native/library.py must follow */
+enum { ABI = 5 };         /* raise it with every change that native/library.py must follow */
 enum { BLOCK = 32 };      /* outputs that are packed together */
 enum { PAGE = 64 };       /* tokens of a page of the cache */
 enum { MAX_DIM = 256 };   /* of a head */
@@ -116,7 +116,7 @@ typedef struct {
   void (*write)(const attention *a, const unit *u);
   void (*attend)(const attention *a, const unit *u);
   drawn (*draw)(float *logits, int count, const filters *f, uint64_t key, float *spare);
-  drawn (*likeliest)(const float *logits, int count);
+  drawn (*likeliest)(const float *logits, const uint8_t *allowed, int count);
   void (*round4)(const float *x, int size, uint8_t *codes, bf16 *grid);
   void (*mask)(const float *x, const uint8_t *allowed, int count, float *out);
 } kernels;
@@ -129,6 +129,9 @@ extern const kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 INLINE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 INLINE int inputs_per_lane(int format) { return 1 << format; }
+
+/* Whether a token is in a set. */
+INLINE bool may_come(const uint8_t *allowed, int token) { return allowed[token / 8] >> token % 8 & 1; }
 
 INLINE bool filtering(const filters *f) { return f->top_k || f->top_p < 1 || f->least > -INFINITY; }
 

@@ -141,6 +141,19 @@ INLINE vec v_between(int place, int first, int end, vec a, vec b) {
   return a;
 }
 
+/* Where one of sixteen bits is set, or x is no number, x; -infinity elsewhere. */
+INLINE vec v_where(const uint8_t *bits, vec x) {
+  static const int32_t powers[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                     1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  const int32_t both = bits[0] | bits[1] << 8;
+  EACH_PART {
+    ipart power;
+    memcpy(&power, powers + i * WIDTH, sizeof power);
+    x.p[i] = part_choose(((both & power) != 0) | (x.p[i] != x.p[i]), x.p[i], -INFINITY - (part){0});
+  }
+  return x;
+}
+
 /* Whether any of a is at least its counterpart in b. */
 INLINE bool v_reaches(vec a, vec b) {
 #if defined(__AVX512F__)
