@@ -106,12 +106,14 @@ class Choice:
         """Who drafts for each request in this step, given what was looked up; those missing are decoded plainly."""
         rate, now = self.rate, self.costs.now
         for source in self.candidates.values():
-            source.settle(self.costs, rate)
+            source.settle(self.costs, now.plain_rate)
         offers = self._offers(drafts)
         self.picks = assign(requests, cut(offers, now, rate), self.candidates, now, rate)
+        if not self.picks:  # in a hard spell what lasts longer than it is usual here may still beat plain decoding
+            self.picks = assign(requests, cut(offers, now, now.plain_rate), self.candidates, now, now.plain_rate)
         self._try_others(requests)
         self._oblige([request for request in requests if request.num_draft_tokens is not None], offers)
-        self._begin(rate)
+        self._begin(now.plain_rate)
         for name, asked in drafts.items():
             picks = {request: self.picks.get(request, PLAIN) for request in asked}
             gains = {request: pick.gain if pick.name == name else 0.0 for request, pick in picks.items()}
