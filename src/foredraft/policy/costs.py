@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from foredraft.policy.base import StepTimes
 
 PLAIN_EVERY = 192  # steps; of so many a few are plain, so that the price of plain decoding stays known
-PLAIN_FIRST = 8  # steps before it is measured again; each wait is twice the last
+PLAIN_FIRST = 16  # steps before it is measured again; each wait is twice the last
 FEW = 4  # measurements; from then on one that is far too long is not believed
 LEAST = 0.01  # of what a unit costs on average: what one more costs at least
 PLAIN_RUN = 2  # plain steps in a row, so that the second finds the target's weights in the caches
