@@ -31,6 +31,9 @@ class World:
     begin_cost: float = 0.0  # of a draft, whatever its length
     cold_cost: float = 0.0  # of a draft after a step without one: the caches hold little of the drafter
     first_cost: float = 0.0  # of the first draft of all
+    thaw_cost: float = 0.0  # of a plain step after drafts: the caches hold little of the target; halved by each one
+    hard_share: float = 0.0  # of the requests, whose drafts are right only
+    hard: float = 0.0  # times as often
 
     def shared(self, batch: int) -> float:
         return 1 + self.share_of_batch * (batch - 1)
@@ -58,6 +61,7 @@ class Clock:
     tokens: int = 0
     drafted: int = 0
     steps: int = 0
+    plain_run: int = 0
     by: dict[str, int] = field(default_factory=dict)  # steps by who drafted
 
     @property
@@ -83,6 +87,7 @@ class Guesser:
         self.world, self.kind, self.source, self.now = world, kind, source, now
         self.alpha = kind.alphas[0]
         self.seen: dict[Request, int] = {}
+        self.eases: dict[Request, float] = {}  # what a request makes of the acceptance
         self.last: float | None = None  # the step in which it drafted
 
     def propose(self, requests: list[Request], policy: DraftPolicy) -> list[Draft]:
@@ -115,18 +120,25 @@ class Guesser:
             self.seen[request] = len(request.token_ids)
 
     def _grow(self, chain: Chain, policy: DraftPolicy) -> None:
-        alpha, knows = self.alpha, self.kind.knows
+        alpha, knows = self.alpha * self._ease(chain.request), self.kind.knows
         chance = self.source.betavariate(2 * alpha, 2 * (1 - alpha)) if knows else alpha
         chain.tokens.append(RIGHT if self.source.random() < chance else WRONG)
         chain.told.append(chance if knows else 0.5)
         more = len(chain.tokens) < chain.request.draft_limit
         chain.open = more and policy.go_on(chain.request, tuple(chain.told))
 
+    def _ease(self, request: Request) -> float:
+        if request not in self.eases:
+            hard = self.world.hard_share > 0 and self.source.random() < self.world.hard_share
+            self.eases[request] = self.world.hard if hard else 1.0
+        return self.eases[request]
+
     def observe(self, request: Request, verdict: Verdict) -> None:
         pass
 
     def forget(self, request: Request) -> None:
         self.seen.pop(request, None)
+        self.eases.pop(request, None)
 
 
 def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300) -> list[Clock]:
@@ -214,7 +226,9 @@ def step(
     more = (width - world.min_rows) * count if world.padded else drafted
     rows = width * count if world.padded else drafted + count
     jitter = 1e-3 * (1 + world.noise * source.uniform(-1, 1))
-    verifying = jitter * (world.shared(count) + world.row_cost * more)
+    clock.plain_run = 0 if drafted else clock.plain_run + 1
+    thaw = 0.0 if drafted else world.thaw_cost * world.shared(count) * 0.5 ** (clock.plain_run - 1)
+    verifying = jitter * (world.shared(count) + thaw + world.row_cost * more)
     drafting = now[0] - began
     total = jitter * (drafting + world.fixed_cost) + verifying
     policy.observe_times(StepTimes(count, drafted, rows, emitted, drafting * jitter, verifying, total))

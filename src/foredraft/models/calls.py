@@ -81,9 +81,9 @@ def _chain(span: Span, guessing: Guessing, survival: float | None) -> native.Cha
 
 def _rule(rule: StopRule) -> tuple[native.StopRule, tuple["array[float]", ...]]:
     """For the library, as long as the arrays live that come with it."""
-    arrays = array("d", rule.chances), array("d", rule.costs)
+    arrays = array("d", rule.chances), array("d", rule.shared), array("d", rule.own)
     addresses = (values.buffer_info()[0] for values in arrays)
-    return native.StopRule(*addresses, rule.rate, len(rule.chances), rule.sharing), arrays
+    return native.StopRule(*addresses, len(rule.chances), rule.sharing), arrays
 
 
 class Rope:

@@ -17,11 +17,10 @@ typedef struct {
   int32_t limit;
 } chain;
 
-/* A guess pays while the chain's survival exceeds rate * costs[depth] / how many texts go so far. */
+/* A guess pays while the chain's survival exceeds shared[depth] / how many texts go so far + own[depth]. */
 typedef struct {
-  const double *chances; /* [bins] of acceptance, by confidence */
-  const double *costs;   /* [most] */
-  double rate;
+  const double *chances;      /* [bins] of acceptance, by confidence */
+  const double *shared, *own; /* [most] tokens that a guess costs: all texts that make it, and each of them */
   int32_t bins, sharing;
 } stop_rule;
 
@@ -54,7 +53,7 @@ static bool goes_on(chain *c, const stop_rule *rule, int depth, float confidence
   if (c->survival < 0) return true;
   int bin = (int)((double)confidence * rule->bins);
   c->survival *= rule->chances[bin < 0 ? 0 : bin < rule->bins ? bin : rule->bins - 1];
-  bool pays = c->survival > rule->rate * (rule->costs[depth] / (sharing > 1 ? sharing : 1));
+  bool pays = c->survival > rule->shared[depth] / (sharing > 1 ? sharing : 1) + rule->own[depth];
   *open += pays;
   return pays;
 }

@@ -101,8 +101,8 @@ class Chain(Structure):
 class StopRule(Structure):
     _fields_ = (
         ("chances", c_void_p),
-        ("costs", c_void_p),
-        ("rate", c_double),
+        ("shared", c_void_p),
+        ("own", c_void_p),
         ("bins", c_int32),
         ("sharing", c_int32),
     )

@@ -23,13 +23,13 @@ class StopRule(NamedTuple):
     """`go_on` in numbers, for whoever draws whole chains without asking after each token.
 
     A chain goes on while its survival, its first value times `chances` of each token's confidence (in bins of equal
-    width), exceeds rate * costs[depth] / the requests that have gone so far.
+    width), exceeds shared[depth] / the requests that have gone so far + own[depth].
     """
 
     survivals: list[float | None]  # by request; None: nothing but its limit ends its chain
     chances: Sequence[float] = (1.0,)
-    costs: Sequence[float] = ()
-    rate: float = 0.0
+    shared: Sequence[float] = ()  # tokens that another one costs, by its depth: all requests that draft it
+    own: Sequence[float] = ()  # and each of them
     sharing: int = 1  # requests that draft a first token
 
 

@@ -106,18 +106,21 @@ class Choice:
         """Who drafts for each request in this step, given what was looked up; those missing are decoded plainly."""
         rate, now = self.rate, self.costs.now
         for source in self.candidates.values():
-            source.settle(self.costs, rate)
+            source.settle(self.costs, now.plain_rate)
         offers = self._offers(drafts)
         self.picks = assign(requests, cut(offers, now, rate), self.candidates, now, rate)
+        found = any([lookup.pays for lookup in self.lookups.values()])
+        if not self.picks and not found:  # a hard spell; where lookups pay, the next step may have one again
+            self.picks = assign(requests, cut(offers, now, now.plain_rate), self.candidates, now, now.plain_rate)
         self._try_others(requests)
         self._oblige([request for request in requests if request.num_draft_tokens is not None], offers)
-        self._begin(rate)
+        self._begin(now.plain_rate)
         for name, asked in drafts.items():
             picks = {request: self.picks.get(request, PLAIN) for request in asked}
             gains = {request: pick.gain if pick.name == name else 0.0 for request, pick in picks.items()}
             self.lookups[name].charge(gains, self.costs, rate)
         sources = (*self.candidates.values(), *self.lookups.values())
-        paying = self.picks or any(lookup.pays for lookup in self.lookups.values())
+        paying = self.picks or found
         self.rests_until = 0.0 if paying else min(source.trials.due for source in sources)
         return self.picks
 

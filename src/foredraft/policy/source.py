@@ -204,10 +204,11 @@ class Source:
         return limit
 
     def go_on(self, request: Request, confidences: tuple[float, ...], costs: BatchCosts) -> bool:
-        """Whether the next token's expected gain exceeds its price, shared with those likely to draft it too."""
+        """Whether the next token's expected gain exceeds its price, part of it shared with those likely to draft it."""
         depth = len(confidences)
-        price = self._whole_price(costs, depth) / max(1, self.open.get(depth - 1, 1))  # not all ask at every depth
-        go_on = self.survival(request, confidences) > costs.rate * price
+        shared, own = self._prices(costs, depth)
+        going = max(1, self.open.get(depth - 1, 1))  # not all ask at every depth
+        go_on = self.survival(request, confidences) > shared / going + own
         self.open[depth] = self.open.get(depth, 0) + go_on
         return go_on
 
@@ -215,19 +216,22 @@ class Source:
         """`go_on` in numbers."""
         chances = [accepted / seen for accepted, seen in zip(self.bins.accepted, self.bins.seen, strict=True)]
         survivals: list[float | None] = [self.alpha.of(request) for request in requests]
-        prices = [self._whole_price(costs, index) for index in range(most)]
-        return StopRule(survivals, chances, prices, costs.rate, self.open.get(0, 1))
+        prices = [self._prices(costs, depth) for depth in range(most)]
+        return StopRule(survivals, chances, [it[0] for it in prices], [it[1] for it in prices], self.open.get(0, 1))
 
-    def _whole_price(self, costs: BatchCosts, depth: int) -> float:
-        """Seconds that a token at this depth, not the first, costs all that draft it; more, where many end before it.
+    def _prices(self, costs: BatchCosts, depth: int) -> tuple[float, float]:
+        """Tokens that one at this depth, not the first, costs: all that draft it together, and each of them.
 
         Before anything is known of a drafter it gets no further than a trial would.
         """
         if not self.drafting and depth >= TRIED:
-            return math.inf
-        sharing = max(1, self.open.get(0, 1))
+            return math.inf, 0.0
+        sharing, row = max(1, self.open.get(0, 1)), costs.row_price(depth, costs.batch)
+        shared = self.line(sharing).slope
+        if costs.padded:
+            shared, row = shared + costs.batch * row, 0.0
         stay = 0.75 + 0.25 * self.kept[depth].value if sharing > 1 and depth in self.kept else 1.0
-        return (self.line(sharing).slope + sharing * costs.row_price(depth, sharing)) / stay
+        return costs.rate * shared / stay, costs.rate * row
 
     def end_step(self) -> None:
         self.idle += 1
