@@ -5,11 +5,9 @@
 #include "tile.h"
 
 /* Rows of a tile at most, and how many vectors of outputs it takes for so many rows: with few rows many, or the sums
- * would wait for each other. A few rows against large weights wait for these to come from memory: there two tiles of
- * four rows are faster than one of eight, which takes too little of them at a time. */
-enum { LARGE = 1 << 20 /* bytes; beyond what a core's own caches hold */ };
+ * would wait for each other. */
 #if defined(__AVX512F__)
-enum { FLOAT_ROWS = 8, FEW_FLOAT_ROWS = 7, INT_ROWS = 8 };
+enum { FLOAT_ROWS = 8, INT_ROWS = 8 };
 #define ALL_FLOAT_TILES(T) T(1, 8) T(1, 2) T(2, 4) T(2, 2) T(3, 4) T(3, 2) T(4, 4) T(4, 2) T(5, 4) T(5, 2) T(6, 2) T(7, 2) T(8, 2)
 #define INT_TILES(T) T(1, 4) T(1, 2) T(2, 4) T(2, 2) T(3, 4) T(3, 2) T(4, 2) T(5, 2) T(6, 2) T(7, 1) T(8, 1)
 static const int int_vecs[] = {0, 4, 4, 4, 2, 2, 2, 1, 1};
@@ -21,12 +19,12 @@ static const int float_vecs[] = {0, 8, 8, 4, 4, 4, 4, 2, 2};
 static const int float_vecs[] = {0, 8, 4, 4, 4, 4, 2, 2, 2};
 #endif
 #elif defined(__AVX2__) || defined(__aarch64__)
-enum { FLOAT_ROWS = 4, FEW_FLOAT_ROWS = 4, INT_ROWS = 2 };
+enum { FLOAT_ROWS = 4, INT_ROWS = 2 };
 #define FLOAT_TILES(T) T(1, 4) T(1, 2) T(2, 2) T(3, 1) T(4, 1)
 #define INT_TILES(T) T(1, 2) T(2, 1)
 static const int float_vecs[] = {0, 4, 2, 1, 1}, int_vecs[] = {0, 2, 1};
 #else
-enum { FLOAT_ROWS = 2, FEW_FLOAT_ROWS = 2, INT_ROWS = 2 };
+enum { FLOAT_ROWS = 2, INT_ROWS = 2 };
 #define FLOAT_TILES(T) T(1, 2) T(2, 1)
 #define INT_TILES(T) T(1, 1) T(2, 1)
 static const int float_vecs[] = {0, 2, 1}, int_vecs[] = {0, 1, 1};
@@ -213,9 +211,7 @@ static void strip(const linear *w, upcoming next, int epilogue, int block, int b
  * ahead; rows are shared out evenly among tiles. */
 void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
                   int width) {
-  const int waits = rows <= 2 * FLOAT_ROWS && (size_t)w->outputs / BLOCK * block_bytes(w) > LARGE;
-  const int most = w->format >= INT8 ? INT_ROWS : waits ? FEW_FLOAT_ROWS : FLOAT_ROWS;
-  const int tiles = (rows + most - 1) / most;
+  const int most = w->format >= INT8 ? INT_ROWS : FLOAT_ROWS, tiles = (rows + most - 1) / most;
   const int blocks = tiles == 1 ? 4 : 2, strips = (last - first + blocks - 1) / blocks, all = w->outputs / BLOCK;
   for (int i = 0; i < strips; i++) {
     const int block = first + (onward > 0 ? i : strips - 1 - i) * blocks, ahead = block + onward * blocks;
