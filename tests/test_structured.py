@@ -289,7 +289,7 @@ def deep(levels: int) -> dict:
         (lambda: Structured.grammar("  "), "is empty"),
         (lambda: Structured.regex("\ud800"), "no Unicode text"),
         (lambda: Structured.grammar('start: x "z"\nx[max_tokens=3]: /[a-z]+/'), "uses max_tokens="),
-        (lambda: Structured.grammar('?start[max_tokens=3]: /[a-z]+/'), "uses max_tokens="),
+        (lambda: Structured.grammar("?start[max_tokens=3]: /[a-z]+/"), "uses max_tokens="),
         (lambda: Structured.grammar('start: x "z"\nx[lazy, stop="q"]: /[a-z]+/'), "uses stop="),
         (lambda: {"description": "x" * 10_000_000}, "10,000,.* bytes; at most 1,000,000"),
         (lambda: Structured.json_schema(" " * 10_000_000), "10,000,000 characters"),
