@@ -5,7 +5,6 @@ model, one text and eight at once. A step's microseconds outside the passes are 
 passes and chains; `--parts` splits them by function (each timer adds some 0.3 us, so trust the sum without it).
 """
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -53,7 +52,17 @@ class Timers:
 def parts_of(llm: LLM) -> list[tuple[Any, str]]:
     """What is timed with `--parts`."""
     engine = llm.engine
-    own = ("step", "_admit", "_run", "_propose", "_span", "_commit_all", "_commit", "_verify", "_append" if hasattr(engine, "_append") else "_ends")
+    own = (
+        "step",
+        "_admit",
+        "_run",
+        "_propose",
+        "_span",
+        "_commit_all",
+        "_commit",
+        "_verify",
+        "_append" if hasattr(engine, "_append") else "_ends",
+    )
     return [
         *((engine, name) for name in own),
         (engine.scheduler, "next_batch"),
@@ -70,10 +79,14 @@ def calls(llm: LLM) -> list[tuple[Call, str, str]]:
     """The library's passes, of the target and of a draft model."""
     models = [llm.model, getattr(llm.drafter, "model", llm.model)]
     found = {id(model.call): model.call for model in models}
-    return [(call, *pair) for call in found.values() for pair in (("function", "pass"), ("function_of_chains", "chain"))]
+    return [
+        (call, *pair) for call in found.values() for pair in (("function", "pass"), ("function_of_chains", "chain"))
+    ]
 
 
-def measure(llm: LLM, prompts: list[str], params: SamplingParams, length: int | None, *, parts: bool) -> dict[str, float]:
+def measure(
+    llm: LLM, prompts: list[str], params: SamplingParams, length: int | None, *, parts: bool
+) -> dict[str, float]:
     """Microseconds a step: `all`, `outside` the passes, each part; and tokens a step."""
     timers = Timers()
     with ExitStack() as stack:
@@ -106,7 +119,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     disable_progress_bar()
     llm = LLM(draft=str(BUNDLED / "draft"), max_batch_size=8, prefix_cache=False)
-    free, form = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True), SamplingParams(max_new_tokens=TOKENS, structured=SCHEMA)
+    free, form = (
+        SamplingParams(max_new_tokens=TOKENS, ignore_eos=True),
+        SamplingParams(max_new_tokens=TOKENS, structured=SCHEMA),
+    )
     drawn = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True, temperature=0.8, seed=1)
     arms = {"plain": (free, 0), "sampled": (drawn, 0), "structured": (form, 0), "drafting": (free, 5),
             "drafting, sampled": (drawn, 5), "structured, drafting": (form, 5)}  # fmt: skip
