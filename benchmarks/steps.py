@@ -1,8 +1,8 @@
 """Where a step's time goes beside its passes: microseconds of Python, by part, on the bundled pair.
 
-`python benchmarks/steps.py [--parts]`: plain greedy, plain sampled, under a JSON schema, and drafting five tokens
-a step, one text and eight at once. A step's microseconds outside the passes are its wall time less that of the library's
-passes and chains; `--parts` splits them by function (each timer adds some 0.3 us, so trust the sum without it).
+`python benchmarks/steps.py [--parts]`: plain greedy, plain sampled, under a JSON schema, and drafting five tokens a
+step; one text, and eight at once. A step's microseconds outside the passes are its wall time less that of the library's
+passes and chains, the least of the rounds; `--parts` splits them by function (each timer adds some 0.3 us).
 """
 
 from collections import defaultdict
@@ -61,7 +61,7 @@ def parts_of(llm: LLM) -> list[tuple[Any, str]]:
         "_commit_all",
         "_commit",
         "_verify",
-        "_append" if hasattr(engine, "_append") else "_ends",
+        "_append",
     )
     return [
         *((engine, name) for name in own),
