@@ -75,6 +75,7 @@ def test_a_comparison_under_a_grammar_finds_no_difference(folder):
     "flags, complaint",
     [
         (("--json-schema", "nowhere.json"), "nowhere.json"),
+        (("--json-schema", "/dev/zero"), "more than 10 MiB"),
         (("--json-schema", "cut.json"), "no JSON: Expecting value in line 1, column 10"),
         (("--json-schema", "wrong.json"), "cannot be compiled at #/properties/a"),
         (("--regex", "a("), "unclosed group at '(' in 'a('"),

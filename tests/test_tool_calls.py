@@ -1,5 +1,6 @@
 """Tool calls: forced, free and refused, in each way of writing them, and read back as they were written."""
 
+import copy
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from foredraft.structured.tools import (
     MISTRAL_ARGS,
     MISTRAL_ID,
     MISTRAL_SPACED,
+    Calling,
     ToolCall,
     call_form,
     call_style,
@@ -152,6 +154,26 @@ def test_each_way_of_writing_calls(tokenizer, marked, style, text, allowed, call
         whole = constraint.allowed([*ids, 0]) == len(ids) + 1
         assert whole == (choice in allowed), choice
     assert read_calls(used.decode(ids), style) == calls
+
+
+@pytest.mark.parametrize("style, text, allowed, calls", TEXTS)
+def test_without_parallel_calls_there_is_one_at_most(tokenizer, style, text, allowed, calls):
+    grammars = Grammars(tokenizer, len(tokenizer))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for choice in allowed:
+        form = call_form([FIND, NOW], choice, style, grammars.mark, several=False)
+        whole = grammars.constraint(form, (0,)).allowed([*ids, 0]) == len(ids) + 1
+        assert whole == (len(calls) < 2), choice
+
+
+def test_of_calls_that_no_grammar_holds_back_the_first_is_read(tokenizer, shared):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (shared / "data" / "chat_templates" / "Qwen-Qwen2.5-7B-Instruct.jinja").read_text()
+    text = "".join(f'<tool_call>\n{{"name": "now", "arguments": {{"zone": "{z}"}}}}\n</tool_call>\n' for z in "ab")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    read = {several: Calling(tokenizer, None, [NOW], "auto", several=several).read(ids) for several in (True, False)}
+    assert [call.arguments["zone"] for call in read[True]] == ["a", "b"]
+    assert read[False] == read[True][:1]
 
 
 def test_templates_say_which_way(shared):

@@ -78,9 +78,10 @@ class Jobs:
         template_arguments: Mapping[str, Any] | None,
         *,
         draft: str | None,
+        parallel_tool_calls: bool = True,
     ) -> Job:
         """The job of a conversation's next turn. Raises as `LLM.chat`."""
-        calling = Calling(self.tokenizer, self.grammars, tools, tool_choice)
+        calling = Calling(self.tokenizer, self.grammars, tools, tool_choice, several=parallel_tool_calls)
         prompt = render_chat(self.tokenizer, messages, calling.shown, template_arguments)
         params = params or SamplingParams()
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there

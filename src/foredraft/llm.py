@@ -269,10 +269,13 @@ class LLM:
         template_arguments: Mapping[str, Any] | None = None,
         *,
         draft: str | None = None,
+        parallel_tool_calls: bool = True,
     ) -> Job:
-        """A checked chat, ready for the engine. Raises as `chat`."""
+        """A checked chat, ready for the engine; without parallel calls, one at most. Raises as `chat`."""
         arguments = (tools, tool_choice, template_arguments)
-        return self.jobs.chat(messages, params, num_draft_tokens, *arguments, draft=draft)
+        return self.jobs.chat(
+            messages, params, num_draft_tokens, *arguments, draft=draft, parallel_tool_calls=parallel_tool_calls
+        )
 
     @by_our_names(CALLS)
     def job(

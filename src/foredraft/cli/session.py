@@ -51,9 +51,17 @@ def structured(options: RunOptions) -> "Structured | None":
     return None if options.regex is None else Structured.regex(options.regex)
 
 
+MOST_BYTES = 10 * 2**20  # of a schema or a grammar
+
+
 def read_text(path: Path) -> str:
+    """A file's text. Raises RequestError where it is none, or too long: a device may never end."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise RequestError(f"{path} has more than {MOST_BYTES / 2**20:g} MiB; give a smaller schema or grammar")
+        return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read as text: {error}") from error
 

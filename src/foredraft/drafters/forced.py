@@ -58,7 +58,7 @@ def _begins_with(draft: Draft, forced: tuple[int, ...]) -> bool:
 
 
 def count(request: Request, draft: Draft, tested: int, accepted: int) -> None:
-    """Note who guessed the tokens that were verified, of which there are some: first those that were forced, then the drafter's own."""
+    """Note who guessed the tokens that were verified, one or more: first the forced ones, then the drafter's own."""
     given = min(len(request.lead), tested)
     parts = [(draft.source.removeprefix(f"{NAME}+"), tested - given, max(0, accepted - given))]
     if given:

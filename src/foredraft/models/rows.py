@@ -7,6 +7,7 @@ probe plan alike. Named tuples, because each drafted token makes three: a frozen
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def round_keys(length: int, multiple: int) -> int:
 def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: int = 1) -> RowBatch:
     """Lay out spans as rows. Logits come back in the order of `spans`, `wanted` rows each."""
     ordered = list(spans)
-    if min_rows == key_multiple == row_multiple == 1:
+    in_order = all([one.slot < other.slot for one, other in pairwise(ordered)])
+    if in_order and min_rows == key_multiple == row_multiple == 1:
         return _unpadded(ordered)
     tokens: list[int] = []
     positions: list[int] = []
@@ -121,7 +123,7 @@ def plan(spans: Iterable[Span], min_rows: int, key_multiple: int, row_multiple: 
 
 
 def _unpadded(spans: list[Span]) -> RowBatch:
-    """What `plan` makes of spans that need neither padding nor each other."""
+    """What `plan` makes of spans in the order of their slots that need neither padding nor each other."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

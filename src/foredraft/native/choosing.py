@@ -48,7 +48,7 @@ def serves(logits: torch.Tensor) -> bool:
 
 
 def choose(logits: torch.Tensor, sampler: Sampler, place: Place) -> tuple[list[int], list[float], list[float]]:
-    """Each row's token, as `sampling.choose` has it, its largest score, and how likely the token is. # [n, V] -> 3 x n"""
+    """Each row's token, as `sampling.choose` has it, its largest score, how likely the token is. # [n, V] -> 3 x n"""
     library = loaded()
     assert library is not None, "ask `serves` first"
     rows, count = logits.shape

@@ -163,7 +163,10 @@ def _job(llm: LLM, ask: Ask) -> Job:
         job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens, draft=ask.draft)
     else:
         choice = (ask.tools, ask.tool_choice, ask.template_arguments)
-        job = llm.chat_job(ask.messages, ask.params, ask.num_draft_tokens, *choice, draft=ask.draft)
+        several = ask.parallel_tool_calls
+        job = llm.chat_job(
+            ask.messages, ask.params, ask.num_draft_tokens, *choice, draft=ask.draft, parallel_tool_calls=several
+        )
     job.request.memory = ask.memory
     return job
 

@@ -46,7 +46,12 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
 
 def _tools(body: ChatRequest) -> Json:
     choice = "auto" if body.tool_choice is None else body.tool_choice
-    return {"tools": body.tools or (), "tool_choice": choice, "template_arguments": body.chat_template_kwargs}
+    return {
+        "tools": body.tools or (),
+        "tool_choice": choice,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "template_arguments": body.chat_template_kwargs,
+    }
 
 
 def _choice(index: int, one: Finished, model: Model, *, details: bool) -> Json:

@@ -91,9 +91,6 @@ def _check_chat(body: ChatRequest) -> None:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     if body.tool_choice not in (None, "none", "auto") and not body.tools:
         raise ApiError(400, "tool_choice needs tools", "tool_choice")
-    if body.parallel_tool_calls is False:
-        reason = "how many calls is for the model to say; name one tool in tool_choice for one call"
-        raise ApiError(400, f"parallel_tool_calls=false is not supported: {reason}", "parallel_tool_calls")
     both = body.max_tokens is not None and body.max_completion_tokens is not None
     if both and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "max_tokens contradicts max_completion_tokens; they mean the same, give one", "max_tokens")

@@ -189,7 +189,7 @@ class ChatRequest(Generate):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="Only true: how many calls is for the model to say.")
+    parallel_tool_calls: bool | None = Field(None, description="False: one call at most.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
 

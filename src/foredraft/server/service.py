@@ -25,6 +25,7 @@ class Ask:
     num_draft_tokens: int | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True  # False: one call at most
     template_arguments: Mapping[str, Any] | None = None
     draft: str | None = None  # which of the drafters alone; None: as the policy chooses
     memory: str | None = None  # whose outputs are drafted from, and whose keys and values are shared; None: nobody's

@@ -77,8 +77,10 @@ def call_style(template: str) -> CallStyle | None:
     return None
 
 
-def call_form(tools: Sequence[Tool], choice: ToolChoice, style: CallStyle | None, term: Term) -> Structured | None:
-    """The form of an answer that may, must or must not call; None: free text.
+def call_form(
+    tools: Sequence[Tool], choice: ToolChoice, style: CallStyle | None, term: Term, *, several: bool = True
+) -> Structured | None:
+    """The form of an answer that may, must or must not call, perhaps several times; None: free text.
 
     Raises:
         RequestError: the choice is not one, names no tool, or the model's template does not say how calls are written.
@@ -100,7 +102,8 @@ def call_form(tools: Sequence[Tool], choice: ToolChoice, style: CallStyle | None
             "in a way that is known (Hermes, Llama 3, Mistral); use tool_choice='auto'"
         )
     chosen = functions if wanted in MODES else {wanted: functions[wanted]}
-    return Structured.grammar(_grammar(list(chosen.values()), wanted, style, term))
+    several = several and style.repeats and wanted in MODES
+    return Structured.grammar(_grammar(list(chosen.values()), wanted, style, term, several=several))
 
 
 def _by_name(tools: Sequence[Tool]) -> dict[str, Mapping[str, Any]]:
@@ -138,12 +141,13 @@ def _function(tool: Tool) -> Mapping[str, Any]:
     return function
 
 
-def _grammar(functions: Sequence[Mapping[str, Any]], wanted: str, style: CallStyle, term: Term) -> str:
+def _grammar(
+    functions: Sequence[Mapping[str, Any]], wanted: str, style: CallStyle, term: Term, *, several: bool
+) -> str:
     """The grammar of an answer, in llguidance's Lark."""
     bodies = {f"call_{i}": _body(function, style, term) for i, function in enumerate(functions)}
     rules = [f"{name}: {body}" for name, body in bodies.items()]
     rules.append("body: " + " | ".join(bodies))
-    several = style.repeats and wanted in MODES
     between = json.dumps(style.between) if style.between else ""
     if style.listed:
         rest = f"({between} body)*" if several else ""
@@ -191,13 +195,16 @@ class Calling:
         grammars: Grammars | None,
         tools: Sequence[Tool],
         choice: ToolChoice,
+        *,
+        several: bool = True,
     ) -> None:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
             raise RequestError(f"tools={tools!r:.200} is not usable; give a list of functions or their descriptions")
         self.tokenizer = tokenizer
         self.shown = [] if _choice(choice) == "none" else list(tools)  # what the template renders
         self.style = call_style(str(tokenizer.get_chat_template())) if self.shown and tokenizer.chat_template else None
-        self.form = None if grammars is None else call_form(tools, choice, self.style, grammars.mark)
+        self.form = None if grammars is None else call_form(tools, choice, self.style, grammars.mark, several=several)
+        self.most = None if several else 1
 
     def beside(self, structured: object) -> object:
         """The form to ask for. Raises RequestError where the user asked for one already."""
@@ -206,11 +213,12 @@ class Calling:
         return structured if self.form is None else self.form
 
     def read(self, token_ids: list[int]) -> tuple[ToolCall, ...]:
-        """The calls in an answer."""
+        """The calls in an answer; the first, where there may be no more."""
         if self.style is None:
             return ()
         marked = bool(self.style.opening)  # marks may be special tokens
-        return read_calls(str(self.tokenizer.decode(token_ids, skip_special_tokens=not marked)), self.style)
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=not marked))
+        return read_calls(text, self.style)[: self.most]
 
 
 def read_calls(text: str, style: CallStyle | None) -> tuple[ToolCall, ...]:
