@@ -173,17 +173,18 @@ class Source:
         count = len(alphas)
         rows = rate * costs.row * (costs.batch if costs.padded else count)
         free = max(costs.free_rows, paid + 1 if costs.padded else 0)
-        total, best, survivals = 0.0, (0.0, 0), list(alphas)
+        total, most, depth, survivals = 0.0, 0.0, 0, list(alphas)
         line = self.line(count)
-        first, more = rate * line.at(1), rate * line.slope  # the first has to begin it, and to read what is new
-        for index in range(self.maximum):
-            gain = sum(survivals) - (more if index else first) - (rows if index + 2 > free else 0.0)
-            if index and gain <= 0:
+        price, more = rate * line.at(1), rate * line.slope  # the first has to begin it, and to read what is new
+        for length in range(1, self.maximum + 1):
+            gain = sum(survivals) - price - (rows if length >= free else 0.0)
+            if gain <= 0 and length > 1:
                 break
-            total += gain
-            best = max(best, (total, index + 1))
-            survivals = [survival * alpha for survival, alpha in zip(survivals, alphas, strict=True)]
-        return best
+            total, price = total + gain, more
+            if total > most:
+                most, depth = total, length
+            survivals = [survival * alpha for survival, alpha in zip(survivals, alphas)]  # noqa: B905  # runs often
+        return most, depth
 
     def trust(self) -> float:
         """How much of its promises it kept lately. They leave out that drafts of a batch do not end together."""
