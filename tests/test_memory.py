@@ -64,3 +64,15 @@ def test_a_service_has_what_the_smallest_group_around_it_leaves(system: Path) ->
     assert memory() == Memory(30000, 29000)
     limit(system / "cgroup/system.slice", max="20000", current="1000")
     assert memory() == Memory(20000, 19000)
+
+
+def test_groups_of_the_first_kind(system: Path) -> None:
+    """Each resource has a tree of its own there; a number near 2^63 is no limit."""
+    tell(system)
+    (system / "own_cgroup").write_text("9:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n")
+    limit(system / "cgroup/memory", limit_in_bytes="9223372036854771712", usage_in_bytes="90000")
+    assert memory() == Memory(99 * 1024, 50 * 1024)
+    limit(system / "cgroup/memory/docker/1", limit_in_bytes="30000", usage_in_bytes="9000")
+    assert memory() == Memory(30000, 21000)
+    limit(system / "cgroup/memory/docker/1", stat="active_file 1000\ninactive_file 2000")
+    assert memory() == Memory(30000, 24000)

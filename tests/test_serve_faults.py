@@ -91,7 +91,7 @@ def test_disconnect_before_an_answer(server: ServerProcess) -> None:
     before = server.metric("foredraft:request_success_total", finished_reason="abort")
     for _ in range(3):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 1000}, timeout=0.5)
+            httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 1000}, timeout=0.1)
     until(server.idle)
     until(lambda: server.metric("foredraft:request_success_total", finished_reason="abort") == before + 3)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes"  # of control groups as they were before Linux 4.5
 MEMINFO, CGROUP, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -25,7 +26,8 @@ def memory() -> Memory:
     sizes = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", _read(MEMINFO), re.MULTILINE)}
     total, available = sizes.get("MemTotal", _installed()), sizes.get("MemAvailable")
     for folder in _groups():
-        limit, taken = (_read(folder / name).strip() for name in ("memory.max", "memory.current"))
+        names = ("memory.max", "memory.current") if (folder / "memory.max").exists() else V1
+        limit, taken = (_read(folder / name).strip() for name in names)
         if limit.isdecimal():
             total = _least(total, int(limit))
             available = _least(available, max(0, int(limit) - int(taken or 0) + _files(folder)))
@@ -34,12 +36,12 @@ def memory() -> Memory:
 
 def _groups() -> Iterator[Path]:
     """Folders of the control groups that hold this process, the outermost first."""
-    yield CGROUP
-    own = re.search(r"^0::/(.+)$", _read(OWN_CGROUP), re.MULTILINE)
-    folder = CGROUP
-    for part in Path(own[1]).parts if own else ():
-        folder /= part
+    for pattern, folder in ((r"^0::/(.*)$", CGROUP), (r"^\d+:(?:\w+,)*memory(?:,\w+)*:/(.*)$", CGROUP / "memory")):
+        own = re.search(pattern, _read(OWN_CGROUP), re.MULTILINE)
         yield folder
+        for part in Path(own[1]).parts if own else ():
+            folder /= part
+            yield folder
 
 
 def _files(folder: Path) -> int:

@@ -6,8 +6,7 @@ Knows schemas and the service protocol, nothing of engines.
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from foredraft.server.sampling_params import Drafting, sampling_params
 from foredraft.server.schemas import Generate
 from foredraft.server.service import Answer, Ask, Delta, Finished, Messages, Model, TokenPiece
 from foredraft.server.settings import Limits
+from foredraft.server.streaming import END, EventStream, Payloads
 from foredraft.stats import SpecStats
 from foredraft.versions import installed
 
@@ -91,13 +91,34 @@ async def whole(answer: Answer, request: Request) -> list[Finished]:
         answer.cancel()
 
 
-@contextmanager
-def watched(answer: Answer) -> Iterator[None]:
-    """Whatever ends a stream, nothing of it goes on in the engine."""
-    try:
-        yield
-    finally:
+def streamed(answer: Answer, request: Request, payloads: AsyncGenerator[Payloads, None]) -> EventStream:
+    """A response of these. Whatever ends it, nothing of it goes on in the engine."""
+
+    def left() -> None:  # the texts end, and with them the stream
+        request.state.facts["gone"] = True
         answer.cancel()
+
+    return EventStream(payloads, request.state.request_id, left=left, ended=answer.cancel)
+
+
+async def chunks(
+    answer: Answer,
+    request: Request,
+    opening: list[Json],
+    chunk: Callable[[Delta], Json],
+    closing: Callable[[], list[Json]],
+) -> AsyncGenerator[Payloads, None]:
+    """A stream's payloads. What closes it comes with the last deltas."""
+    if opening:
+        yield opening
+    left = len(answer.finished)
+    async for deltas in answer.deltas():
+        left -= sum(delta.finish_reason is not None for delta in deltas)
+        payloads: list[Mapping[str, Any]] = [chunk(delta) for delta in deltas]
+        if not left:
+            note_usage(request, answer.finished)
+            payloads += [*closing(), END]
+        yield payloads
 
 
 def usage(finished: Sequence[Finished | None], choices: int) -> Json:

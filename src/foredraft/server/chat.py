@@ -1,6 +1,6 @@
 """`/v1/chat/completions`: whole or streamed."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from starlette.requests import Request
@@ -10,19 +10,20 @@ from foredraft.server.answers import (
     Head,
     Json,
     asks,
+    chunks,
     draft_info_of,
     draft_info_of_step,
     memory,
     new_head,
     note_usage,
+    streamed,
     usage,
-    watched,
     whole,
 )
 from foredraft.server.schemas import ChatRequest
 from foredraft.server.service import Answer, Delta, Finished, Model
 from foredraft.server.settings import Limits
-from foredraft.server.streaming import sse
+from foredraft.server.streaming import EventStream
 from foredraft.server.tool_calls import Withheld, finish_reason, message
 from foredraft.types import TokenLogprobs
 
@@ -36,7 +37,7 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
     prepared = await model.prepare(wanted)
     answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:
-        return sse(_stream(body, request, uid, model, answer), request.state.request_id)
+        return _stream(body, request, uid, model, answer)
     finished = await whole(answer, request)
     note_usage(request, finished)
     head = new_head("chatcmpl", "chat.completion", uid)
@@ -61,21 +62,20 @@ def _choice(index: int, one: Finished, model: Model, *, details: bool) -> Json:
     return choice | {"draft_info": draft_info_of(one)} if details else choice
 
 
-async def _stream(
-    body: ChatRequest, request: Request, uid: str, model: Model, answer: Answer
-) -> AsyncIterator[list[Json]]:
-    head = new_head("chatcmpl", "chat.completion.chunk", uid)
+def _stream(body: ChatRequest, request: Request, uid: str, model: Model, answer: Answer) -> EventStream:
+    head, each = new_head("chatcmpl", "chat.completion.chunk", uid), body.n or 1
     rest: Json = {"usage": None} if body.include_usage else {}
-    chunks = Chunks(
-        head, model, bool(body.return_draft_info), {i: Withheld() for i in range(body.n or 1) if body.tools}
-    )
-    with watched(answer):
-        yield [chunks.opening(index) | rest for index in range(body.n or 1)]
-        async for deltas in answer.deltas():
-            yield [chunks.of(delta, answer.finished[delta.index]) | rest for delta in deltas]
-        note_usage(request, answer.finished)
-        if body.include_usage:
-            yield [head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}]
+    withheld = {index: Withheld() for index in range(each) if body.tools}
+    made = Chunks(head, model, bool(body.return_draft_info), withheld)
+    opening = [made.opening(index) | rest for index in range(each)]
+
+    def chunk(delta: Delta) -> Json:
+        return made.of(delta, answer.finished[delta.index]) | rest
+
+    def closing() -> list[Json]:
+        return [head.payload([]) | {"usage": usage(answer.finished, each)}] if body.include_usage else []
+
+    return streamed(answer, request, chunks(answer, request, opening, chunk, closing))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """`/v1/completions`: whole or streamed, of one prompt or of several."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
@@ -10,20 +10,21 @@ from foredraft.server.answers import (
     Head,
     Json,
     asks,
+    chunks,
     draft_info_of,
     draft_info_of_step,
     memory,
     new_head,
     note_usage,
+    streamed,
     usage,
-    watched,
     whole,
 )
 from foredraft.server.errors import ApiError
 from foredraft.server.schemas import CompletionRequest
 from foredraft.server.service import Answer, Delta, Finished, Model
 from foredraft.server.settings import Limits
-from foredraft.server.streaming import sse
+from foredraft.server.streaming import EventStream
 from foredraft.types import TokenLogprobs
 
 
@@ -38,8 +39,7 @@ async def complete(body: CompletionRequest, request: Request, uid: str, model: M
     prepared = await model.prepare(wanted)
     answer = model.submit(prepared, stream=bool(body.stream), details=details)
     if body.stream:
-        events = _stream(body, request, _head(uid), model, answer, opened)
-        return sse(events, request.state.request_id)
+        return _stream(body, request, uid, model, answer, opened)
     finished = await whole(answer, request)
     note_usage(request, finished)
     choices = [_choice(i, opened[i], one, model, details=details) for i, one in enumerate(finished)]
@@ -61,24 +61,21 @@ def _choice(index: int, opened: str, one: Finished, model: Model, *, details: bo
     return choice | {"draft_info": draft_info_of(one)} if details else choice
 
 
-async def _stream(
-    body: CompletionRequest,
-    request: Request,
-    head: Head,
-    model: Model,
-    answer: Answer,
-    opened: Sequence[str],
-) -> AsyncIterator[list[Json]]:
+def _stream(
+    body: CompletionRequest, request: Request, uid: str, model: Model, answer: Answer, opened: Sequence[str]
+) -> EventStream:
+    head, offsets = _head(uid), [Offset() for _ in opened]
     rest: Json = {"usage": None} if body.include_usage else {}
-    offsets = [Offset() for _ in opened]
-    with watched(answer):
-        if any(opened):
-            yield [_opening(head, index, text) | rest for index, text in enumerate(opened) if text]
-        async for deltas in answer.deltas():
-            yield [_chunk(head, delta, model, offsets, body) | rest for delta in deltas]
-        note_usage(request, answer.finished)
-        if body.include_usage:
-            yield [head.payload([]) | {"usage": usage(answer.finished, body.n or 1)}]
+    opening = [_opening(head, index, text) | rest for index, text in enumerate(opened) if text]
+
+    def chunk(delta: Delta) -> Json:
+        return _chunk(head, delta, model, offsets, body) | rest
+
+    def closing() -> list[Json]:
+        each = body.n or 1
+        return [head.payload([]) | {"usage": usage(answer.finished, each)}] if body.include_usage else []
+
+    return streamed(answer, request, chunks(answer, request, opening, chunk, closing))
 
 
 def _opening(head: Head, index: int, text: str) -> Json:
