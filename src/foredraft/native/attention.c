@@ -69,12 +69,12 @@ INLINE void soften(const int format, bundle *b, int r, int base, float scale, in
   b->total[r] += v_sum(total);
 }
 
-/* Rows from `from` on through one page. */
-INLINE void through(const int format, const int rows, const model *m, bundle *b, int from, const char *page, int base) {
+/* Rows from `from` on through one page, while the one at `ahead` is fetched. */
+INLINE void through(const int format, const int rows, const model *m, bundle *b, int from, const char *page, const char *ahead, int base) {
   const int n = inputs_per_lane(format), dim = m->dim;
   const float scale = 1 / sqrtf((float)m->head_dim);
-  weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n};
-  for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC)
+  weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n, ahead, PAGE * LANE};
+  for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC, keys.ahead += VECS * VEC)
     tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
   int end = 0;
   for (int r = from; r < from + rows; r++) {
@@ -82,21 +82,22 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
     end = b->end[r] - base > end ? b->end[r] - base : end;
   }
   const size_t column = PAGE / n * VEC; /* bytes of sixteen values of all tokens */
-  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n};
+  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n,
+                    ahead + half_page_bytes(m), VEC};
   int d = 0;
-  for (; d + VECS * 16 <= dim; d += VECS * 16, values.start += VECS * column)
+  for (; d + VECS * 16 <= dim; d += VECS * 16, values.start += VECS * column, values.ahead += VECS * column)
     tile(format, rows, VECS, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);
-  for (; d < dim; d += 16, values.start += column)
+  for (; d < dim; d += 16, values.start += column, values.ahead += column)
     tile(format, rows, 1, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);
 }
 
-typedef void (*through_fn)(const model *m, bundle *b, int from, const char *page, int base);
+typedef void (*through_fn)(const model *m, bundle *b, int from, const char *page, const char *ahead, int base);
 #define DEFINE(rows) \
-  static void f32_##rows(const model *m, bundle *b, int from, const char *page, int base) { \
-    through(F32, rows, m, b, from, page, base); \
+  static void f32_##rows(const model *m, bundle *b, int from, const char *page, const char *ahead, int base) { \
+    through(F32, rows, m, b, from, page, ahead, base); \
   } \
-  static void bf16_##rows(const model *m, bundle *b, int from, const char *page, int base) { \
-    through(BF16, rows, m, b, from, page, base); \
+  static void bf16_##rows(const model *m, bundle *b, int from, const char *page, const char *ahead, int base) { \
+    through(BF16, rows, m, b, from, page, ahead, base); \
   }
 ROW_COUNTS(DEFINE)
 #define NAME_F32(rows) [F32][rows] = f32_##rows,
@@ -180,11 +181,15 @@ static void gather(const attention *a, const unit *u, int from, int rows, bundle
 
 /* Rows of growing position, hence those that see a page are neighbours. */
 static void walk(const attention *a, const unit *u, int rows, bundle *b) {
-  for (int page = b->first[0] / PAGE; page <= (b->end[rows - 1] - 1) / PAGE; page++) {
+  const int last = (b->end[rows - 1] - 1) / PAGE;
+  const char *now, *next = (const char *)page_of(a, u, b->first[0] / PAGE);
+  for (int page = b->first[0] / PAGE; page <= last; page++) {
+    now = next;
+    next = (const char *)page_of(a, u, page < last ? page + 1 : page);
     int base = page * PAGE, from = 0, to = rows;
     while (b->end[from] <= base) from++;
     while (b->first[to - 1] >= base + PAGE) to--;
-    throughs[a->m->format][to - from](a->m, b, from, (const char *)page_of(a, u, page), base);
+    throughs[a->m->format][to - from](a->m, b, from, now, next, base);
   }
 }
 

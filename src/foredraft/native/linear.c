@@ -37,15 +37,24 @@ enum { ZERO8 = 0, ZERO4 = 8 };
 enum { ZERO8 = 128, ZERO4 = 8 };
 #endif
 
-typedef void (*product_fn)(const linear *w, int block, int half, const char *x, float *out, size_t out_stride);
+/* What a tile fetches of the weights to come: the only tile over a strip what it reads itself after NEAR bytes more; tile
+ * `number` of `count` over a strip of `blocks` its share of the next strip. */
+enum { NEAR = 4096 };
+
+typedef struct {
+  int number, count, blocks;
+} share;
+
+typedef void (*product_fn)(const linear *w, int block, int half, const char *x, float *out, size_t out_stride, share next);
 
 INLINE size_t block_bytes(const linear *w) { return (size_t)w->inputs / inputs_per_lane(w->format) * 2 * VEC; }
 
 INLINE void float_product(const int format, const int rows, const int vecs, const linear *w, int block, int half,
-                          const char *x, float *out, size_t out_stride) {
-  size_t bytes = block_bytes(w);
+                          const char *x, float *out, size_t out_stride, share next) {
+  const size_t bytes = block_bytes(w), step = 2 * VEC / next.count;
   const char *start = (const char *)w->weights + block * bytes + half * VEC;
-  weights at = {start, bytes, VEC, 2 * VEC, w->inputs / inputs_per_lane(format)};
+  const char *ahead = start + (next.count == 1 ? NEAR : next.blocks * bytes + next.number * bytes / next.count);
+  weights at = {start, bytes, VEC, 2 * VEC, w->inputs / inputs_per_lane(format), ahead, step};
   tile(format, rows, vecs, 0, at, x, encoded_bytes(w), out, out_stride);
 }
 
@@ -85,7 +94,8 @@ INLINE lanes nibbles(lanes a, const int shift) {
 
 /* A group is summed in whole numbers; then y += (codes x - zero sum(x)) * scale + offset * sum(x). */
 INLINE void int_product(const int format, const int rows, const int vecs, const linear *w, int block, int half,
-                        const char *x, float *out, size_t out_stride) {
+                        const char *x, float *out, size_t out_stride, share next) {
+  (void)next;
   const int groups = groups_of(w), steps = w->group / inputs_per_lane(format), grids = format == INT4 ? 2 : 1;
   const size_t bytes = block_bytes(w), stride = encoded_bytes(w);
   const char *start = (const char *)w->weights + block * bytes + half * VEC;
@@ -132,8 +142,9 @@ INLINE void int_product(const int format, const int rows, const int vecs, const 
 }
 
 #define DEFINE(kind, format, rows, vecs) \
-  static void format##_##rows##_##vecs(const linear *w, int block, int half, const char *x, float *out, size_t stride) { \
-    kind##_product(format, rows, vecs, w, block, half, x, out, stride); \
+  static void format##_##rows##_##vecs(const linear *w, int block, int half, const char *x, float *out, size_t stride, \
+                                             share next) { \
+    kind##_product(format, rows, vecs, w, block, half, x, out, stride, next); \
   }
 #define DEFINE_FLOAT(rows, vecs) DEFINE(float, F32, rows, vecs) DEFINE(float, BF16, rows, vecs)
 #define DEFINE_INT(rows, vecs) DEFINE(int, INT8, rows, vecs) DEFINE(int, INT4, rows, vecs)
@@ -183,15 +194,16 @@ static void finish(const linear *w, int epilogue, int block, int blocks, const f
 }
 
 /* As many rows as fit a tile, and `blocks` blocks. */
-static void strip(const linear *w, int epilogue, int block, int blocks, const char *x, int rows, float *y, int width) {
+static void strip(const linear *w, int epilogue, int block, int blocks, const char *x, int rows, float *y, int width,
+                  share next) {
   float sums[MOST_TILE_ROWS * MOST_TILE_VECS * 16];
   const int wide = w->format >= INT8 ? int_vecs[rows] : float_vecs[rows];
   for (int vecs; blocks > 0; block += (vecs + 1) / 2, blocks -= (vecs + 1) / 2) {
     vecs = wide <= 2 * blocks ? wide : 2;
     product_fn product = products[w->format][rows][vecs];
     int taken = (vecs + 1) / 2;
-    product(w, block, 0, x, sums, (size_t)taken * BLOCK);
-    if (vecs == 1) product(w, block, 1, x, sums + 16, (size_t)taken * BLOCK);
+    product(w, block, 0, x, sums, (size_t)taken * BLOCK, next);
+    if (vecs == 1) product(w, block, 1, x, sums + 16, (size_t)taken * BLOCK, next);
     finish(w, epilogue, block, taken, sums, rows, y, width);
   }
 }
@@ -204,7 +216,8 @@ void ISA(product)(const linear *w, int epilogue, int first, int last, const char
     for (int t = 0; t < tiles; t++) {
       int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles);
       int taken = last - block < blocks ? last - block : blocks;
-      strip(w, epilogue, block, taken, x + from * encoded_bytes(w), to - from, y + (size_t)from * width, width);
+      strip(w, epilogue, block, taken, x + from * encoded_bytes(w), to - from, y + (size_t)from * width, width,
+            (share){t, tiles, blocks});
     }
   }
 }

@@ -7,11 +7,14 @@
 enum { MOST_TILE_ROWS = 8, MOST_TILE_VECS = 8, LANE = 4, VEC = 16 * LANE /* bytes */ };
 
 /* Where the lanes of a tile lie: vectors in pairs, `pair` bytes between pairs and `single` within one; the next inputs
- * of all of them `step` bytes further on. */
+ * of all of them `step` bytes further on. Meanwhile what lies from `ahead` on is fetched in the same order: what this
+ * thread reads next, which a core does not guess in time by itself when many rows keep it busy. */
 typedef struct {
   const char *start;
   size_t pair, single, step;
   int steps;
+  const char *ahead;
+  size_t ahead_step;
 } weights;
 
 /* out [rows][out_stride] = x w, or out + x w, from the first input to the last. */
@@ -22,10 +25,11 @@ INLINE void tile(const int format, const int rows, const int vecs, const int add
     UNROLL for (int v = 0; v < vecs; v++) sum[r][v] = add ? v_load(out + r * out_stride + v * 16) : v_set(0);
   const int widen = format == BF16 && !PAIRS;
   for (int k = 0; k < w.steps; k++, x += (widen ? 2 : 1) * LANE) {
-    const char *at = w.start + k * w.step;
+    const char *at = w.start + k * w.step, *ahead = w.ahead + k * w.ahead_step;
     lanes weight[MOST_TILE_VECS], second[MOST_TILE_VECS];
     UNROLL for (int v = 0; v < vecs; v++) {
       weight[v] = l_load(at + v / 2 * w.pair + v % 2 * w.single);
+      __builtin_prefetch(ahead + v / 2 * w.pair + v % 2 * w.single);
       if (widen) second[v] = l_second(weight[v]), weight[v] = l_first(weight[v]);
     }
     UNROLL for (int r = 0; r < rows; r++) {

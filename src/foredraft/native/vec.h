@@ -158,6 +158,12 @@ INLINE bool v_reaches(vec a, vec b) {
 
 /* Sum and largest of sixteen, as a tree: halves, quarters, ... */
 INLINE float v_sum(vec a) {
+#if defined(__AVX512F__)
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.p[0]), _mm512_extractf32x8_ps(a.p[0], 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
   float x[16];
   v_store(x, a);
   for (int half = 8; half; half /= 2)
@@ -165,6 +171,12 @@ INLINE float v_sum(vec a) {
   return x[0];
 }
 INLINE float v_largest(vec a) {
+#if defined(__AVX512F__)
+  __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a.p[0]), _mm512_extractf32x8_ps(a.p[0], 1));
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#endif
   float x[16];
   v_store(x, a);
   for (int half = 8; half; half /= 2)
