@@ -107,8 +107,11 @@ INLINE void int_product(const int format, const int rows, const int vecs, const 
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vecs; v++) whole[r][v] = l_set(0);
     for (int k = 0; k < steps; k++) {
       lanes code[4];
-      UNROLL for (int v = 0; v < vecs; v++)
-        code[v] = l_load(start + v / 2 * bytes + v % 2 * VEC + (size_t)(g * steps + k) * 2 * VEC);
+      UNROLL for (int v = 0; v < vecs; v++) {
+        const char *at = start + v / 2 * bytes + v % 2 * VEC + (size_t)(g * steps + k) * 2 * VEC;
+        __builtin_prefetch(at + NEAR);
+        code[v] = l_load(at);
+      }
       UNROLL for (int r = 0; r < rows; r++) {
         const char *input = x + r * stride + (size_t)(g * steps + k) * inputs_per_lane(format);
         UNROLL for (int v = 0; v < vecs; v++) {
@@ -143,7 +146,7 @@ INLINE void int_product(const int format, const int rows, const int vecs, const 
 
 #define DEFINE(kind, format, rows, vecs) \
   static void format##_##rows##_##vecs(const linear *w, int block, int half, const char *x, float *out, size_t stride, \
-                                             share next) { \
+                                       share next) { \
     kind##_product(format, rows, vecs, w, block, half, x, out, stride, next); \
   }
 #define DEFINE_FLOAT(rows, vecs) DEFINE(float, F32, rows, vecs) DEFINE(float, BF16, rows, vecs)
