@@ -37,6 +37,8 @@ enum { ZERO8 = 0, ZERO4 = 8 };
 enum { ZERO8 = 128, ZERO4 = 8 };
 #endif
 
+enum { NEAR = 4096 /* bytes that a tile reads ahead of itself where it is the only one over its strip */ };
+
 /* Weights that come next, to be read ahead: `fetch` bytes of each block a step. */
 typedef struct {
   const char *start;
@@ -207,20 +209,21 @@ static void strip(const linear *w, upcoming next, int epilogue, int block, int b
   }
 }
 
-/* A strip of weights serves all rows while it is in the cache, and each tile of rows reads a part of the next strip
- * ahead; rows are shared out evenly among tiles. */
+/* A strip of weights serves all rows while it is in the cache; rows are shared out evenly among tiles, each of which reads
+ * a part of the next strip ahead. */
 void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
                   int width) {
   const int most = w->format >= INT8 ? INT_ROWS : FLOAT_ROWS, tiles = (rows + most - 1) / most;
-  const int blocks = tiles == 1 ? 4 : 2, strips = (last - first + blocks - 1) / blocks, all = w->outputs / BLOCK;
+  const int blocks = tiles == 1 ? 4 : 2, strips = (last - first + blocks - 1) / blocks;
+  const size_t bytes = block_bytes(w);
   for (int i = 0; i < strips; i++) {
     const int block = first + (onward > 0 ? i : strips - 1 - i) * blocks, ahead = block + onward * blocks;
     const int taken = last - block < blocks ? last - block : blocks;
-    const bool read = ahead >= 0 && ahead + taken <= all;
+    const bool more = ahead >= 0 && ahead + taken <= w->outputs / BLOCK;
+    const char *own = (const char *)w->weights + block * bytes, *after = (const char *)w->weights + ahead * bytes;
     for (int t = 0; t < tiles; t++) {
       int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles);
-      upcoming next = {NULL, 2 * VEC / tiles};
-      if (read) next.start = (const char *)w->weights + ahead * block_bytes(w) + block_bytes(w) * t / tiles;
+      upcoming next = {tiles == 1 ? own + NEAR : more ? after + bytes * t / tiles : NULL, 2 * VEC / tiles};
       strip(w, next, epilogue, block, taken, x + from * encoded_bytes(w), to - from, y + (size_t)from * width, width);
     }
   }
