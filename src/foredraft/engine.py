@@ -159,7 +159,8 @@ class Engine:
 
     def _propose(self, requests: list[Request]) -> list[Draft]:
         for request in requests:
-            request.lead, request.draft_limit = (), self._draft_limit(request) if request.may_draft else 0
+            request.lead = ()
+            request.draft_limit = self._draft_limit(request) if request.may_draft else 0  # and the lead
         wanting = [request for request in requests if request.draft_limit > 0]
         if not wanting:
             return [NOTHING] * len(requests)

@@ -13,8 +13,6 @@ from foredraft.policy.plan import PLAIN, Offer, Pick, assign, cut
 from foredraft.policy.source import MARGIN, SHARE
 from foredraft.types import Draft, Request, Verdict
 
-AGAIN = 3  # steps for which one drafter that all chose is not weighed again: that takes a twentieth of a short pass
-
 Drafts = Mapping[str, Mapping[Request, Draft]]  # by who looked them up
 
 
@@ -32,8 +30,6 @@ class Choice:
         self.lookups: dict[str, Lookup] = {}
         self.picks: dict[Request, Pick] = {}  # of this step
         self.rests_until = 0.0  # when nobody pays: the next trial, in seconds of decoding
-        self.kept: list[Request] = []  # who all chose the same drafter, and which; for how many more steps that stands
-        self.keeps, self.stands = PLAIN, 0
         self.usual = Average(memory=20)  # tokens that the picks of a step should gain
 
     def know(self, lookups: Sequence[str], candidates: Sequence[str]) -> None:
@@ -108,54 +104,22 @@ class Choice:
 
     def choose(self, requests: Sequence[Request], drafts: Drafts) -> dict[Request, Pick]:
         """Who drafts for each request in this step, given what was looked up; those missing are decoded plainly."""
-        if self._stands(requests, drafts):
-            return self.picks
         rate, now = self.rate, self.costs.now
         for source in self.candidates.values():
-            source.settle(self.costs, now.plain_rate)
+            source.settle(self.costs, rate)
         offers = self._offers(drafts)
         self.picks = assign(requests, cut(offers, now, rate), self.candidates, now, rate)
-        found = any([lookup.pays for lookup in self.lookups.values()])
-        if not self.picks and not found:  # a hard spell; where lookups pay, the next step may have one again
-            self.picks = assign(requests, cut(offers, now, now.plain_rate), self.candidates, now, now.plain_rate)
         self._try_others(requests)
         self._oblige([request for request in requests if request.num_draft_tokens is not None], offers)
-        self._begin(now.plain_rate)
+        self._begin(rate)
         for name, asked in drafts.items():
             picks = {request: self.picks.get(request, PLAIN) for request in asked}
             gains = {request: pick.gain if pick.name == name else 0.0 for request, pick in picks.items()}
             self.lookups[name].charge(gains, self.costs, rate)
         sources = (*self.candidates.values(), *self.lookups.values())
-        paying = self.picks or found
+        paying = self.picks or any(lookup.pays for lookup in self.lookups.values())
         self.rests_until = 0.0 if paying else min(source.trials.due for source in sources)
-        self._keep(requests, drafts)
         return self.picks
-
-    def _keep(self, requests: Sequence[Request], drafts: Drafts) -> None:
-        """Let a decision stand where all chose one drafter, and none was looked up or tried."""
-        names = {pick.name for pick in self.picks.values()}
-        alike = len(names) == 1 and len(self.picks) == len(requests) and not drafts
-        self.stands = 0
-        if alike and all([request.num_draft_tokens is None for request in requests]):
-            self.keeps = next(iter(self.picks.values()))
-            made = self.candidates[self.keeps.name or ""].round
-            if made is not None and not made.trial:
-                self.kept, self.stands = list(requests), AGAIN
-
-    def _stands(self, requests: Sequence[Request], drafts: Drafts) -> bool:
-        """Whether the decision of the step before is this one's too; if so, it is made."""
-        if not self.stands or drafts or self.kept != requests:
-            return False
-        name, elapsed = self.keeps.name, self.costs.elapsed
-        if any([elapsed >= source.trials.due for other, source in self.candidates.items() if other != name]):
-            return False
-        chosen = self.candidates[name or ""]
-        if self.stands == AGAIN:
-            chosen.settle(self.costs, self.costs.now.plain_rate)
-        self.stands -= 1
-        chosen.open = {0: len(requests)}
-        self.picks = dict.fromkeys(requests, self.keeps)
-        return True
 
     def _begin(self, rate: float) -> None:
         for name, source in self.candidates.items():

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from foredraft.policy.base import StepTimes
 
 PLAIN_EVERY = 192  # steps; of so many a few are plain, so that the price of plain decoding stays known
-PLAIN_FIRST = 16  # steps before it is measured again; each wait is twice the last
+PLAIN_FIRST = 64  # steps before it is measured again; each wait is twice the last
 FEW = 4  # measurements; from then on one that is far too long is not believed
 LEAST = 0.01  # of what a unit costs on average: what one more costs at least
-PLAIN_RUN = 2  # plain steps in a row, so that the second finds the target's weights in the caches
-WARM = 6  # plain steps in a row before one costs what it does in plain decoding
-JITTER = 0.1  # by which two steps of the same kind may differ
+PLAIN_RUN = 2  # of which the first is not counted: a drafter's weights have pushed the target's out of the caches
 
 
 @dataclass(slots=True)
@@ -91,16 +89,17 @@ class BatchCosts:
     padded: bool = False  # is every request given the rows of the longest draft?
     emitted: Average = field(default_factory=lambda: Average(memory=20))
     seconds: Average = field(default_factory=lambda: Average(memory=20))
-    plain_run: int = 0  # how many of the latest steps were plain
+    was_plain: bool = True  # the step before
     met_drafts: bool = False
     steps: int = 0
 
     def add(self, times: StepTimes) -> None:
         self.steps += 1
-        self.plain_run = 0 if times.drafted else self.plain_run + 1
-        if self.plain_run:
+        if not times.drafted:
             self.free_rows = times.rows // times.batch
-            self._add_plain(times.total - times.drafting)
+            if self.was_plain:
+                self._add_plain(times.total - times.drafting)
+        self.was_plain = not times.drafted
         self.padded |= times.rows > times.drafted + times.batch
         if self.met_drafts or not times.drafted:  # the first pass with drafts touches memory that is new
             self.rows.add(times.rows, times.total - times.drafting)
@@ -109,24 +108,20 @@ class BatchCosts:
         self.seconds.add_cost(times.total)
 
     def _add_plain(self, seconds: float) -> None:
-        """One more plain step. The first ones after drafts, or of all, find caches full of other things: they can show
-        that plain decoding is quicker than known, and not that it is slower."""
-        known, warm = self.plain.value, self.plain_run > WARM
-        if seconds < (1 - JITTER) * known and not warm:
-            self.plain = Average(seconds, self.plain.count)
-        elif not known or warm or (self.plain_run > 1 and seconds < (1 + JITTER) * known):
-            self.plain.add_cost(seconds)
+        """The first steps of all warm caches up: a much faster one soon after makes them forgotten."""
+        if self.plain.count < 6 and seconds < 0.8 * self.plain.value:
+            self.plain = Average()
+        self.plain.add_cost(seconds)
 
     def plain_is_due(self, every: int) -> bool:
         """Whether the next step should be plain, because the price of plain decoding is not known or old.
 
         The more drafts gain, the less it matters and the more it costs.
         """
-        if self.plain.count < PLAIN_RUN and self.plain_run < WARM:
+        if self.plain.count < 2:
             return True
-        matters = max(1, int((self.rate / self.plain_rate) ** 2))
-        first, wanted = matters * PLAIN_FIRST, matters * every
-        period = wanted if self.steps >= wanted else 1 << (max(self.steps, first).bit_length() - 1)
+        wanted = max(1, int(self.rate / self.plain_rate)) * every
+        period = wanted if self.steps >= wanted else 1 << (max(self.steps, PLAIN_FIRST).bit_length() - 1)
         return self.steps % period >= period - PLAIN_RUN
 
     @property

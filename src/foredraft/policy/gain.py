@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 from foredraft.policy.base import StepTimes, StopRule
 from foredraft.policy.costs import PLAIN_EVERY, Average, Costs
-from foredraft.policy.source import TRIED, Blend, Source, margin
+from foredraft.policy.source import MARGIN, TRIED, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
-LOSS = 0.1  # tokens a step of each request; an average of steps whose tokens vary by one or more tells no less
 
 
 @dataclass(slots=True)
@@ -89,7 +88,7 @@ class Gain:
         """
         least, gained, now = margin(len(alphas)), self.source.gained, self.costs.now
         expected, _ = self.source.worth(alphas, now, now.plain_rate)
-        pays = expected > least and (gained.count < ENOUGH or gained.value > -LOSS * len(alphas))
+        pays = expected > least and (gained.count < ENOUGH or gained.value > -MARGIN * len(alphas))
         return expected if pays else 0.0
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
