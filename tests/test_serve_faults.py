@@ -22,7 +22,13 @@ from servers import PATIENCE, ServerProcess, until
 
 from foredraft.native import library
 
-LONG = {"prompt": "User: hello.\nAssistant:", "temperature": 1, "ignore_eos": True, "num_draft_tokens": 0}
+LONG = {
+    "prompt": "User: hello.\nAssistant:",
+    "temperature": 1,
+    "ignore_eos": True,
+    "num_draft_tokens": 0,
+    "frequency_penalty": 0.01,
+}
 SHORT = {"prompt": "User: I need a taxi.\nAssistant:", "temperature": 0, "max_tokens": 16}
 
 
@@ -30,7 +36,7 @@ SHORT = {"prompt": "User: I need a taxi.\nAssistant:", "temperature": 0, "max_to
 def small() -> Iterator[ServerProcess]:
     """Two places to run, two to wait."""
     with ServerProcess(
-        "--max-batch-size", "2", "--max-queue", "2", "--shutdown-timeout", "1", "--request-timeout", "60"
+        "--max-batch-size", "2", "--max-queue", "2", "--shutdown-timeout", "0.2", "--request-timeout", "60"
     ) as process:
         yield process
 

@@ -87,7 +87,7 @@ class Engine:
         """Let a request wait for its turn. Raises RequestError where the caches could never hold it."""
         self.admission.check(request)
         request.arrived = request.arrived or perf_counter()
-        request.may_draft &= request.num_draft_tokens != 0 and not isinstance(self.drafter, NoDrafter)
+        request.may_draft &= request.num_draft_tokens != 0 and type(self.drafter) is not NoDrafter
         request.steering.mind(drafts=request.may_draft)
         self.scheduler.add(request)
 

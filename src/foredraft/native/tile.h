@@ -21,8 +21,12 @@ enum { CACHE_LINE = 64 };
 INLINE void read_ahead(const weights *w, const int vecs, int step) {
   UNROLL for (int v = 0; v < vecs; v += 2) {
     const char *at = w->next + v / 2 * w->pair + step * w->fetch;
-    __builtin_prefetch(at, 0, 2);
-    if (w->fetch > CACHE_LINE) __builtin_prefetch(at + CACHE_LINE, 0, 2);
+    if (w->fetch > CACHE_LINE) { /* soon: into the first-level cache */
+      __builtin_prefetch(at, 0, 3);
+      __builtin_prefetch(at + CACHE_LINE, 0, 3);
+    } else {
+      __builtin_prefetch(at, 0, 2);
+    }
   }
 }
 
