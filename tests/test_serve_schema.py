@@ -13,6 +13,7 @@ pytest.importorskip("schemathesis")
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
+from servers import until
 from starlette.testclient import TestClient
 
 from foredraft.server.app import Launch, create_app
@@ -114,6 +115,7 @@ def asked_at_random(cases: SearchStrategy[Any]) -> Callable[[], None]:
 def test_fake_answers(app: Any) -> None:
     """The handlers alone: a whole answer, a stream with a sign of life, usage."""
     with TestClient(app, base_url="http://localhost") as client:
+        until(lambda: client.get("/ready").status_code == 200)
         body = {"messages": [{"role": "user", "content": "x"}], "return_draft_info": True}
         whole = client.post("/v1/chat/completions", json=body).json()
         assert whole["choices"][0]["message"]["content"] == "ok"
