@@ -80,7 +80,7 @@ def work(path: Path) -> None:
                     tokens = list(range(width))
                     runs.forward(plan([Span(0, 0, tokens, 1), Span(2, 5, tokens, width)], 1, 1))
                     guessing = [Guessing(sampler, 1, 9) for sampler in (Sampler(), Sampler(0.7, 20, 0.8, 0.01))]
-                    rule = StopRule([None, 0.9], [0.9, 0.8], [0.1] * 9, 1.0, 1)
+                    rule = StopRule([None, 0.9], [0.9, 0.8], [0.1] * 9, [0.0] * 9, 1)
                     runs.chain([Span(0, width, [1]), Span(1, 0, tokens[:3])], guessing, rule, 150)
                     passes += 1
                 target.cache.release()
