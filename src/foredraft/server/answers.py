@@ -106,9 +106,10 @@ async def chunks(
     request: Request,
     opening: list[Json],
     chunk: Callable[[Delta], Json],
-    closing: Callable[[], list[Json]],
+    head: Head,
+    choices: int | None,
 ) -> AsyncGenerator[Payloads, None]:
-    """A stream's payloads. What closes it comes with the last deltas."""
+    """A stream's payloads. With the last deltas comes what closes it: usage, unless `choices` (a prompt) is None."""
     if opening:
         yield opening
     left = len(answer.finished)
@@ -117,7 +118,9 @@ async def chunks(
         payloads: list[Mapping[str, Any]] = [chunk(delta) for delta in deltas]
         if not left:
             note_usage(request, answer.finished)
-            payloads += [*closing(), END]
+            if choices is not None:
+                payloads.append(head.payload([]) | {"usage": usage(answer.finished, choices)})
+            payloads.append(END)
         yield payloads
 
 

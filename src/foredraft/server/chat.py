@@ -72,10 +72,8 @@ def _stream(body: ChatRequest, request: Request, uid: str, model: Model, answer:
     def chunk(delta: Delta) -> Json:
         return made.of(delta, answer.finished[delta.index]) | rest
 
-    def closing() -> list[Json]:
-        return [head.payload([]) | {"usage": usage(answer.finished, each)}] if body.include_usage else []
-
-    return streamed(answer, request, chunks(answer, request, opening, chunk, closing))
+    choices = each if body.include_usage else None
+    return streamed(answer, request, chunks(answer, request, opening, chunk, head, choices))
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,11 +71,8 @@ def _stream(
     def chunk(delta: Delta) -> Json:
         return _chunk(head, delta, model, offsets, body) | rest
 
-    def closing() -> list[Json]:
-        each = body.n or 1
-        return [head.payload([]) | {"usage": usage(answer.finished, each)}] if body.include_usage else []
-
-    return streamed(answer, request, chunks(answer, request, opening, chunk, closing))
+    choices = (body.n or 1) if body.include_usage else None
+    return streamed(answer, request, chunks(answer, request, opening, chunk, head, choices))
 
 
 def _opening(head: Head, index: int, text: str) -> Json:

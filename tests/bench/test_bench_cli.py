@@ -1,32 +1,18 @@
 """`foredraft bench`: what it prints, how it fails, what it refuses before it loads."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_cases import interrupted, interrupted_after, other_tokens, small_llm, words
+from bench_cases import interrupted, interrupted_after, other_tokens, words
 from models import tiny
 from typer.testing import CliRunner
 
-from foredraft import LLM
-from foredraft.bench import measure, pipeline, prediction
+from foredraft.bench import measure, pipeline
 from foredraft.cli.app import app
 from foredraft.cli.files import check_writable
 from foredraft.errors import ForedraftError
-
-
-@pytest.fixture
-def llm() -> LLM:
-    return small_llm()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "COST_LAPS", 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """The bench measures: arms in turn, equality, what an interrupt keeps, figures and the prediction."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from bench_cases import OPTIONS, TASKS, TOKENS, interrupted, interrupted_after, other_tokens, small_llm, task, words
+from bench_cases import OPTIONS, TASKS, TOKENS, interrupted, interrupted_after, other_tokens, task, words
 from models import VOCAB, tiny
 
 from foredraft import LLM, SamplingParams
@@ -19,24 +18,6 @@ from foredraft.drafters.memory import SuffixMemory
 from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.errors import RequestError
 from foredraft.policy import Gain
-
-
-@pytest.fixture
-def llm() -> LLM:
-    return small_llm()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "COST_LAPS", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def found() -> Bench:
-    return bench(small_llm(), TASKS, replace(OPTIONS, predict=True), name="tiny & <small>")
-
 
 # --- measuring ---
 

@@ -6,38 +6,17 @@ import socketserver
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bench_cases import OPTIONS, TASKS, small_llm
 
-from foredraft import LLM
-from foredraft.bench import plots, prediction
+from foredraft.bench import plots
 from foredraft.bench.page import page
-from foredraft.bench.pipeline import bench
 from foredraft.bench.result import Bench
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture
-def llm() -> LLM:
-    return small_llm()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "COST_LAPS", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def found() -> Bench:
-    return bench(small_llm(), TASKS, replace(OPTIONS, predict=True), name="tiny & <small>")
 
 
 def test_the_page_names_nothing_outside_itself(found: Bench) -> None:
