@@ -1,17 +1,18 @@
 """The probe: it believes a model only where rows agree, and finds each way in which they can fail to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from models import LENGTH, draws, tiny
-from transformers import PreTrainedConfig
+from models import CONFIGS, LENGTH, draws, tiny
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.hf import HFModel
 from foredraft.models.invariance import FIXED, probe
+from foredraft.models.load import LoadOptions, load_target
 from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan, round_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,3 +209,36 @@ def test_why_a_key_length_of_256_is_avoided() -> None:
 
     agree = {keys for keys in (256, 384, 512, 640, 768, 896) if torch.equal(attend(keys), attend(1024))}
     assert {384, 512, 640, 896} <= agree
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("name", "heads", "kv_heads", "seed"), [("qwen3", 4, 2, 0), ("llama", 7, 1, 2), ("glm", 7, 1, 2)]
+)
+def test_few_query_rows_left_over_or_alone_give_the_bits_of_many(name, heads, kv_heads, seed):
+    """Seen in bf16 on AMD and Intel, in one row of a hundred: see `attention.query_rows`."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 16, "hidden_size": 16 * heads}
+    torch.manual_seed(seed)
+    config = type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict() | shape)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(DEVICE)
+    model = load_target(made.eval(), LoadOptions("bfloat16", DEVICE, runtime="torch"))
+    tokens = draws(900, seed)
+
+    def logits(width: int) -> torch.Tensor:
+        """Of every token from the 100th on, each as the last of a pass of so many."""
+        spans = [Span(0, end - width, tokens[end - width : end]) for end in range(100, len(tokens))]
+        return torch.cat([model.forward(plan([span], 4, 128)) for span in spans])
+
+    model.forward(plan([Span(0, 0, tokens)], 4, 128))
+    wide = logits(8)
+    fold = heads // kv_heads
+    for width in (1, 4, *(width for width in range(5, 34) if width * fold % 32 in (1, 2, 3))):
+        assert torch.equal(logits(width), wide), width

@@ -13,15 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from foredraft.models.rows import SHORT_SPAN
+from foredraft.models.rows import SHORT_SPAN, round_up
 
 NAME = "foredraft"
-ROW_MULTIPLE = 8  # query rows are padded to a multiple of this: kernels take blocks of 32, and in fp32 a last block of
-# one to three rows takes another product, whose bits differ
+ROW_BLOCK, ROW_MULTIPLE = 32, 8  # of query rows: what a CPU's kernel takes at once, and what ours are padded to
 
 KEY_BLOCK = 512  # keys that a product takes in fp32, where it is one: see `_blocked`
 
 MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def query_rows(rows: int, apart: int) -> int:
+    """How many query rows a call should have instead of `rows`, of each of `apart` texts and key heads.
+
+    A CPU's kernel takes 32 rows at once. In a last block of one to three every row has other bits in fp32, and in bf16
+    one in 60 to 400 for each head. Where there is one block in all, its products are spread over the threads, which
+    changes as many.
+    """
+    if rows % ROW_BLOCK in (1, 2, 3):
+        rows = round_up(rows, ROW_MULTIPLE)
+    return ROW_BLOCK + ROW_MULTIPLE if apart == 1 and rows <= ROW_BLOCK else rows
 
 
 def additive_mask(
@@ -67,7 +78,7 @@ def attention(
     if groups > 1 and width > SHORT_SPAN:  # copying keys costs little beside so many rows, a folded mask much
         key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     rows = groups * width
-    padding = (0, 0, 0, -rows % ROW_MULTIPLE)
+    padding = (0, 0, 0, query_rows(round_up(rows, ROW_MULTIPLE), batch * heads // groups) - rows)
     folded = F.pad(query.reshape(batch, heads // groups, rows, -1), padding)
     mask = F.pad(_fold_mask(mask, groups), padding)
     if softcap is None and s_aux is None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
+from foredraft.models.attention import query_rows
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import GRANULE, LayerShape, SlotCache
 from foredraft.models.decoder_layers import MLP, Attention, MakeLinear, Pass, RMSNorm, Rope, Sublayer, fused, sublayers
@@ -40,7 +41,8 @@ class Decoder:
         self.norm = RMSNorm(base.norm.weight, base.norm.variance_epsilon, config.hidden_size)
         self.head: LinearLayer = fused([model.get_output_embeddings()], make_linear, consume=False)
         attentions = [s for s in self.sublayers if isinstance(s, Attention)]
-        self.fold = attentions[0].heads // attentions[0].kv_heads
+        self.kv_heads = attentions[0].kv_heads
+        self.fold = attentions[0].heads // self.kv_heads
         self.windows = {s.window for s in attentions}
         self.seen, self.hidden = torch.tensor((0.0, -torch.inf), dtype=self.dtype, device=self.device).unbind()
         self.graphs = GraphPool() if self.device.type == "cuda" else None
@@ -126,11 +128,17 @@ class Decoder:
         return Pass(self.cache, index, cos, sin, groups, masks)
 
     def _mask(self, positions: torch.Tensor, g: Group, window: int | None) -> torch.Tensor:
-        """Additive mask [count, 1, width * fold, key_length]; `width` rows for a prefill span, 1 for a single token."""
+        """Additive mask [count, 1, rows, key_length]: `width` rows for a prefill span, 1 for a single token, else
+        `width * fold`; and those that `query_rows` adds, which see what the last one sees.
+        """
         queries = positions[g.first_row : g.first_row + g.num_rows]
         if 1 < g.width <= SHORT_SPAN and self.fold > 1:
             queries = queries.unsqueeze(1).expand(-1, self.fold).reshape(-1)
         queries = queries.view(len(g.starts), 1, -1, 1)
+        rows = queries.shape[2]
+        missing = 0 if g.width == 1 else query_rows(rows, len(g.starts) * self.kv_heads) - rows
+        if missing:
+            queries = torch.cat((queries, queries[:, :, -1:].expand(-1, -1, missing, -1)), 2)
         keys = self.rope.positions[: g.key_length]
         hidden = keys > queries
         if window is not None:

@@ -93,15 +93,17 @@ class Attention:
         keys, values = p.cache.views(g.first_slot, count, g.key_length)[self.layer]
         q = q.reshape(count, g.width, self.kv_heads, fold, self.head_dim)
         if g.width <= SHORT_SPAN:  # [count, kv_heads, width * fold, head_dim]
-            q = q.transpose(1, 2).reshape(count, self.kv_heads, g.width * fold, self.head_dim)
-            alone = q.shape[2] == 1 and q.dtype != torch.float32  # a draft: the CPU is twice as fast on two rows
-            out = F.scaled_dot_product_attention(torch.cat((q, q), 2) if alone else q, keys, values, attn_mask=mask)
-            out = out[:, :, :1] if alone else out
+            rows = g.width * fold
+            q = q.transpose(1, 2).reshape(count, self.kv_heads, rows, self.head_dim)
+            alone = rows == 1 and q.dtype != torch.float32  # a draft: the CPU is twice as fast on two rows
+            q = torch.cat((q, q), 2) if alone else _padded(q, mask)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)[:, :, :rows]
             out = out.reshape(count, self.kv_heads, g.width, fold, self.head_dim).transpose(1, 2)
         else:  # [kv_heads, fold, width, head_dim]: a prefill span, whose mask would be large if it were folded
             q = q.view(g.width, self.kv_heads, fold, self.head_dim).permute(1, 2, 0, 3)
             keys, values = (t[0].unsqueeze(1).expand(-1, fold, -1, -1) for t in (keys, values))
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).permute(2, 0, 1, 3)
+            out = F.scaled_dot_product_attention(_padded(q, mask), keys, values, attn_mask=mask)
+            out = out[:, :, : g.width].permute(2, 0, 1, 3)
         return out.reshape(g.num_rows, self.heads * self.head_dim)
 
 
@@ -126,6 +128,12 @@ class MLP:
 
 
 Sublayer = Attention | MLP
+
+
+def _padded(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Query rows, as many as their mask has: see `attention.query_rows`. A mask of one row is every row's."""
+    missing = mask.shape[2] - q.shape[2]
+    return F.pad(q, (0, 0, 0, missing)) if missing > 0 else q
 
 
 class Rope:
