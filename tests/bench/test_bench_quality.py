@@ -1,6 +1,9 @@
 """Quality of answers: programs that are run with limits, pass@k, ROUGE-2."""
 
+import ctypes
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,11 +66,36 @@ def test_programs_are_made_of_answers(answer: str, passes: bool) -> None:
         "import os; os.kill(os.getppid(), 0)",
         "import ctypes; ctypes.CDLL(None)",
         "import shutil; shutil.rmtree('.')",
+        "import os; os.mkfifo('x')",
+        "import os; os.mknod('x')",
+        "import os; os.utime('.', (1, 1))",
+        "import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
+        "import os, signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 0)",
+        "import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CORE)",
+        "import _posixsubprocess",
+        "import _posixshmem; _posixshmem.shm_open('/foredraft', 66, mode=384)",
+        "import sys\nwhile True: sys.__stdout__.write('x' * 100_000)",
+        "import os\nwhile True: os.write(3, b'x' * 100_000)",
     ],
 )
 def test_programs_have_limits(line: str) -> None:
     outcome = run_program(line, Limits(seconds=0.6, memory=1 << 29))
     assert not outcome.passed and outcome.error
+
+
+def test_a_program_that_takes_the_guard_apart_writes_no_file(tmp_path: Path) -> None:
+    if not landlock():
+        pytest.skip("needs a kernel with landlock")
+    place = tmp_path / "x"
+    undone = "import sys\nguard = sys.modules['__main__']\nguard.FORBIDDEN = ()\nguard.WRITING = 0\n"
+    for line in (f"open({str(place)!r}, 'w')", f"import os; os.system('/usr/bin/touch {place}')"):
+        run_program(undone + line, Limits(seconds=2))
+        assert not place.exists()
+
+
+def landlock() -> bool:
+    """Whether the kernel has it: asked for its version."""
+    return sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, 0, 1) > 0
 
 
 def test_programs_that_do_no_harm_pass() -> None:

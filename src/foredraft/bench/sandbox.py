@@ -1,20 +1,27 @@
 """A program in a process of its own, with limits of time and memory, without a network.
 
-On Linux the process gets a network namespace with nothing in it, where the system allows that; everywhere an audit hook
-refuses sockets, other processes, and writing to files. That keeps a model's mistakes from doing harm. It is no prison
-for a program that means harm: for that, run the whole bench in a container.
+On Linux the process gets a network namespace with nothing in it, and the kernel keeps it from writing to files and from
+starting programs (landlock), each where the system allows that; everywhere an audit hook refuses sockets, other
+processes, and writing to files. What it prints is thrown away. That keeps a model's mistakes from doing harm. It is no
+prison for a program that means harm, which could also pretend to have passed: for that, run the whole bench in a
+container.
 """
 
 import importlib.util
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from foredraft.errors import RequestError
 
+MOST_SAID = 4096  # bytes that are read of a program's report
 GUARD = Path(__file__).with_name("guard.py")
 
 
@@ -46,24 +53,44 @@ def run_program(program: str, limits: Limits = LIMITS) -> Outcome:
     """Whether it comes to its end without an error."""
     nonce = secrets.token_hex(16)
     command = [sys.executable, "-I", "-B", str(GUARD), str(limits.memory), str(limits.seconds), nonce]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                command,
-                input=program,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=limits.seconds + 1.0,  # to start in
-                cwd=folder,
-                env={"PATH": ""},
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
-            return Outcome(False, error=f"not done after {limits.seconds:g} s")
-        except UnicodeEncodeError as error:
-            return Outcome(False, error=str(error))
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 and lines[-1:] == [nonce]:
+    try:
+        source = program.encode()
+    except UnicodeEncodeError as error:
+        return Outcome(False, error=str(error))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as given:
+        given.write(source)
+        given.seek(0)
+        process = subprocess.Popen(
+            command,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": ""},
+            start_new_session=True,
+        )
+        late = threading.Event()
+        timer = threading.Timer(limits.seconds + 1.0, _stop, (process, late))  # a second to start in
+        timer.start()
+        assert process.stdout is not None
+        said = process.stdout.read(MOST_SAID).decode(errors="replace")
+        if len(said) == MOST_SAID:
+            _stop(process)
+        process.stdout.close()
+        code = process.wait()
+        timer.cancel()
+        _stop(process)  # what it may have left behind
+    lines = said.splitlines()
+    if late.is_set():
+        return Outcome(False, error=f"not done after {limits.seconds:g} s")
+    if code == 0 and lines[-1:] == [nonce]:
         return Outcome(True, lines[-2])
-    return Outcome(False, error=(done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1][:200])
+    return Outcome(False, error=(lines or [f"exit code {code}"])[-1][:200])
+
+
+def _stop(process: "subprocess.Popen[bytes]", said: threading.Event | None = None) -> None:
+    """Kill it with all that it started."""
+    if said is not None:
+        said.set()
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
