@@ -6,21 +6,27 @@ greedily, for 24 dialogue turns of 128 tokens, in turn by each arm:
 one stream      streamed, one after the other
 plain           the same eight at a time, "draft": "none"
 drafting        the same eight at a time
-library, plain  in this process, eight at a time, as `generate` takes them; no server in between
+library, plain  in this process, by eight threads that each ask for one turn after the other; no server in between
 library         the same, drafting
+all at once     the same in one call of `generate`, where no turn has to arrive
 
 Server and clients share the machine, so that what the clients cost counts against the server: they are sockets that
-read to the end and parse nothing but the last event. `--soak SECONDS` instead asks at random for so long, with clients
-that leave, and prints the server's memory, threads and open files as it goes.
+read to the end and parse nothing but the last event. `--gap` instead measures how long seven plain streams wait while
+two prompts of 1,000 tokens arrive (the pair's context is 1,024). `--soak SECONDS` asks at random for so long, with
+clients that leave, and prints the server's memory, threads and open files as it goes.
 """
 
 import asyncio
 import json
 import os
 import random
+import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -35,11 +41,12 @@ from foredraft.drafters.several import forget_outputs
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from servers import ServerProcess
 
-TURNS, TOKENS, STREAMS = 24, 128, 8
+TURNS, TOKENS, STREAMS, LONG = 24, 128, 8, 1000
 COMPARED = (
     ("drafting", "one stream"),
     ("drafting", "plain"),
     ("library", "library, plain"),
+    ("library", "all at once"),
     ("drafting", "library"),
     ("plain", "library, plain"),
 )
@@ -49,10 +56,15 @@ PROMPTS = [f"User: {OPENINGS[i % 8]} For {i} people.\nAssistant:" for i in range
 
 def main() -> int:
     flags = parser(__doc__, rounds=3)
+    flags.add_argument("--gap", action="store_true")
     flags.add_argument("--soak", type=float, metavar="SECONDS")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
-    with ServerProcess("--log-level", "error", environment={"OMP_NUM_THREADS": str(args.threads)}) as server:
+    each_step = ("--stream-interval", "0", "--no-prefix-cache") if args.gap else ()
+    environment = {"OMP_NUM_THREADS": str(args.threads)}
+    with ServerProcess("--log-level", "error", *each_step, environment=environment) as server:
+        if args.gap:
+            return asyncio.run(gaps(server.url, args.rounds))
         if args.soak:
             return asyncio.run(soak(server, args.soak))
         llm = LLM(prefix_cache=False)
@@ -61,8 +73,9 @@ def main() -> int:
             "one stream": lambda: asyncio.run(served(server.url, 1)),
             "plain": lambda: asyncio.run(served(server.url, STREAMS, draft="none")),
             "drafting": lambda: asyncio.run(served(server.url, STREAMS)),
-            "library, plain": lambda: alone(llm, 0),
-            "library": lambda: alone(llm, None),
+            "library, plain": lambda: by_threads(llm, 0),
+            "library": lambda: by_threads(llm, None),
+            "all at once": lambda: at_once(llm),
         }
         figures = interleave(arms, args.rounds)
     results: dict[str, Any] = {name: summary(values) for name, values in figures.items()}
@@ -76,7 +89,7 @@ def main() -> int:
 
 async def served(url: str, streams: int, **extra: Any) -> float:
     """Tokens a second of all turns, `streams` of them at once."""
-    gate, began = asyncio.Semaphore(streams), time.perf_counter()
+    gate, began = asyncio.Semaphore(streams), perf_counter()
 
     async def turn(prompt: str) -> int:
         async with gate:
@@ -84,10 +97,10 @@ async def served(url: str, streams: int, **extra: Any) -> float:
 
     counts = await asyncio.gather(*map(turn, PROMPTS))
     assert sum(counts) == TURNS * TOKENS
-    return sum(counts) / (time.perf_counter() - began)
+    return sum(counts) / (perf_counter() - began)
 
 
-def body(prompt: str, tokens: int = TOKENS) -> dict[str, Any]:
+def body(prompt: str | list[int], tokens: int = TOKENS) -> dict[str, Any]:
     return {
         "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
@@ -119,11 +132,61 @@ async def send(url: str, asked: dict[str, Any]) -> tuple[asyncio.StreamReader, a
     return reader, writer
 
 
-def alone(llm: LLM, num_draft_tokens: int | None) -> float:
-    params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
-    began = time.perf_counter()
-    count = sum(len(result.token_ids) for result in llm.generate(PROMPTS, params, num_draft_tokens=num_draft_tokens))
-    return count / (time.perf_counter() - began)
+PARAMS = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
+
+
+def by_threads(llm: LLM, num_draft_tokens: int | None) -> float:
+    """Tokens a second of all turns, each of `STREAMS` threads asking for one after the other."""
+
+    def turn(prompt: str) -> int:
+        return len(llm.generate(prompt, PARAMS, num_draft_tokens=num_draft_tokens).token_ids)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        began = perf_counter()
+        return sum(pool.map(turn, PROMPTS)) / (perf_counter() - began)
+
+
+def at_once(llm: LLM) -> float:
+    began = perf_counter()
+    return sum(len(result.token_ids) for result in llm.generate(PROMPTS, PARAMS)) / (perf_counter() - began)
+
+
+async def gaps(url: str, rounds: int) -> int:
+    """What running streams wait for at most, beside what they wait for in general."""
+    table = Table("round", "a step, ms", "longest beside prompts, ms", "in steps", "first token of a prompt, ms")
+    for index in range(rounds + 1):
+        step, longest, first = await gap(url)
+        if index:  # the first one warms up
+            table.add_row(str(index), f"{step:.2f}", f"{longest:.1f}", f"{longest / step:.1f}", f"{first:.0f}")
+    Console().print(table)
+    return 0
+
+
+async def gap(url: str) -> tuple[float, float, float]:
+    """The median and the longest time between two events of a stream, and until a long prompt's first, in ms."""
+    seen: list[list[float]] = [[] for _ in range(STREAMS - 1)]
+    plain = {"draft": "none"}
+    streams = [asyncio.create_task(timed(url, body(PROMPTS[i], 600) | plain, seen[i])) for i in range(len(seen))]
+    while not all(len(times) > 100 for times in seen):
+        await asyncio.sleep(0.01)
+    began, late = perf_counter(), [[], []]
+    prompts = [[5 + (i * (number + 7)) % 3000 for i in range(LONG)] for number in range(len(late))]
+    await asyncio.gather(*(timed(url, body(ids, 1) | plain, times) for ids, times in zip(prompts, late, strict=True)))
+    ended = max(times[0] for times in late)
+    assert not any(one.done() for one in streams), "the streams were over before the prompts had been read"
+    steps = [b - a for times in seen for a, b in pairwise(times[20:100])]
+    beside = [b - a for times in seen for a, b in pairwise(times) if b >= began and a <= ended]
+    await asyncio.gather(*streams)
+    return 1e3 * statistics.median(steps), 1e3 * max(beside), 1e3 * (ended - began)
+
+
+async def timed(url: str, asked: dict[str, Any], times: list[float]) -> None:
+    """Note when each event of a stream comes."""
+    reader, writer = await send(url, asked)
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            times.append(perf_counter())
+    writer.close()
 
 
 def show(results: dict[str, Any]) -> None:

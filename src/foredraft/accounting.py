@@ -30,6 +30,29 @@ class Clock:
         self.ended = perf_counter()
 
 
+@dataclass(slots=True)
+class Pace:
+    """How many tokens of prompts a step may compute beside those that decode, and take about twice its time at most."""
+
+    step: float = 0.0  # seconds of one without prompts
+    token: float = 0.0  # seconds that each token of a prompt adds
+
+    def took(self, seconds: float, read: int) -> None:
+        """A step took so long and computed so many tokens of prompts."""
+        if read:
+            self.token = _blend(self.token, max(seconds - self.step, seconds / 2) / read)
+        else:
+            self.step = _blend(self.step, seconds)
+
+    def budget(self, most: int) -> int:
+        return min(most, int(self.step / self.token)) if self.token else most
+
+
+def _blend(before: float, now: float) -> float:
+    """An average that forgets; more than twice as much is something else that ran."""
+    return 0.7 * before + 0.3 * min(now, 2 * before) if before else now
+
+
 def account(requests: list[Request], outputs: list[StepOutput], drafter: Drafter, clock: Clock) -> None:
     """Share the step's seconds among all that took part."""
     count, drafting, verifying, other = len(requests), clock.drafting, clock.verifying, clock.ended - clock.verified

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 
 from foredraft import sampling
-from foredraft.accounting import Clock, account, teach
+from foredraft.accounting import Clock, Pace, account, teach
 from foredraft.admission import Admission, CacheLimits, take_over
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter, NoDrafter, check_draft
@@ -19,7 +19,7 @@ from foredraft.errors import ForedraftError, NumericsError, RequestError
 from foredraft.models.base import Cache, CausalModel
 from foredraft.models.rows import Span, plan
 from foredraft.policy import DraftPolicy, PerRequest
-from foredraft.scheduler import Scheduler, chunk_end
+from foredraft.scheduler import Scheduler
 from foredraft.spoilt import Spoilt
 from foredraft.stats import SpecStats
 from foredraft.types import Draft, FinishReason, Phase, Request, StepOutput, Verdict
@@ -51,6 +51,8 @@ class Engine:
         self.max_model_len = max_model_len
         self.admission = Admission(limits or CacheLimits(), max_model_len, self.caches)
         self.scheduler = Scheduler(max_batch_size, fits=self.admission.fits)
+        self.scheduler.cuts = target.row_invariance.cuts
+        self.pace = Pace()
         self.stats = SpecStats()  # of the requests that have ended
         self.spoilt = Spoilt()
 
@@ -111,6 +113,7 @@ class Engine:
         that took part end with that error.
         """
         self._admit()
+        self.scheduler.budget_beside = self.pace.budget(self.scheduler.prefill_budget)
         requests = self.scheduler.next_batch()
         if not requests:
             return []
@@ -141,6 +144,7 @@ class Engine:
         clock = Clock()
         for request in requests:
             request.started = request.started or clock.began
+        read = sum([request.reach - request.cached for request in requests if not request.decoding])
         drafts = self._propose(requests)
         clock.drafted = perf_counter()
         spans = [self._span(request, draft) for request, draft in zip(requests, drafts, strict=True)]
@@ -153,6 +157,7 @@ class Engine:
             self.target.cache.publish(request.slot, request.token_ids, request.cached, request.memory)
         clock.stop()
         account(requests, outputs, self.drafter, clock)
+        self.pace.took(clock.ended - clock.began, read)
         if len(outputs) == len(requests):
             teach(self.policy, outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
         return outputs
@@ -188,7 +193,7 @@ class Engine:
         return max(len(request.lead), min(self.policy.start(request), room))
 
     def _span(self, request: Request, draft: Draft) -> Span:
-        end = chunk_end(request) if not request.decoding else len(request.token_ids)
+        end = len(request.token_ids) if request.decoding else request.reach
         tokens = request.token_ids[request.cached : end] + list(draft.tokens)
         wanted = len(draft) + 1 if end == len(request.token_ids) else 0
         return Span(request.slot, request.cached, tokens, wanted)

@@ -1,6 +1,7 @@
 """Which requests run: admission, slots, and how much of a prompt a step computes. Knows nothing of tensors.
 
-Prompts are cut into chunks at fixed positions, so that what a request computes never depends on who else is there.
+Prompts are cut into chunks at fixed positions, so that what a request computes never depends on who else is there;
+where cuts change no bits, chunks are cut further while others decode.
 """
 
 import heapq
@@ -11,6 +12,7 @@ from foredraft.models.rows import PREFILL_CHUNK
 from foredraft.types import Phase, Request
 
 PREFILL_BUDGET = 2 * PREFILL_CHUNK  # tokens of prompts in one step, so that newcomers do not stall those that decode
+PIECE = 16  # tokens that chunks are cut to at the least, and a multiple of which they end at
 
 
 class Scheduler:
@@ -23,7 +25,9 @@ class Scheduler:
         fits: Callable[[list[Request], Request], bool] = lambda running, request: True,
     ) -> None:
         self.prefill_budget = prefill_budget
+        self.budget_beside = prefill_budget  # the same where somebody decodes
         self.fits = fits
+        self.cuts = False  # may chunks end anywhere?
         self.page = 0  # tokens that a prompt takes over at once where another one has computed them; 0: it never does
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -55,19 +59,25 @@ class Scheduler:
         return len(self.running) > before
 
     def _prompts(self) -> set[Request]:
-        """Whose next chunk is computed in this step; the first to have come always, so that nobody starves.
+        """Whose next chunk is computed in this step, up to its `reach`; the first to have come always has one.
 
-        Who could take its next page over from another that computes it in this step waits for that.
+        Who could take its next page over from another that computes it now waits for that.
         """
         chosen: set[Request] = set()
-        used = 0
+        beside = any(request.decoding for request in self.running)
+        left = self.budget_beside if beside else self.prefill_budget
         for request in self.running:
             if request.decoding or any(self._computes_for(other, request) for other in chosen):
                 continue
-            used += chunk_end(request) - request.cached
-            if chosen and used > self.prefill_budget:
+            request.reach = chunk_end(request)
+            if beside and self.cuts:
+                most = left if chosen else max(left, PIECE)
+                request.reach = min(request.reach, (request.cached + most) // PIECE * PIECE)
+            count = request.reach - request.cached
+            if chosen and not 0 < count <= left:
                 break
             chosen.add(request)
+            left -= count
         return chosen
 
     def _computes_for(self, other: Request, request: Request) -> bool:
@@ -76,7 +86,7 @@ class Scheduler:
         return (
             self.page > 0
             and start % self.page == 0
-            and other.cached <= start
+            and other.cached < end
             and request.memory is not None
             and other.memory == request.memory
             and end < len(request.token_ids)
@@ -95,5 +105,5 @@ class Scheduler:
 
 
 def chunk_end(request: Request) -> int:
-    """Up to which token the next pass of a request reaches."""
+    """Up to which token of a prompt a pass may reach."""
     return min(len(request.token_ids), (request.cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK)

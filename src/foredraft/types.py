@@ -200,6 +200,7 @@ class Request:
     started: float = 0.0  # perf_counter at its first step
     arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
+    reach: int = 0  # up to which token of its prompt this step computes
     prompt_len: int = -1
     slot: int = -1
     cached: int = 0

@@ -33,6 +33,11 @@ class RowInvariance:
     prefill: bool = False
 
     @property
+    def cuts(self) -> bool:
+        """Whether a prompt may be cut into chunks anywhere: its rows need nothing of each other."""
+        return self.exact and self.prefill and self.min_rows == self.key_multiple == self.row_multiple == 1
+
+    @property
     def max_draft_tokens(self) -> int:
         return self.max_rows - 1
 

@@ -1,0 +1,163 @@
+"""Long prompts beside running texts: nobody waits for another's prompt, and no bit depends on how it was cut."""
+
+from dataclasses import dataclass
+from random import Random
+
+import pytest
+from fakes import Ask, TableModel, new_request
+
+from foredraft import LLM, SamplingParams
+from foredraft.accounting import Pace
+from foredraft.drafters.base import NoDrafter
+from foredraft.engine import Engine
+from foredraft.models.rows import PREFILL_CHUNK, RowInvariance
+from foredraft.policy import Fixed
+from foredraft.scheduler import PIECE, PREFILL_BUDGET
+from foredraft.types import Request
+
+VOCAB, LONG, STREAMS = 8, 2000, 3
+ANYWHERE = RowInvariance(1, 1, 1, prefill=True)
+NOWHERE = RowInvariance(min_rows=4, key_multiple=128)
+
+
+@dataclass
+class Steady:
+    """A pace that was measured once and for all."""
+
+    tokens: int
+
+    def took(self, seconds: float, read: int) -> None: ...
+
+    def budget(self, most: int) -> int:
+        return self.tokens
+
+
+def draws(count: int, seed: int) -> list[int]:
+    source = Random(seed)
+    return [source.randrange(VOCAB) for _ in range(count)]
+
+
+def crowded(invariance: RowInvariance, budget: int | None = None) -> tuple[Engine, list[Request], TableModel]:
+    """An engine in which some streams decode."""
+    model = TableModel(VOCAB, max_positions=4096)
+    model.row_invariance = invariance
+    engine = Engine(model, NoDrafter(), Fixed(0), max_batch_size=8, max_model_len=4096)
+    if budget is not None:
+        engine.pace = Steady(budget)  # type: ignore[assignment]
+    streams = [new_request(Ask([1, 2, i], SamplingParams(max_new_tokens=1000), seed=i)) for i in range(STREAMS)]
+    for request in streams:
+        engine.add(request)
+    engine.step()
+    return engine, streams, model
+
+
+@pytest.mark.parametrize("invariance", [ANYWHERE, NOWHERE], ids=["anywhere", "nowhere"])
+@pytest.mark.parametrize("newcomers", [1, 4])
+def test_every_stream_gets_a_token_in_every_step_beside_long_prompts(invariance, newcomers):
+    engine, streams, model = crowded(invariance)
+    late = [new_request(Ask(draws(LONG, i), SamplingParams(max_new_tokens=1))) for i in range(newcomers)]
+    for request in late:
+        engine.add(request)
+    begun = len(model.passes)
+    while any(not request.num_output for request in late):
+        before = [request.num_output for request in streams]
+        engine.step()
+        assert [request.num_output for request in streams] == [count + 1 for count in before]
+    assert max(model.passes[begun:]) <= PREFILL_BUDGET + 8 * invariance.min_rows
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(1, PIECE), (40, 32), (100, 96), (10_000, PREFILL_CHUNK)])
+def test_chunks_beside_streams_are_as_small_as_the_pace_says(budget, chunk):
+    engine, _, model = crowded(ANYWHERE, budget)
+    late = new_request(Ask(draws(LONG, 1), SamplingParams(max_new_tokens=2)))
+    engine.add(late)
+    begun = len(model.passes)
+    while late.cached < LONG:
+        reach = late.cached
+        engine.step()
+        assert reach < late.cached <= reach + chunk
+        assert late.cached % PIECE == 0 or late.cached == LONG
+        assert late.cached // PREFILL_CHUNK == reach // PREFILL_CHUNK or late.cached % PREFILL_CHUNK == 0
+    assert max(model.passes[begun:]) == chunk + STREAMS
+
+
+def test_chunks_are_whole_where_cuts_might_change_bits():
+    engine, _, _ = crowded(NOWHERE, 40)
+    late = new_request(Ask(draws(LONG, 1), SamplingParams(max_new_tokens=2)))
+    engine.add(late)
+    for chunk in range(LONG // PREFILL_CHUNK):
+        engine.step()
+        assert late.cached == (chunk + 1) * PREFILL_CHUNK
+
+
+def test_chunks_are_whole_where_nobody_waits():
+    engine, streams, _ = crowded(ANYWHERE, 40)
+    for request in streams:
+        engine.abort(request)
+    late = new_request(Ask(draws(LONG, 1), SamplingParams(max_new_tokens=2)))
+    engine.add(late)
+    engine.step()
+    assert late.cached == PREFILL_CHUNK
+
+
+@pytest.mark.parametrize("token", [0.001, 0.02, 0.06])
+def test_a_step_with_a_prompt_takes_two_steps_time_at_most(token):
+    """Steps of one second, to which each token of a prompt adds `token`."""
+    pace = Pace()
+    pace.took(300 * token, 300)
+    for _ in range(20):
+        pace.took(1.0, 0)
+    for _ in range(20):
+        read = max(PIECE, pace.budget(PREFILL_CHUNK) // PIECE * PIECE)
+        assert 1 + token * read <= 2.01
+        pace.took(1 + token * read, read)
+    assert read > (1 / token) / 2 or read == PREFILL_CHUNK  # and it is used
+
+
+def test_a_pace_forgets():
+    pace = Pace()
+    pace.took(1.0, 100)
+    assert pace.budget(512) == 0  # no step without a prompt is known: the smallest piece
+    for step in (1.0, 0.1):
+        for _ in range(40):
+            pace.took(step, 0)
+        assert pace.budget(512) == pytest.approx(100 * step, abs=1)
+    pace.took(50.0, 0)  # something else ran
+    assert pace.budget(512) <= 13
+
+
+def test_equal_prompts_that_come_together_are_computed_once():
+    """Where chunks are smaller than a page too."""
+    llm = LLM(draft="none", max_batch_size=4)
+    assert llm.model.row_invariance.cuts
+    llm.engine.pace = Steady(PIECE)  # type: ignore[assignment]
+    prompt = [5 + i % 90 for i in range(330)]
+    busy = llm.job("User: I need a taxi.\nAssistant:", SamplingParams(max_new_tokens=400, ignore_eos=True), 0).request
+    twins = [llm.job(prompt, SamplingParams(max_new_tokens=4, ignore_eos=True), 0).request for _ in range(2)]
+    llm.engine.add(busy)
+    llm.engine.step()
+    for request in twins:
+        llm.engine.add(request)
+    while any(request.num_output < 4 for request in twins):
+        llm.engine.step()
+    assert twins[0].output_ids == twins[1].output_ids
+    assert [request.stats.prefix_tokens for request in twins] == [0, 320]
+
+
+def test_bits_are_the_same_however_prompts_are_cut():
+    llm = LLM(prefix_cache=False, max_batch_size=4)
+    prompt = [5 + (7 * i) % 900 for i in range(500)]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=2)
+    alone = llm.generate(prompt, params, num_draft_tokens=0)
+    for budget in (1, 50, 200):
+        llm.engine.pace = Steady(budget)  # type: ignore[assignment]
+        asked = SamplingParams(max_new_tokens=300, ignore_eos=True)
+        busy = llm.job("User: I need a taxi.\nAssistant:", asked).request
+        llm.engine.add(busy)
+        llm.engine.step()
+        late = llm.job(prompt, params).request
+        llm.engine.add(late)
+        while late.num_output < 12:
+            llm.engine.step()
+        llm.engine.abort(busy)
+        assert (late.output_ids, late.logprobs) == (alone.token_ids, alone.logprobs)
