@@ -416,6 +416,15 @@ def test_unknown_route_and_method(server: ServerProcess) -> None:
 # --- other clients --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_head_is_get_without_a_body(server: ServerProcess, path: str) -> None:
+    """As `curl -I` and load balancers ask."""
+    head, whole = (httpx.request(method, server.url + path) for method in ("HEAD", "GET"))
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(whole.content))
+    assert httpx.head(server.url + "/v1/completions").status_code == 405
+
+
 def test_httpx_reads_events(server: ServerProcess) -> None:
     body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
