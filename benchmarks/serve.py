@@ -153,17 +153,26 @@ def at_once(llm: LLM) -> float:
 
 async def gaps(url: str, rounds: int) -> int:
     """What running streams wait for at most, beside what they wait for in general."""
-    table = Table("round", "a step, ms", "longest beside prompts, ms", "in steps", "first token of a prompt, ms")
+    table = Table("round", "a step, ms", "beside prompts", "longest", "in steps", "both prompts' first tokens after")
     for index in range(rounds + 1):
-        step, longest, first = await gap(url)
+        step, beside, first = await gap(url)
+        usual, most = statistics.median(beside), max(beside)
         if index:  # the first one warms up
-            table.add_row(str(index), f"{step:.2f}", f"{longest:.1f}", f"{longest / step:.1f}", f"{first:.0f}")
+            times = (
+                f"{step:.2f}",
+                f"{usual:.2f}",
+                f"{most:.1f}",
+                f"{usual / step:.1f}, {most / step:.1f}",
+                f"{first:.0f}",
+            )
+            table.add_row(str(index), *times)
     Console().print(table)
     return 0
 
 
-async def gap(url: str) -> tuple[float, float, float]:
-    """The median and the longest time between two events of a stream, and until a long prompt's first, in ms."""
+async def gap(url: str) -> tuple[float, list[float], float]:
+    """In ms: the median time from one event of a stream to the next, all such times while long prompts are read, and
+    how long that took."""
     seen: list[list[float]] = [[] for _ in range(STREAMS - 1)]
     plain = {"draft": "none"}
     streams = [asyncio.create_task(timed(url, body(PROMPTS[i], 600) | plain, seen[i])) for i in range(len(seen))]
@@ -177,7 +186,7 @@ async def gap(url: str) -> tuple[float, float, float]:
     steps = [b - a for times in seen for a, b in pairwise(times[20:100])]
     beside = [b - a for times in seen for a, b in pairwise(times) if b >= began and a <= ended]
     await asyncio.gather(*streams)
-    return 1e3 * statistics.median(steps), 1e3 * max(beside), 1e3 * (ended - began)
+    return 1e3 * statistics.median(steps), [1e3 * gap for gap in beside], 1e3 * (ended - began)
 
 
 async def timed(url: str, asked: dict[str, Any], times: list[float]) -> None:

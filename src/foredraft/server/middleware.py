@@ -49,7 +49,7 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"], state["facts"] = _request_id(scope), {}
         header = (b"x-request-id", state["request_id"].encode())
-        asked = scope | {"method": "GET"} if scope["method"] == "HEAD" else scope  # uvicorn leaves the body out
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # uvicorn leaves the body out
 
         async def answer(message: ASGIMessage) -> None:
             nonlocal status
