@@ -12,7 +12,7 @@ from foredraft.drafters.base import NoDrafter
 from foredraft.engine import Engine
 from foredraft.models.rows import PREFILL_CHUNK, RowInvariance
 from foredraft.policy import Fixed
-from foredraft.scheduler import PIECE, PREFILL_BUDGET
+from foredraft.scheduler import LEAST, PIECE, PREFILL_BUDGET
 from foredraft.types import Request
 
 VOCAB, LONG, STREAMS = 8, 2000, 3
@@ -42,6 +42,7 @@ def crowded(invariance: RowInvariance, budget: int | None = None) -> tuple[Engin
     model = TableModel(VOCAB, max_positions=4096)
     model.row_invariance = invariance
     engine = Engine(model, NoDrafter(), Fixed(0), max_batch_size=8, max_model_len=4096)
+    engine.keep_pace()
     if budget is not None:
         engine.pace = Steady(budget)  # type: ignore[assignment]
     streams = [new_request(Ask([1, 2, i], SamplingParams(max_new_tokens=1000), seed=i)) for i in range(STREAMS)]
@@ -66,7 +67,7 @@ def test_every_stream_gets_a_token_in_every_step_beside_long_prompts(invariance,
     assert max(model.passes[begun:]) <= PREFILL_BUDGET + 8 * invariance.min_rows
 
 
-@pytest.mark.parametrize(("budget", "chunk"), [(1, PIECE), (40, 32), (100, 96), (10_000, PREFILL_CHUNK)])
+@pytest.mark.parametrize(("budget", "chunk"), [(1, LEAST), (40, 32), (100, 96), (10_000, PREFILL_CHUNK)])
 def test_chunks_beside_streams_are_as_small_as_the_pace_says(budget, chunk):
     engine, _, model = crowded(ANYWHERE, budget)
     late = new_request(Ask(draws(LONG, 1), SamplingParams(max_new_tokens=2)))
@@ -100,7 +101,19 @@ def test_chunks_are_whole_where_nobody_waits():
     assert late.cached == PREFILL_CHUNK
 
 
-@pytest.mark.parametrize("token", [0.001, 0.02, 0.06])
+def test_a_library_that_nobody_watches_reads_whole_chunks():
+    """There smaller ones would only make batches less dense."""
+    engine, _, _ = crowded(ANYWHERE)
+    engine.pace, engine.scheduler.cuts, engine.scheduler.budget_beside = None, False, PREFILL_BUDGET
+    assert LLM().engine.pace is None
+    late = [new_request(Ask(draws(200, i), SamplingParams(max_new_tokens=2))) for i in range(3)]
+    for request in late:
+        engine.add(request)
+    engine.step()
+    assert [request.cached for request in late] == [200, 200, 0]
+
+
+@pytest.mark.parametrize("token", [0.001, 0.01, 0.03])
 def test_a_step_with_a_prompt_takes_two_steps_time_at_most(token):
     """Steps of one second, to which each token of a prompt adds `token`."""
     pace = Pace()
@@ -108,7 +121,7 @@ def test_a_step_with_a_prompt_takes_two_steps_time_at_most(token):
     for _ in range(20):
         pace.took(1.0, 0)
     for _ in range(20):
-        read = max(PIECE, pace.budget(PREFILL_CHUNK) // PIECE * PIECE)
+        read = max(LEAST, pace.budget(PREFILL_CHUNK) // PIECE * PIECE)
         assert 1 + token * read <= 2.01
         pace.took(1 + token * read, read)
     assert read > (1 / token) / 2 or read == PREFILL_CHUNK  # and it is used
@@ -129,8 +142,9 @@ def test_a_pace_forgets():
 def test_equal_prompts_that_come_together_are_computed_once():
     """Where chunks are smaller than a page too."""
     llm = LLM(draft="none", max_batch_size=4)
-    assert llm.model.row_invariance.cuts
-    llm.engine.pace = Steady(PIECE)  # type: ignore[assignment]
+    llm.engine.keep_pace()
+    assert llm.engine.scheduler.cuts
+    llm.engine.pace = Steady(1)  # type: ignore[assignment]
     prompt = [5 + i % 90 for i in range(330)]
     busy = llm.job("User: I need a taxi.\nAssistant:", SamplingParams(max_new_tokens=400, ignore_eos=True), 0).request
     twins = [llm.job(prompt, SamplingParams(max_new_tokens=4, ignore_eos=True), 0).request for _ in range(2)]
@@ -149,6 +163,7 @@ def test_bits_are_the_same_however_prompts_are_cut():
     prompt = [5 + (7 * i) % 900 for i in range(500)]
     params = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=2)
     alone = llm.generate(prompt, params, num_draft_tokens=0)
+    llm.engine.keep_pace()
     for budget in (1, 50, 200):
         llm.engine.pace = Steady(budget)  # type: ignore[assignment]
         asked = SamplingParams(max_new_tokens=300, ignore_eos=True)

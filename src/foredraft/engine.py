@@ -51,8 +51,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.admission = Admission(limits or CacheLimits(), max_model_len, self.caches)
         self.scheduler = Scheduler(max_batch_size, fits=self.admission.fits)
-        self.scheduler.cuts = target.row_invariance.cuts
-        self.pace = Pace()
+        self.pace: Pace | None = None
         self.stats = SpecStats()  # of the requests that have ended
         self.spoilt = Spoilt()
 
@@ -74,6 +73,10 @@ class Engine:
             raise RequestError("requests run; a drafter or policy can change only when they have ended")
         self.drafter = self.drafter if drafter is None else drafter
         self.policy = self.policy if policy is None else PerRequest(policy)
+
+    def keep_pace(self) -> None:
+        """From here on long prompts let running texts go on at half speed or more, and take longer themselves."""
+        self.pace, self.scheduler.cuts = Pace(), self.target.row_invariance.cuts
 
     @contextmanager
     def using(self, drafter: Drafter | None = None, policy: DraftPolicy | None = None) -> Iterator[None]:
@@ -113,7 +116,8 @@ class Engine:
         that took part end with that error.
         """
         self._admit()
-        self.scheduler.budget_beside = self.pace.budget(self.scheduler.prefill_budget)
+        if self.pace is not None:
+            self.scheduler.budget_beside = self.pace.budget(self.scheduler.prefill_budget)
         requests = self.scheduler.next_batch()
         if not requests:
             return []
@@ -157,7 +161,8 @@ class Engine:
             self.target.cache.publish(request.slot, request.token_ids, request.cached, request.memory)
         clock.stop()
         account(requests, outputs, self.drafter, clock)
-        self.pace.took(clock.ended - clock.began, read)
+        if self.pace is not None:
+            self.pace.took(clock.ended - clock.began, read)
         if len(outputs) == len(requests):
             teach(self.policy, outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
         return outputs

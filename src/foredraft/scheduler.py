@@ -12,7 +12,8 @@ from foredraft.models.rows import PREFILL_CHUNK
 from foredraft.types import Phase, Request
 
 PREFILL_BUDGET = 2 * PREFILL_CHUNK  # tokens of prompts in one step, so that newcomers do not stall those that decode
-PIECE = 16  # tokens that chunks are cut to at the least, and a multiple of which they end at
+PIECE = 16  # tokens of which a cut chunk ends at a multiple
+LEAST = 32  # tokens that chunks are cut to: with less, prompts that come together begin one after the other
 
 
 class Scheduler:
@@ -65,14 +66,13 @@ class Scheduler:
         """
         chosen: set[Request] = set()
         beside = any(request.decoding for request in self.running)
-        left = self.budget_beside if beside else self.prefill_budget
+        left = max(LEAST, self.budget_beside) if beside else self.prefill_budget
         for request in self.running:
             if request.decoding or any(self._computes_for(other, request) for other in chosen):
                 continue
             request.reach = chunk_end(request)
             if beside and self.cuts:
-                most = left if chosen else max(left, PIECE)
-                request.reach = min(request.reach, (request.cached + most) // PIECE * PIECE)
+                request.reach = min(request.reach, (request.cached + left) // PIECE * PIECE)
             count = request.reach - request.cached
             if chosen and not 0 < count <= left:
                 break

@@ -32,6 +32,7 @@ class EngineModel:
     """One loaded model that serves."""
 
     def __init__(self, llm: LLM, limits: Limits, metrics: ModelMetrics, loop: asyncio.AbstractEventLoop) -> None:
+        llm.engine.keep_pace()
         self._llm = llm
         self._tokenizer = llm.tokenizer
         self._runner = llm.runner.start()
