@@ -1,5 +1,6 @@
 """Long prompts beside running texts: nobody waits for another's prompt, and no bit depends on how it was cut."""
 
+import asyncio
 from dataclasses import dataclass
 from random import Random
 
@@ -176,3 +177,17 @@ def test_bits_are_the_same_however_prompts_are_cut():
             llm.engine.step()
         llm.engine.abort(busy)
         assert (late.output_ids, late.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+def test_a_served_model_keeps_pace():
+    pytest.importorskip("fastapi")
+    from foredraft.server.backend import EngineModel
+    from foredraft.server.metrics import Metrics
+    from foredraft.server.settings import Limits
+
+    async def serve(llm: LLM) -> None:
+        model = EngineModel(llm, Limits(), Metrics().of("x"), asyncio.get_running_loop())
+        assert llm.engine.pace is not None and llm.engine.scheduler.cuts
+        await asyncio.to_thread(model.close)
+
+    asyncio.run(serve(LLM(draft="none")))
