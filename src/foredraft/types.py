@@ -200,7 +200,6 @@ class Request:
     started: float = 0.0  # perf_counter at its first step
     arrived: float = 0.0  # perf_counter when it was submitted
     draft_limit: int = 0  # the most tokens that a drafter may propose in this step
-    reach: int = 0  # up to which token of its prompt this step computes
     prompt_len: int = -1
     slot: int = -1
     cached: int = 0
@@ -214,6 +213,7 @@ class Request:
     steering: Steering = field(init=False)
     follower: Follower | None = None  # what draws its tokens, once that has been needed
     lead: tuple[int, ...] = ()  # forced tokens, with which every draft of this step begins
+    reach: int = 0  # up to which token of its prompt this step computes
 
     def __post_init__(self, constraint: Constraint | None) -> None:
         if self.params.structured is not None and constraint is None:
