@@ -505,7 +505,7 @@ def test_a_policy_hears_which_steps_also_read_prompts():
         def observe_times(self, times):
             seen.append(times)
 
-    made = Engine(TableModel(VOCAB), NoDrafter(), Watching(4), max_batch_size=4, max_model_len=400)
+    made = Engine(TableModel(VOCAB), RandomDrafter(VOCAB), Watching(0), max_batch_size=4, max_model_len=400)
     play(made, [Ask([1] * 60, GREEDY), Ask([2] * 90, GREEDY, seed=1, arrives=5)])
     assert [times.read for times in seen if times.read] == [59, 89]
     assert max(times.rows for times in seen if not times.read) == 2 * made.target.row_invariance.min_rows
