@@ -274,8 +274,8 @@ class Engine:
         return "length" if len(request.token_ids) >= most else None
 
     def _observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
+        self.drafter.observe(request, verdict)
         if request.draft_limit:  # else no draft was asked for
-            self.drafter.observe(request, verdict)
             self.policy.observe(request, *forced.beyond(request, draft, verdict))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

@@ -24,7 +24,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, request: Request, verdict: Verdict) -> None:
-        """What the target made of the request's draft, where one was asked for; its tokens are committed."""
+        """What the target made of the request's draft; its tokens are committed."""
         ...
 
     def forget(self, request: Request) -> None:

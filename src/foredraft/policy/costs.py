@@ -12,7 +12,6 @@ PLAIN_FIRST = 64  # steps before it is measured again; each wait is twice the la
 FEW = 4  # measurements; from then on one that is far too long is not believed
 LEAST = 0.01  # of what a unit costs on average: what one more costs at least
 PLAIN_RUN = 2  # of which the first is not counted: a drafter's weights have pushed the target's out of the caches
-LONG_RUN = 16  # plain steps; of those that follow every fourth is measured
 
 
 @dataclass(slots=True)
@@ -90,19 +89,17 @@ class BatchCosts:
     padded: bool = False  # is every request given the rows of the longest draft?
     emitted: Average = field(default_factory=lambda: Average(memory=20))
     seconds: Average = field(default_factory=lambda: Average(memory=20))
-    plain_run: int = 1  # plain steps since the last with drafts
+    was_plain: bool = True  # the step before
     met_drafts: bool = False
     steps: int = 0
 
     def add(self, times: StepTimes) -> None:
         self.steps += 1
-        self.plain_run = 0 if times.drafted else self.plain_run + 1
-        if self.plain_run > LONG_RUN and self.plain_run % 4:
-            return
         if not times.drafted:
             self.free_rows = times.rows // times.batch
-            if self.plain_run >= PLAIN_RUN:
+            if self.was_plain:
                 self._add_plain(times.total - times.drafting)
+        self.was_plain = not times.drafted
         self.padded |= times.rows > times.drafted + times.batch
         if self.met_drafts or not times.drafted:  # the first pass with drafts touches memory that is new
             self.rows.add(times.rows, times.total - times.drafting)

@@ -9,7 +9,6 @@ from foredraft.policy.source import MARGIN, TRIED, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
-REST = 8  # plain steps for which nothing is worked out again where nothing paid
 
 
 @dataclass(slots=True)
@@ -130,7 +129,12 @@ class Gain:
             self.group = step.asked
         self._plan_trials(step, times, first)
         if step.asked and not step.drafting:
-            self.rests_until = min(self.source.trials.due, self.costs.elapsed + REST * self.costs.now.plain.value)
+            self._rest(times.batch)
+
+    def _rest(self, batch: int) -> None:
+        """Where nothing pays, each of several requests works that out in another step, as it were."""
+        costs = self.costs
+        self.rests_until = min(self.source.trials.due, costs.elapsed + (batch - 1) * costs.now.plain.value)
 
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
