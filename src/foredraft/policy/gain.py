@@ -132,7 +132,7 @@ class Gain:
             self._rest(times.batch)
 
     def _rest(self, batch: int) -> None:
-        """Where nothing pays, each of several requests works that out in another step, as it were."""
+        """Nothing pays: to work that out takes each of several requests a while, so it stands for as many steps."""
         costs = self.costs
         self.rests_until = min(self.source.trials.due, costs.elapsed + (batch - 1) * costs.now.plain.value)
 
