@@ -217,7 +217,8 @@ def step(
         kind = "bonus" if accepted == len(draft) else "recovered"
         verdict = Verdict(tuple(range(accepted)), 0, kind)
         drafter.observe(request, verdict)
-        policy.observe(request, draft, verdict)
+        if request.draft_limit:
+            policy.observe(request, draft, verdict)
         emitted, drafted = emitted + accepted + 1, drafted + len(draft)
         who = draft.source if draft.tokens else "none"
         clock.by[who] = clock.by.get(who, 0) + 1

@@ -505,10 +505,27 @@ def test_a_policy_hears_which_steps_also_read_prompts():
         def observe_times(self, times):
             seen.append(times)
 
-    made = Engine(TableModel(VOCAB), NoDrafter(), Watching(4), max_batch_size=4, max_model_len=400)
+    made = Engine(TableModel(VOCAB), RandomDrafter(VOCAB), Watching(0), max_batch_size=4, max_model_len=400)
     play(made, [Ask([1] * 60, GREEDY), Ask([2] * 90, GREEDY, seed=1, arrives=5)])
     assert [times.read for times in seen if times.read] == [59, 89]
     assert max(times.rows for times in seen if not times.read) == 2 * made.target.row_invariance.min_rows
+
+
+@pytest.mark.parametrize(("drafter", "gamma"), [(NoDrafter(), 4), (RandomDrafter(VOCAB), 0), (RandomDrafter(VOCAB), 4)])
+def test_a_policy_hears_nothing_where_nothing_was_asked(drafter, gamma):
+    heard = []
+
+    class Watching(Fixed):
+        def observe(self, request, draft, verdict):
+            heard.append("draft")
+
+        def observe_times(self, times):
+            heard.append("times")
+
+    made = Engine(TableModel(VOCAB), drafter, Watching(gamma), max_batch_size=1, max_model_len=400)
+    play(made, [Ask([1, 2], GREEDY)])
+    told = {"draft", "times"} if gamma else {"times"}
+    assert set(heard) == (set() if type(drafter) is NoDrafter else told)
 
 
 @pytest.mark.parametrize("what", ["forward", "propose", "start", "observe_times"])

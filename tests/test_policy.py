@@ -308,6 +308,22 @@ def test_a_drafter_that_finds_nothing_is_hardly_asked(batch, finds, least):
     assert late > 0.95 * at_once  # and it is back once there is something to find
 
 
+@pytest.mark.parametrize(("batch", "share"), [(1, 1.0), (8, 0.25)])
+def test_where_nothing_pays_a_batch_hardly_works_it_out(batch, share):
+    """It takes as long as a request's share of a short pass, for each request."""
+
+    class Counting(Gain):
+        times = 0
+
+        def _pays(self, request):
+            self.times += 1
+            return super()._pays(request)
+
+    policy, world = Counting(), World(0.3, 0.02, (0.05,), batch=batch)
+    clock = run(world, policy, 400)[0]
+    assert policy.times <= share * clock.steps * batch
+
+
 @pytest.mark.parametrize("policy", [Gain(), Choice()])
 def test_drafters_need_not_ask_at_every_depth(policy):
     """One that drafts by way of text may ask of three tokens when the others have ended after one."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from foredraft.drafters.base import Drafter, NoDrafter
+from foredraft.drafters.base import Drafter
 from foredraft.models.rows import Span
 from foredraft.policy import PerRequest, StepTimes
 from foredraft.types import Request, StepOutput
@@ -71,8 +71,6 @@ def account(requests: list[Request], outputs: list[StepOutput], drafter: Drafter
 
 def _charge(requests: list[Request], drafter: Drafter, drafting: float) -> None:
     """Share the seconds of each drafter among the requests that asked for drafts."""
-    if isinstance(drafter, NoDrafter):
-        return
     spent: dict[str, float] = getattr(drafter, "spent", {drafter.name: drafting})
     for request in requests:
         for name, seconds in spent.items():

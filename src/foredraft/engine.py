@@ -59,6 +59,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a drafter, so that there is something to decide."""
+        return type(self.drafter) is not NoDrafter
+
     def caches(self) -> list[Cache]:
         """The target's, and those that drafters have of their own."""
         return [self.target.cache, *getattr(self.drafter, "caches", ())]
@@ -92,7 +97,7 @@ class Engine:
         """Let a request wait for its turn. Raises RequestError where the caches could never hold it."""
         self.admission.check(request)
         request.arrived = request.arrived or perf_counter()
-        request.may_draft &= request.num_draft_tokens != 0 and type(self.drafter) is not NoDrafter
+        request.may_draft &= request.num_draft_tokens != 0 and self.drafts
         request.steering.mind(drafts=request.may_draft)
         self.scheduler.add(request)
 
@@ -163,7 +168,7 @@ class Engine:
         account(requests, outputs, self.drafter, clock)
         if self.pace is not None:
             self.pace.took(clock.ended - clock.began, read)
-        if len(outputs) == len(requests):
+        if self.drafts and len(outputs) == len(requests):
             teach(self.policy, outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
         return outputs
 
@@ -192,10 +197,13 @@ class Engine:
         """How many tokens may be drafted: none in a prompt, none that could not be emitted."""
         if not (request.decoding and request.steering.follows_drafts):
             return 0
+        wanted = self.policy.start(request)
+        if not wanted and request.steering.constraint is None:
+            return 0
         room = min(request.remaining, self.max_model_len - len(request.token_ids)) - 1
         room = max(0, min(room, self.target.row_invariance.max_draft_tokens))
         request.lead = forced.lead(request, room)
-        return max(len(request.lead), min(self.policy.start(request), room))
+        return max(len(request.lead), min(wanted, room))
 
     def _span(self, request: Request, draft: Draft) -> Span:
         end = len(request.token_ids) if request.decoding else request.reach
@@ -277,7 +285,8 @@ class Engine:
 
     def _observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         self.drafter.observe(request, verdict)
-        self.policy.observe(request, *forced.beyond(request, draft, verdict))
+        if request.draft_limit:  # else no draft was asked for
+            self.policy.observe(request, *forced.beyond(request, draft, verdict))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """Free all that a request holds, and add its counters to the totals."""

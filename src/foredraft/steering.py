@@ -71,6 +71,8 @@ class Steering:
         """Whether guesses can be judged now: every state can be copied, and looking ahead is not too dear."""
         if self.constraint is not None and self.constraint.dear:
             return False
+        if not self.stateful:
+            return True
         return all(hasattr(p, "copy") for p, stateful in zip(self.ahead[0], self.stateful, strict=True) if stateful)
 
     def mind(self, *, drafts: bool) -> None:

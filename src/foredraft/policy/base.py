@@ -49,7 +49,7 @@ class DraftPolicy(Protocol):
         ...
 
     def observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
-        """What the target made of a draft."""
+        """What the target made of a draft that was asked for, if only of none."""
         ...
 
     def observe_times(self, times: StepTimes) -> None:

@@ -43,10 +43,11 @@ class Gain:
         self.costs = Costs(plain_every=plain_every)
         self.step = Step()
         self.group: list[Request] = []  # of the step before
+        self.rests_until = 0.0  # where nothing paid: when that is worked out again, in seconds of decoding
 
     def start(self, request: Request) -> int:
         costs = self.costs
-        if costs.plain_is_due:
+        if costs.elapsed < self.rests_until or costs.plain_is_due:
             return 0
         self.step.asked.append(request)
         if self._pays(request):
@@ -111,7 +112,12 @@ class Gain:
     def observe_times(self, times: StepTimes) -> None:
         if times.read:
             return
+        if times.batch != self.costs.batch:
+            self.rests_until = 0.0
         self.costs.add(times)
+        if self.costs.elapsed < self.rests_until:
+            self.source.end_step()
+            return
         step, self.step = self.step, Step()
         first = self.source.rested
         if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
@@ -122,6 +128,13 @@ class Gain:
         if step.asked:
             self.group = step.asked
         self._plan_trials(step, times, first)
+        if step.asked and not step.drafting:
+            self._rest(times.batch)
+
+    def _rest(self, batch: int) -> None:
+        """Nothing pays: to work that out takes each of several requests a while, so it stands for as many steps."""
+        costs = self.costs
+        self.rests_until = min(self.source.trials.due, costs.elapsed + (batch - 1) * costs.now.plain.value)
 
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
