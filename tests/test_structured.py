@@ -126,6 +126,18 @@ def test_regex_choice_and_grammar(llm):
             assert result.token_ids == llm.generate(PROMPT, params(form, **options), num_draft_tokens=0).token_ids
 
 
+def test_of_a_pydantic_model_nothing_is_closed_that_something_beside_adds_to():
+    class Place(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(json_schema_extra={"anyOf": [{"properties": {"zip": {}}}]})
+        city: str
+
+    class Either(Place):
+        model_config = pydantic.ConfigDict(json_schema_extra={"anyOf": [{"required": ["city"]}]})
+
+    assert "additionalProperties" not in Structured.json_schema(Place).source
+    assert json.loads(Structured.json_schema(Either).source)["additionalProperties"] is False
+
+
 def test_pydantic_models_are_schemas(llm):
     class Booking(pydantic.BaseModel):
         city: str = pydantic.Field(max_length=12)

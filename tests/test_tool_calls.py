@@ -320,3 +320,45 @@ def test_calls_in_the_other_ways_are_those_of_plain_decoding(template, choice):
         (call,) = drafted.tool_calls
         assert drafted.finish_reason == "stop" and call.name in ("bestellung_größe", "now")
         assert call.name == "now" or call.arguments["an"]["straße"] is not None
+
+
+PLACE = {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"]}
+SHUT = PLACE | {"additionalProperties": False}
+OTHER = {"properties": {"r": {"type": "integer"}}, "required": ["r"]}
+
+
+@pytest.mark.parametrize(
+    "parameters, good, bad",
+    [
+        ({"$ref": "#/$defs/A", "$defs": {"A": SHUT}}, '{"q": 1}', '{"r": 1}'),
+        ({"$ref": "#/$defs/A", "$defs": {"A": SHUT}, "properties": {"q": {"maximum": 5}}}, '{"q": 1}', '{"q": 6}'),
+        ({"anyOf": [PLACE, OTHER]}, '{"r": 1}', '{"s": 1}'),
+        ({"type": "object", "anyOf": [SHUT, {"type": "null"}]}, '{"q": 1}', "null"),
+        ({"allOf": [PLACE, OTHER]}, '{"q": 1, "r": 2}', '{"q": 1}'),
+        ({"oneOf": [SHUT]}, '{"q": 1}', '{"q": 1, "r": 2}'),
+        (PLACE | {"allOf": [OTHER]}, '{"r": 2, "q": 1}', '{"q": 1}'),
+        ({"properties": {"q": {}, "r": {}}, "anyOf": [{"required": ["q"]}, {"required": ["r"]}]}, '{"r": 1}', "{}"),
+        ({"properties": {"q": {}, "r": {}}, "anyOf": [{"required": ["q"]}]}, '{"q": 1}', '{"q": 1, "s": 2}'),
+        (PLACE, '{"q": 1}', '{"q": 1, "r": 2}'),
+        (PLACE | {"additionalProperties": True}, '{"q": 1, "r": 2}', "{}"),
+        ({"properties": {}}, "{}", '{"q": 1}'),
+        (None, "{}", '{"q": 1}'),
+        ({}, '{"q": {"r": [1]}}', "[1]"),
+        ({"type": "object"}, '{"q": {"r": [1]}}', "1"),
+        ({"type": ["object", "null"]}, '{"q": 1}', "null"),
+        ({"patternProperties": {"^q": {"type": "integer"}}}, '{"q": 1}', '{"q": "1"}'),
+    ],
+)
+def test_what_a_tools_schema_may_have_at_its_root(parameters, good, bad):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "target")
+    grammars = Grammars(tokenizer, len(tokenizer))
+    form = call_form([{"name": "f", "parameters": parameters}], "required", LLAMA, grammars.mark)
+    for arguments in (good, bad):
+        ids = tokenizer(f'{{"name": "f", "parameters": {arguments}}}', add_special_tokens=False)["input_ids"]
+        assert (grammars.constraint(form, (0,)).allowed([*ids, 0]) == len(ids) + 1) == (arguments == good), arguments
+
+
+def test_parameters_that_are_no_object_are_refused():
+    for kind in ("string", ["array", "null"]):
+        with pytest.raises(RequestError, match="parameters of tool 'f' are of type .* must be an object"):
+            call_form([{"name": "f", "parameters": {"type": kind}}], "auto", HERMES, repr)

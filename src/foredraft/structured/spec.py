@@ -16,6 +16,8 @@ WITHOUT_ROLLBACK = re.compile(
     r"^\s*[?!]*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE
 )
 MAX_DEPTH = 200  # nested brackets; compilers recurse
+JOINED = ("anyOf", "oneOf", "allOf")
+LISTING = ("properties", "patternProperties", "$ref", *JOINED)  # where a schema may name properties
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +118,28 @@ class Structured:
         )
 
 
+def closing(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What closes a schema to other properties: where it lists some, and nothing beside them may list more."""
+    joined = [part for key in JOINED if isinstance(schema.get(key), list) for part in schema[key]]
+    more = any(key in part for part in joined if isinstance(part, Mapping) for key in LISTING)
+    if "properties" not in schema or "additionalProperties" in schema or "$ref" in schema or more:
+        return {}
+    return {"additionalProperties": False}
+
+
 def _closed(schema: Any) -> Any:
-    """A schema of pydantic's, closed to other properties wherever some are listed and nothing is said about others."""
+    """A schema of pydantic's, closed to other properties wherever it can be."""
     if isinstance(schema, list):
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    closed: dict[str, Any] = {"additionalProperties": False} if "properties" in schema else {}
+    closed = closing(schema)
+    same = JOINED if "properties" in schema else ("allOf",)  # parts that hold for one object, with others
     for key, value in schema.items():
         if key in ("properties", "$defs"):
             closed[key] = {name: _closed(part) for name, part in value.items()}
         else:
-            closed[key] = value if key in ("const", "enum", "default", "examples") else _closed(value)
+            closed[key] = value if key in ("const", "enum", "default", "examples", *same) else _closed(value)
     return closed
 
 

@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from foredraft.errors import RequestError
 from foredraft.structured.compile import Grammars
 from foredraft.structured.source import JSON_FORM
-from foredraft.structured.spec import Structured
+from foredraft.structured.spec import Structured, closing
 
 Tool = Mapping[str, Any] | Callable[..., Any]
 ToolChoice = str | Mapping[str, Any]
@@ -136,8 +136,12 @@ def _function(tool: Tool) -> Mapping[str, Any]:
         raise RequestError(
             f"the tool {tool!r:.200} has no name; give {{'type': 'function', 'function': {{'name': ...}}}}"
         )
-    if not isinstance(function.get("parameters") or {}, Mapping):
+    parameters = function.get("parameters")
+    if parameters and not isinstance(parameters, Mapping):
         raise RequestError(f"the parameters of tool {function['name']!r} are no JSON schema")
+    kinds = (parameters or {}).get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise RequestError(f"the parameters of tool {function['name']!r} are of type {kinds!r}; they must be an object")
     return function
 
 
@@ -176,14 +180,19 @@ def _start(opened: str, wanted: str, style: CallStyle, term: Term) -> str:
 def _body(function: Mapping[str, Any], style: CallStyle, term: Term) -> str:
     """One call's JSON object, or its name and the JSON of its arguments."""
     name = json.dumps(function["name"], ensure_ascii=False)
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    closed = {"additionalProperties": False} if "additionalProperties" not in parameters else {}
-    schema = json.dumps({"x-guidance": JSON_FORM, **closed, **parameters}, ensure_ascii=False)
+    schema = json.dumps(_arguments_schema(function), ensure_ascii=False)
     if style.parted:
         ident = f"{term(CALL_ID)} /[A-Za-z0-9]{{9}}/ " if style.ident else ""
         return f"{name} {ident}{term(ARGS)} %json {schema}"
     head = f'{{"name": {name}, "{style.arguments}": '
     return f'{json.dumps(head, ensure_ascii=False)} %json {schema} "}}"'
+
+
+def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an object whatever else it says; without parameters there is nothing in it, with `{}` for them anything."""
+    parameters = function.get("parameters")
+    parameters = parameters if isinstance(parameters, Mapping) else {"properties": {}}
+    return {"x-guidance": JSON_FORM, **closing(parameters), **parameters, "type": "object"}
 
 
 class Calling:
