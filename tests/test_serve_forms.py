@@ -92,6 +92,12 @@ def test_a_streamed_call_comes_whole(client: openai.OpenAI) -> None:
     assert chunks[-1].finish_reason == "tool_calls"
 
 
+def test_a_tool_whose_calls_could_not_be_read_is_refused(client: openai.OpenAI) -> None:
+    tools = [FIND, {"type": "function", "function": {"name": "f[ARGS]"}}]
+    with pytest.raises(openai.BadRequestError, match=r"the tool name 'f\[ARGS\]' is not usable; give 1 to 64 letters"):
+        client.chat.completions.create(model="caller", messages=MESSAGES, max_tokens=1, tools=tools)
+
+
 def named(call: Any) -> tuple[str, str]:
     return call.function.name, call.function.arguments
 

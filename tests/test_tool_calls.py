@@ -2,6 +2,7 @@
 
 import copy
 import json
+from decimal import Decimal
 
 import pytest
 from tokenizers import AddedToken
@@ -10,20 +11,19 @@ from transformers import AutoTokenizer
 from foredraft import LLM, SamplingParams
 from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED
-from foredraft.structured.compile import Grammars
-from foredraft.structured.tools import (
+from foredraft.structured.calls import (
     HERMES,
     LLAMA,
     MISTRAL,
     MISTRAL_ARGS,
     MISTRAL_ID,
     MISTRAL_SPACED,
-    Calling,
     ToolCall,
-    call_form,
     call_style,
     read_calls,
 )
+from foredraft.structured.compile import Grammars
+from foredraft.structured.tools import Calling, call_form
 
 pytest.importorskip("llguidance")
 FIND = {
@@ -119,6 +119,13 @@ TEXTS = (
     (HERMES, "<tool_call>\n{broken", (), ()),
     (LLAMA, CALL.replace("KEY", "parameters"), ("auto", "required", "find_restaurant"), (OAKLAND,)),
     (LLAMA, "No call {at all}.", ("auto",), ()),
+    (LLAMA, " [1] says: {}", ("auto",), ()),
+    (LLAMA, " \n", ("auto",), ()),
+    *(
+        (LLAMA, text.replace("CALL", CALL.replace("KEY", "parameters")), (), (OAKLAND,))
+        for text in (" CALL", "\r\n\tCALL", " [ CALL]", "<|python_tag|>CALL", " <|python_tag|> CALL")
+    ),
+    (LLAMA, "\u00a0" + CALL.replace("KEY", "parameters"), ("auto",), ()),
     (MISTRAL, f"[TOOL_CALLS][{CALL}]".replace("KEY", "arguments"), ("auto", "required", "find_restaurant"), (OAKLAND,)),
     (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]".replace("KEY", "arguments"), ("auto", "required"), (OAKLAND, OAKLAND)),
     (MISTRAL, f"[TOOL_CALLS] [{CALL}]".replace("KEY", "arguments"), (), (OAKLAND,)),
@@ -360,5 +367,105 @@ def test_what_a_tools_schema_may_have_at_its_root(parameters, good, bad):
 
 def test_parameters_that_are_no_object_are_refused():
     for kind in ("string", ["array", "null"]):
-        with pytest.raises(RequestError, match="parameters of tool 'f' are of type .* must be an object"):
+        with pytest.raises(RequestError, match=r"parameters of tool 'f' are of type .* must be an object"):
             call_form([{"name": "f", "parameters": {"type": kind}}], "auto", HERMES, repr)
+
+
+STYLES = [HERMES, LLAMA, MISTRAL, MISTRAL_SPACED, MISTRAL_ARGS, MISTRAL_ID]
+
+
+@pytest.mark.parametrize("style", [style for style in STYLES if style.opening])
+def test_a_mark_that_is_a_token_is_not_spelled_in_others(tokenizer, style):
+    """Which would be read as a call, of any tool with any arguments."""
+    grammars = Grammars(tokenizer, len(tokenizer))
+    constraint = grammars.constraint(call_form([FIND], "auto", style, grammars.mark), (0,))
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in style.opening]
+    ids = sum(letters, tokenizer("Well", add_special_tokens=False)["input_ids"])
+    assert style.opening in tokenizer.decode(ids)
+    assert constraint.allowed([*ids, 0]) == len(ids) - 1
+    assert constraint.allowed([*ids[:-1], 0]) == len(ids)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "source, value",
+    [
+        ("1e999", Decimal("1e999")),
+        ("-1E+400", Decimal("-1e400")),
+        ("9" * 5000, Decimal("9" * 5000)),
+        ("12345678901234567890", 12345678901234567890),
+        ("12345678901234567890.5", 12345678901234567890.5),
+        ("0.10", 0.1),
+        ("1e99999999999999999999", "1e99999999999999999999"),
+    ],
+)
+def test_numbers_that_the_grammar_allows_come_back(style, source, value):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "target", model_max_length=10_000)
+    grammars = Grammars(tokenizer, len(tokenizer))
+    tool = {"name": "f", "parameters": {"properties": {"x": {"type": "number"}}}}
+    text = written(style, "f", {"x": 0}).replace("0}", source + "}")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    form = call_form([tool], "required", style, grammars.mark)
+    assert grammars.constraint(form, (0,)).allowed([*ids, 0]) == len(ids) + 1
+    (call,) = read_calls(tokenizer.decode(ids), style)
+    assert call.arguments == {"x": value} and type(call.arguments["x"]) is type(value)
+    assert call.arguments_json == f'{{"x": {source}}}'
+    repr(call)
+
+
+@pytest.mark.parametrize(
+    "style, text, sources",
+    [
+        (HERMES, hermes('{"arguments": {"x":1.0, "x": [2]}, "name": "f"}'), ['{"x":1.0, "x": [2]}']),
+        (HERMES, hermes('{ "name" : "f" , "arguments" : { } }'), ["{ }"]),
+        (HERMES, hermes('{"name": "f", "arguments": " {\\"x\\": 1e0} "}'), ['{"x": 1e0}']),
+        (HERMES, hermes('{"name": "f", "arguments": "{"}', '{"name": "f", "arguments": {}}'), ["{}"]),
+        (
+            MISTRAL,
+            '[TOOL_CALLS][{"name": "f", "arguments": {}} , 3,{"name": "f", "parameters": {"y": 1e1}}]',
+            ["{}", '{"y": 1e1}'],
+        ),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {}} {}]', []),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f" "arguments": {}}]', []),
+        (MISTRAL, '[TOOL_CALLS][{3: "f", "arguments": {}}]', []),
+        (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"x" : 1}[TOOL_CALLS]f{"x":\n2}', ['{"x" : 1}', '{"x":\n2}']),
+        (LLAMA, '{"name": "f", "parameters": {"x": NaN}}', []),
+        (LLAMA, '{"name": "f", "parameters": {"x": -Infinity}}', []),
+        (LLAMA, '{"name": "f", "parameters": {"s": "\\ud800"}}', []),
+        (LLAMA, '{"name": "f", "parameters": {"\\uDFFF": 1}}', []),
+        (LLAMA, '{"name": "f\\ud800", "parameters": {}}', []),
+        (LLAMA, '{"name": "f", "parameters": "{\\"s\\": \\"\\ud800\\"}"}', []),
+        (LLAMA, '{"name": "f", "parameters": {"s": "\\ud83d\\ude00"}}', ['{"s": "\\ud83d\\ude00"}']),
+        (LLAMA, '{"name": "f", "parameters": {"s": "\\\\ud800"}}', ['{"s": "\\\\ud800"}']),
+    ],
+)
+def test_arguments_as_the_model_wrote_them(style, text, sources):
+    calls = read_calls(text, style)
+    assert [call.arguments_json for call in calls] == sources
+    assert [call.arguments for call in calls] == list(map(json.loads, sources))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a[b", "a{b", "a b", "a\nb", 'a"b', "f[ARGS]", "x ", "x\n", "</tool_call>", "a" * 65, "\ud800"]
+)
+def test_names_that_no_call_could_be_read_by_are_refused(tokenizer, name):
+    for choice in ("auto", "none"):
+        with pytest.raises(RequestError, match=r"the tool name .* is not usable; give 1 to 64 letters, digits"):
+            Calling(tokenizer, None, [{"name": name}], choice)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", ["a.b-c_d", "3", "größe", "a" * 64])
+def test_names_that_are_taken_are_read(style, name):
+    (call,) = read_calls(written(style, name, {"x": "[ARGS]{}"}), style)
+    assert call == ToolCall(name, {"x": "[ARGS]{}"})
+
+
+def test_calls_of_other_tools_are_none(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    text = '{"name": "rm", "parameters": {}}; {"name": "now", "parameters": {}}'
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for several in (True, False):
+        assert Calling(tokenizer, None, [NOW], "auto", several=several).read(ids) == (ToolCall("now", {}),)
+    assert Calling(tokenizer, None, [FIND], "auto").read(ids) == ()

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from foredraft.errors import GenerationError
 from foredraft.runner import Sink
 from foredraft.stats import SpecStats
+from foredraft.structured.calls import ToolCall
 from foredraft.structured.thinking import CLOSING, OPENING, Thinking
-from foredraft.structured.tools import ToolCall
 from foredraft.text import TextStream
 from foredraft.types import FinishReason, Request, StepOutput, TokenLogprobs
 

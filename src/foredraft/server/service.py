@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from foredraft.stats import SpecStats
-from foredraft.structured.tools import ToolCall
+from foredraft.structured.calls import ToolCall
 from foredraft.types import FinishReason, SamplingParams, TokenLogprobs
 
 TokenKind = Literal["accepted", "recovered", "bonus", "plain"]

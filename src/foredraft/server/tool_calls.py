@@ -3,13 +3,13 @@
 Knows texts and calls; of how a model writes them only the characters that may begin one, and what is before a name.
 """
 
-import json
 import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
 
 from foredraft.server.service import Finished
+from foredraft.structured.calls import ToolCall
 
 Json = dict[str, Any]
 OPENINGS = "{<["  # of a call in every way that is known: JSON, a mark before JSON, a list of calls
@@ -22,7 +22,7 @@ def message(one: Finished) -> Json:
         shown["reasoning_content"] = one.reasoning
     if not one.tool_calls:
         return shown
-    return shown | {"content": words_before(one.tool_calls[0].name, one.text).strip() or None, "tool_calls": calls(one)}
+    return shown | {"content": words_before(one.tool_calls[0], one.text).strip() or None, "tool_calls": calls(one)}
 
 
 def finish_reason(one: Finished) -> str:
@@ -34,16 +34,20 @@ def calls(one: Finished) -> list[Json]:
         {
             "id": secrets.token_hex(5)[:9],  # Mistral's templates take nothing but nine letters and digits
             "type": "function",
-            "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            "function": {"name": call.name, "arguments": call.arguments_json},
         }
         for call in one.tool_calls
     ]
 
 
-def words_before(name: str, text: str) -> str:
-    """What a text says before the JSON of a call of this tool, or its name and JSON, and the mark that opens it."""
-    called = re.escape(name)
-    found = re.search(rf'{{\s*"name"\s*:\s*"{called}"|{called}\s*(\[CALL_ID\]\s*\w*\s*)?(\[ARGS\]\s*)?{{', text)
+def words_before(call: ToolCall, text: str) -> str:
+    """What a text says before the JSON of a call, or its name and JSON, and the mark that opens it."""
+    name, arguments = re.escape(call.name), re.escape(call.arguments_json)
+    found = re.search(
+        rf'{{\s*"name"\s*:\s*"{name}"\s*,\s*"(arguments|parameters)"\s*:\s*{arguments}'
+        rf"|(?<![\w.-]){name}\s*(\[CALL_ID\]\s*\w*\s*)?(\[ARGS\]\s*)?{arguments}",
+        text,
+    ) or re.search(rf'{{\s*"name"\s*:\s*"{name}"', text)  # arguments as text within the JSON
     end = found.start() if found else _opening(text)
     return re.sub(r"(<[^<>]*>\s*|\[[A-Z_]+\]\s*)?\[?\s*$", "", text[:end])
 
@@ -68,7 +72,7 @@ class Withheld:
     def ending(self, one: Finished) -> Json:
         """What the last chunk of a stream adds: calls, or the text that was held back."""
         if one.tool_calls:
-            words = words_before(one.tool_calls[0].name, self.text)
+            words = words_before(one.tool_calls[0], self.text)
             made = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls(one))]}
             return made | ({"content": words} if words else {})
         return {"content": self.text} if self.text else {}

@@ -1,19 +1,15 @@
-"""Tool calls: the grammar in which a model's chat template writes them, and reading them back.
-
-Told apart by what the template says: Hermes and Qwen (`<tool_call>` around JSON), Llama 3 (JSON alone) and Mistral
-(`[TOOL_CALLS]` before a JSON list; in newer ones before each name, which `[ARGS]` and JSON follow).
-"""
+"""Tool calls: the tools that a chat may call, and the grammar in which its model's template writes calls."""
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
 from foredraft.errors import RequestError
+from foredraft.structured.calls import ARGS, CALL_ID, NAME, PYTHON_TAG, CallStyle, ToolCall, call_style, read_calls
 from foredraft.structured.compile import Grammars
 from foredraft.structured.source import JSON_FORM
 from foredraft.structured.spec import Structured, closing
@@ -22,59 +18,6 @@ Tool = Mapping[str, Any] | Callable[..., Any]
 ToolChoice = str | Mapping[str, Any]
 MODES = ("auto", "none", "required")
 Term = Callable[[str], str]  # how a grammar writes a mark, which may be a token of its own
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that the model asks for."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CallStyle:
-    """How calls are written: marks around all of them, around each, and the key of the arguments."""
-
-    opening: str
-    arguments: str = "arguments"
-    before: str = ""  # between the opening mark and the JSON
-    after: str = ""  # between the JSON and the closing mark
-    closing: str = ""
-    between: str = ""  # two calls; empty where there can be but one
-    listed: bool = False  # one opening for a JSON list of calls
-    parted: bool = False  # the name stands before the JSON, which is the arguments alone
-    ident: bool = False  # between them an identifier of nine letters and digits
-
-    @property
-    def repeats(self) -> bool:
-        """Whether there can be several calls."""
-        return bool(self.between) or self.parted
-
-
-HERMES = CallStyle("<tool_call>", before="\n", after="\n", closing="</tool_call>", between="\n")
-LLAMA = CallStyle("", arguments="parameters")
-MISTRAL = CallStyle("[TOOL_CALLS]", between=", ", listed=True)
-MISTRAL_SPACED = CallStyle("[TOOL_CALLS]", before=" ", between=", ", listed=True)
-MISTRAL_ARGS = CallStyle("[TOOL_CALLS]", parted=True)
-MISTRAL_ID = CallStyle("[TOOL_CALLS]", parted=True, ident=True)
-ARGS, CALL_ID = "[ARGS]", "[CALL_ID]"
-PARTED = re.compile(r"(?P<name>[^\n{\[]+?)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*|(?={))")
-PYTHON_TAG = "<|python_tag|>"  # Llama 3.1 may open a call by it
-
-
-def call_style(template: str) -> CallStyle | None:
-    """How a chat template writes calls; None where it does not, or in a way that is not known."""
-    if "<tool_call>" in template and '"arguments": ' in template.replace("\\", ""):
-        return HERMES
-    if "[TOOL_CALLS]" in template:
-        if ARGS in template:
-            return MISTRAL_ID if CALL_ID in template else MISTRAL_ARGS
-        listed = MISTRAL_SPACED if "[TOOL_CALLS] [" in template else MISTRAL
-        return None if CALL_ID in template else listed
-    if '"parameters": ' in template and "tool_calls" in template and "<function" not in template:
-        return LLAMA
-    return None
 
 
 def call_form(
@@ -111,6 +54,10 @@ def _by_name(tools: Sequence[Tool]) -> dict[str, Mapping[str, Any]]:
     functions: dict[str, Mapping[str, Any]] = {}
     for function in map(_function, tools):
         name = function["name"]
+        if not NAME.fullmatch(name):
+            raise RequestError(
+                f"the tool name {name!r:.200} is not usable; give 1 to 64 letters, digits, underscores, dots and dashes"
+            )
         if name in functions:
             raise RequestError(f"two tools have the name {name!r}; give each its own")
         if name in MODES:
@@ -169,12 +116,20 @@ def _start(opened: str, wanted: str, style: CallStyle, term: Term) -> str:
     """The first rule: calls, or where the model may choose, free text up to the opening mark."""
     if wanted != "auto":
         return f"start: {term(style.opening) if style.opening else ''} {opened}"
+    uncalled = f"TEXT: /(.|\\n)*/ & ~/{_calling(style)}(.|\\n)*/"  # it cannot be read as a call
     if not style.opening:
-        return f"start: {opened} | TEXT\nTEXT: /([^{{](.|\\n)*)?/"
+        return f"start: {opened} | TEXT\n{uncalled}"
     mark = term(style.opening)
-    if mark.startswith("<"):  # a token of its own: no text can be mistaken for it
-        return f"start: TEXT | TEXT {mark} {opened}\nTEXT: /(.|\\n)*/"
+    if mark.startswith("<"):  # a token of its own, which may be spelled in others
+        return f"start: TEXT | TEXT {mark} {opened}\n{uncalled}"
     return f"start: text | head {opened}\ntext: TEXT\nhead[lazy]: TEXT {mark}\nTEXT: /(.|\\n)*/"
+
+
+def _calling(style: CallStyle) -> str:
+    """A pattern of the beginnings of texts in which a call would be read."""
+    if style.opening:
+        return rf"(.|\n)*{re.escape(style.opening)}"
+    return rf"[ \t\r\n]*({re.escape(PYTHON_TAG)})?[ \t\r\n]*\[?[ \t\r\n]*\{{"
 
 
 def _body(function: Mapping[str, Any], style: CallStyle, term: Term) -> str:
@@ -212,6 +167,7 @@ class Calling:
         self.tokenizer = tokenizer
         self.shown = [] if _choice(choice) == "none" else list(tools)  # what the template renders
         self.style = call_style(str(tokenizer.get_chat_template())) if self.shown and tokenizer.chat_template else None
+        self.names = frozenset(_by_name(tools))
         self.form = None if grammars is None else call_form(tools, choice, self.style, grammars.mark, several=several)
         self.most = None if several else 1
 
@@ -222,60 +178,10 @@ class Calling:
         return structured if self.form is None else self.form
 
     def read(self, token_ids: list[int]) -> tuple[ToolCall, ...]:
-        """The calls in an answer; the first, where there may be no more."""
+        """The calls of these tools in an answer; the first, where there may be no more."""
         if self.style is None:
             return ()
         marked = bool(self.style.opening)  # marks may be special tokens
-        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=not marked))
-        return read_calls(text, self.style)[: self.most]
-
-
-def read_calls(text: str, style: CallStyle | None) -> tuple[ToolCall, ...]:
-    """The calls in an answer, special tokens included in its text. What is cut off or malformed is no call.
-
-    Models that no grammar holds to the template write some things in ways of their own; those are read too.
-    """
-    if style is None:
-        return ()
-    values: list[Any] = []
-    rest = text.strip().removeprefix(PYTHON_TAG) if not style.opening else _after(style.opening, text)
-    while rest:
-        found, rest = _values_at(rest.strip(), style)
-        values += found
-        rest = _after(style.opening, rest) if style.opening else rest.strip().removeprefix(";")
-    return tuple(call for value in values for call in _call(value))
-
-
-def _after(mark: str, text: str) -> str:
-    return text.partition(mark)[2]
-
-
-def _values_at(text: str, style: CallStyle) -> tuple[list[Any], str]:
-    """What the text begins with, a name and its arguments or JSON, and the rest: a mark within a call opens none."""
-    named = PARTED.match(text) if style.parted else None
-    start = named.end() if named else 0
-    if (style.parted and not named) or not text.startswith(("{", "["), start):
-        return [], text if style.opening else ""
-    value, rest = _json_at(text[start:])
-    if named:
-        value = {"name": named["name"], "arguments": value}
-    return value if isinstance(value, list) else [value], rest
-
-
-def _call(found: Any) -> tuple[ToolCall, ...]:
-    """The call that this is, if it is one; arguments by either name, and written as text within the JSON."""
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        return ()
-    arguments = found.get("arguments", found.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = _json_at(arguments.strip())[0]
-    return (ToolCall(found["name"], arguments),) if isinstance(arguments, dict) else ()
-
-
-def _json_at(text: str) -> tuple[Any, str]:
-    """What the text begins with, and the rest; None where that is no JSON."""
-    try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return None, ""
-    return value, text[end:]
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=not marked, clean_up_tokenization_spaces=False)
+        calls = read_calls(str(text), self.style)
+        return tuple(call for call in calls if call.name in self.names)[: self.most]
