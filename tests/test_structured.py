@@ -410,7 +410,7 @@ def test_contradictions_and_what_is_missing(llm, monkeypatch):
 
 
 def test_without_llguidance_the_extra_is_named(llm, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "llguidance.hf", None)
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(RequestError, match=r"pip install 'foredraft\[structured\]'"):
         Grammars(llm.tokenizer, 4096).constraint(Structured.regex("a"), (0,))
 

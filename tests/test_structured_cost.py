@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from foredraft import LLM, SamplingParams, Structured
-from foredraft.errors import GenerationError, GrammarError
+from foredraft.errors import GenerationError, GrammarError, LateError
 from foredraft.structured import compile, source, trial
 from foredraft.structured.compile import AT_ONCE, Grammars
 from foredraft.structured.matcher import GrammarConstraint
 from foredraft.structured.meter import ALLOWANCE, CREDIT, Meter
 from foredraft.structured.spec import MAX_LITERAL
-from foredraft.structured.trial import LateError, Trials, Vocabulary
+from foredraft.structured.trial import Trials, Vocabulary
 
 pytest.importorskip("llguidance.hf")
 PROMPT = "User: I need a table for two in Oakland tonight.\nAssistant: "

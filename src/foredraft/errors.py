@@ -7,6 +7,7 @@ ForedraftError
 ├── RequestError               a prompt or a sampling parameter is not usable (also a ValueError)
 │   ├── PromptTooLongError     the prompt leaves no room in the context
 │   └── GrammarError           the form asked of the output cannot be compiled or followed
+│       └── LateError          compiling it takes too long
 ├── ExactnessError             an option was asked for that cannot be kept exact
 ├── NumericsError              the target produced NaN or infinite logits
 ├── CacheMemoryError           keys and values do not fit the device (also a MemoryError)
@@ -15,6 +16,7 @@ ForedraftError
 └── ServerError                a server refuses a call, fails in it, or does not answer
 
 ExactnessWarning               a loaded model whose passes do not agree bit for bit
+SchemaWarning                  a JSON schema with keywords that mean nothing
 
 A message says what is wrong, the value, and what to do about it.
 """
@@ -56,6 +58,10 @@ class GrammarError(RequestError):
     """A schema, pattern or grammar cannot be compiled, or the output cannot follow it."""
 
 
+class LateError(GrammarError):
+    """A schema, pattern or grammar takes too long to compile."""
+
+
 class ExactnessError(ForedraftError):
     """What was asked for cannot be kept exact."""
 
@@ -82,6 +88,10 @@ class StoppedError(ForedraftError):
 
 class ExactnessWarning(UserWarning):
     """The model's logits depend on what else is in a pass, so that drafting may change its tokens."""
+
+
+class SchemaWarning(UserWarning):
+    """A JSON schema has keywords that JSON schema does not know, such as mistyped ones: they are ignored."""
 
 
 class ServerError(ForedraftError):

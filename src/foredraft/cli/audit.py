@@ -167,7 +167,7 @@ def audit_options(options: AuditFlags) -> "AuditOptions":
 def own_settings(options: AuditFlags) -> "SamplingParams":
     """Raises RequestError for values out of range, or that contradict each other."""
     return replace(
-        session.sampling_params(options.as_run_options()),
+        session.checked_params(options.as_run_options()),
         logit_bias=read_biases(options.logit_bias or ()),
         processors=load_processors(options.processor or ()),
     )

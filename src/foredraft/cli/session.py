@@ -36,6 +36,17 @@ def sampling_params(options: RunOptions) -> "SamplingParams":
     )
 
 
+def checked_params(options: RunOptions) -> "SamplingParams":
+    """As `sampling_params`; raises GrammarError where a form does not compile, which takes no model to find out."""
+    from foredraft import Structured
+    from foredraft.structured.compile import check_form
+
+    params = sampling_params(options)
+    if isinstance(params.structured, Structured):
+        check_form(params.structured)
+    return params
+
+
 def structured(options: RunOptions) -> "Structured | None":
     """The form of the answer. Raises RequestError where two are given, or a file cannot be read."""
     from foredraft import Structured
@@ -91,7 +102,7 @@ def start(options: RunOptions, *, repeats: bool = False) -> "tuple[LLM, Sampling
     device = options.target_device
     options.check()
     with busy("importing torch and transformers"):
-        params = sampling_params(options)
+        params = checked_params(options)
     with busy(f"loading {options.model or 'the bundled pair'} ({device})"):
         llm = open_llm(options, repeats=repeats)
     interruptible()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from foredraft.server.errors import ApiError
 from foredraft.server.schemas import ChatRequest, CompletionRequest, Generate
 from foredraft.server.settings import Limits
+from foredraft.structured import Structured
 from foredraft.types import SamplingParams
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on until it ends
@@ -43,8 +44,13 @@ def sampling_params(body: Generate, limits: Limits, *, longest: int) -> Sampling
         ignore_eos=bool(body.ignore_eos),
         logprobs=_logprobs(body),
         verifier=body.verifier or "coupled",
-        structured=body.response_format.schema_asked if body.response_format else None,
+        structured=_form(body),
     )
+
+
+def _form(body: Generate) -> Structured | None:
+    schema = body.response_format.schema_asked if body.response_format else None
+    return None if schema is None else Structured.of_schema(schema)
 
 
 @dataclass(frozen=True, slots=True)

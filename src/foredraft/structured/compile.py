@@ -7,26 +7,31 @@ is not done soon goes on elsewhere, so that quick ones wait for quick ones only.
 
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from foredraft.errors import GrammarError, RequestError, missing_extra
+from foredraft.errors import ForedraftError, GrammarError, LateError, RequestError, missing_extra
 from foredraft.structured.matcher import DeadEndError, GrammarConstraint
 from foredraft.structured.source import limits, literals, said, source_of
 from foredraft.structured.spec import Structured
-from foredraft.structured.trial import SECONDS, LateError, Vocabulary, trials
+from foredraft.structured.trial import SECONDS, Vocabulary, trials
+from foredraft.structured.vocabulary import read_vocabulary
 
 KEPT = 64
 AT_ONCE = 2  # forms that compile side by side, and as many more of the slow ones
 QUICK = 1.0  # seconds
+SOME_SIZE = 300  # of a vocabulary, where there is none yet
 LOOK_AHEAD = 20  # tokens of a text that are tried before anything runs
+LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|//.*|/(?:\\.|[^/\\\n])+/')  # and comments, of Lark
 STACK = 64 << 20  # bytes of a thread that compiles
 STACKS = threading.Lock()  # of the size with which threads start, which is the whole process's
 
@@ -58,7 +63,8 @@ class Grammars:
         """A fresh constraint; `ends` are the tokens that end a text, the likeliest first.
 
         Raises:
-            GrammarError: the form does not compile (where and why), takes too long, or no text can have it.
+            GrammarError: the form does not compile (where and why), takes too long, no text can have it, or it names
+                a token that ends the text.
             RequestError: llguidance is not installed, or there is no token that ends a text.
         """
         if not ends:
@@ -66,7 +72,24 @@ class Grammars:
                 "structured output ends with an end-of-sequence token and this model names none; give one "
                 "in stop_token_ids"
             )
+        if form.kind == "grammar":
+            self._check_ends(form.source, ends)
         return GrammarConstraint(self._matcher(form), ends, self._vocabulary(), self.vocab_size)
+
+    def check(self, form: Structured) -> None:
+        """Raises GrammarError where `constraint` would for this form; it is compiled and kept."""
+        self._matcher(form)
+
+    def _check_ends(self, grammar: str, ends: tuple[int, ...]) -> None:
+        """Raises GrammarError where a grammar wants a token within the text that ends it."""
+        written = LITERAL.sub(" ", grammar)
+        for token in (self._vocabulary().eos_token, *ends):
+            name = str(self.tokenizer.convert_ids_to_tokens(token))
+            if any(mark in written for mark in (f"<[{token}]>", name if name.startswith("<") else f"<{name}>")):
+                raise GrammarError(
+                    f"the grammar names the token {name!r}, which ends the text; leave it out: a text ends by itself "
+                    f"where the grammar is satisfied. As text, write it in quotes: {json.dumps(name)}"
+                )
 
     def mark(self, text: str) -> str:
         """How a grammar writes a mark of a chat template: as a token of its own, or letter by letter."""
@@ -78,7 +101,7 @@ class Grammars:
         if self._process != os.getpid():
             self._begin()
         with self._lock:
-            self._tokens = self._tokens or _llg_tokenizer(self.tokenizer, self.vocab_size)
+            self._tokens = self._tokens or read_vocabulary(self.tokenizer, self.vocab_size)
             return self._tokens
 
     def _matcher(self, form: Structured) -> Any:
@@ -92,7 +115,10 @@ class Grammars:
             self.compiled.move_to_end(form)
             while len(self.compiled) > self.kept:
                 self.compiled.popitem(last=False)
-        return future.result()
+        error = future.exception()
+        if error is None:
+            return future.result()
+        raise copy(error) from None if isinstance(error, ForedraftError) else error  # it would collect who asked
 
     def _compile(self, form: Structured, tokens: Any, future: Future[Any], seconds: float) -> None:
         """Try it for so long, then again for as long as it may take."""
@@ -121,27 +147,29 @@ def _deep_stack() -> Iterator[None]:
             threading.stack_size(before)
 
 
-def _llg_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
-    """llguidance's view of the vocabulary; seconds for large ones, so made once."""
+def check_form(form: Structured) -> None:
+    """Before a vocabulary is there: what is wrong with a form in any. One that takes long is left for later.
+
+    Raises:
+        GrammarError: it does not compile, and where.
+        RequestError: llguidance is not installed.
+    """
     try:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLMatcher
     except ImportError as error:
         raise RequestError(missing_extra("structured output needs", "llguidance", "structured")) from error
     try:
-        return from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=_any_end(tokenizer))  # type: ignore[arg-type]  # checked there
-    except ValueError as error:
-        raise RequestError(
-            f"structured output cannot read this tokenizer ({type(tokenizer).__name__}): {error}"
-        ) from error
+        at = trials().run(form, Vocabulary(SOME_SIZE, ()), QUICK)
+    except LateError:
+        return
+    wrong, told = LLMatcher.validate_grammar_with_warnings(source_of(form), limits=limits())
+    if wrong:
+        raise _refused(form, told[0], at)
 
 
-def _any_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token by which llguidance says that a grammar is satisfied: a special one, so that it is no text."""
-    known = (tokenizer.eos_token_id, *tokenizer.all_special_ids)
-    found = next((token for token in known if isinstance(token, int)), None)
-    if found is None:
-        raise RequestError("structured output needs a tokenizer with a special token, such as its end of sequence")
-    return found
+def _refused(form: Structured, message: str, at: str | None) -> GrammarError:
+    where = f" at {at}" if at else ""
+    return GrammarError(f"the {form.name} cannot be compiled{where}: {said(form, message)}")
 
 
 def compile_form(form: Structured, tokens: Any, at: str | None = None) -> Any:
@@ -154,8 +182,7 @@ def compile_form(form: Structured, tokens: Any, at: str | None = None) -> Any:
 
     matcher = LLMatcher(tokens, source_of(form), log_level=0, limits=limits())
     if matcher.is_error():
-        where = f" at {at}" if at else ""
-        raise GrammarError(f"the {form.name} cannot be compiled{where}: {said(form, matcher.get_error())}")
+        raise _refused(form, matcher.get_error(), at)
     follower = GrammarConstraint(matcher, (tokens.eos_token,), tokens, tokens.vocab_size)
     _check_start(form, follower, tokens)
     _check_ahead(form, follower)

@@ -11,6 +11,7 @@ import numpy as np
 from foredraft.errors import GrammarError
 from foredraft.structured.constraint import Bits, Ids
 from foredraft.structured.meter import Meter
+from foredraft.structured.source import followed
 
 
 class DeadEndError(GrammarError):
@@ -124,17 +125,20 @@ class GrammarConstraint:
 
     def _lost(self) -> GrammarError:
         """Why the matcher gave up, which it never gets over: another goes on from the committed output."""
-        message = self.matcher.get_error().removesuffix("<non-verbose/>").strip()
+        message = self.matcher.get_error()
         self.matcher = self.start.deep_copy()
         self.meter.timed(self.matcher.try_consume_tokens, self.committed)
         self.ahead = []
         if message.startswith("NoExtension"):
             return _dead_end()
-        return GrammarError(f"the grammar cannot be followed: {message}; make it simpler")
+        return GrammarError(f"the grammar cannot be followed: {followed(message)}")
 
     def _own(self, bits: bytearray) -> bytearray:
-        """With the text's ends in place of the matcher's, and without tokens that the model does not have."""
-        satisfied = contains(bits, self.own_end)
+        """With the text's ends in place of the matcher's, and without tokens that the model does not have.
+
+        A grammar may name the matcher's end as a token of the text; only where it is satisfied is it the end.
+        """
+        satisfied = contains(bits, self.own_end) and self.matcher.is_accepting()
         for token in self.all_ends:
             bits[token // 8] &= 0xFF ^ 1 << token % 8
         for token in self.ends if satisfied else ():

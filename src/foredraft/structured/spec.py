@@ -2,11 +2,13 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from foredraft.errors import GrammarError
+from foredraft.errors import GrammarError, SchemaWarning
+from foredraft.structured.keywords import ignored
 
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 MAX_SOURCE = 1_000_000  # bytes
@@ -18,6 +20,8 @@ WITHOUT_ROLLBACK = re.compile(
 MAX_DEPTH = 200  # nested brackets; compilers recurse
 JOINED = ("anyOf", "oneOf", "allOf")
 LISTING = ("properties", "patternProperties", "$ref", *JOINED)  # where a schema may name properties
+MAX_LEVELS = 124  # nested objects and lists of a JSON schema: its reader takes 127, and three are around it
+JSON_TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,9 @@ class Structured:
     source: str
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise GrammarError(f"kind={self.kind!r:.200} is not usable; one of {', '.join(get_args(Kind))}")
+        _text(self.source, self.name)
         try:
             size = len(self.source.encode())
         except UnicodeEncodeError as error:
@@ -45,9 +52,31 @@ class Structured:
             )
         if not self.source.strip():
             raise GrammarError(f"the {self.name} is empty; say what the output must look like")
-        depth = _depth(self.source)
+        if self.kind in ("json_schema", "choice"):
+            self._check_json()
+        depth = 0 if self.kind == "choice" else _depth(self.source)
         if depth > MAX_DEPTH:
-            raise GrammarError(f"the {self.name} is nested {depth} deep; at most {MAX_DEPTH} are compiled")
+            raise GrammarError(
+                f"the {self.name} is nested {depth} deep; at most {MAX_DEPTH} are compiled, make it flatter"
+            )
+
+    def _check_json(self) -> None:
+        """Raises GrammarError where it is not the JSON that it should be, or nested deeper than its reader takes."""
+        parsed = _parse(self.source)
+        if self.kind == "json_schema":
+            usable = isinstance(parsed, dict)
+        else:
+            usable = isinstance(parsed, list) and bool(parsed) and all(map(_is_option, parsed))
+        if not usable:
+            raise GrammarError(
+                f"source={self.source!r:.200} is not usable for kind={self.kind!r}; use Structured.{self.kind}"
+            )
+        levels = _depth(JSON_TEXT.sub("", self.source))
+        if levels > MAX_LEVELS:
+            raise GrammarError(
+                f"the {self.name} is nested {levels} deep; at most {MAX_LEVELS} objects and lists within each other "
+                "are compiled, give the inner ones names in $defs and refer to them"
+            )
 
     @property
     def name(self) -> str:
@@ -58,8 +87,18 @@ class Structured:
     def json_schema(cls, schema: str | Mapping[str, Any] | type) -> "Structured":
         """From a dict, JSON text, or a pydantic model's class; the output's members come in the schema's order.
 
-        Of a pydantic model only its fields are generated, unless its configuration says extra="allow".
+        Of a pydantic model only its fields are generated, unless its configuration says extra="allow". Keywords that
+        JSON schema does not know are ignored, with a `SchemaWarning`.
         """
+        form = cls.of_schema(schema)
+        told = ignored(json.loads(form.source))
+        if told:
+            warnings.warn(told, SchemaWarning, stacklevel=2)
+        return form
+
+    @classmethod
+    def of_schema(cls, schema: str | Mapping[str, Any] | type) -> "Structured":
+        """As `json_schema`, without a word about keywords that mean nothing: for schemas of strangers."""
         if isinstance(schema, str):
             parsed = _parse(schema)
         elif hasattr(schema, "model_json_schema"):
@@ -71,9 +110,10 @@ class Structured:
                 f"the JSON schema {parsed!r:.200} is no object; give a dict, its JSON, or a pydantic model"
             )
         try:
-            return cls("json_schema", json.dumps(parsed, ensure_ascii=False, allow_nan=False))
+            source = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"the schema cannot be written as JSON: {error}") from error
+        return cls("json_schema", source)
 
     @classmethod
     def regex(cls, pattern: str) -> "Structured":
@@ -87,7 +127,7 @@ class Structured:
             raise GrammarError(f"choice={options!r:.200} is not usable; give a list of at least one string")
         if len(options) > MAX_OPTIONS:
             raise GrammarError(f"choice has {len(options):,} strings; at most {MAX_OPTIONS:,} are compiled")
-        if not all(isinstance(option, str) and option for option in options):
+        if not all(map(_is_option, options)):
             raise GrammarError(f"choice={options!r:.200} is not usable; give strings with something in them")
         longest = max(map(len, options))
         if longest > MAX_LITERAL:
@@ -141,6 +181,10 @@ def _closed(schema: Any) -> Any:
         else:
             closed[key] = value if key in ("const", "enum", "default", "examples", *same) else _closed(value)
     return closed
+
+
+def _is_option(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _text(value: object, name: str) -> str:

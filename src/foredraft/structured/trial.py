@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from typing import Any, TextIO
 
-from foredraft.errors import GrammarError
+from foredraft.errors import GrammarError, LateError
 from foredraft.structured.source import guilty, limits, source_of
 from foredraft.structured.spec import Structured
 
@@ -32,10 +32,6 @@ MEMORY = 4 << 30  # bytes of addresses
 READY = "null"
 
 Child = subprocess.Popen[str]
-
-
-class LateError(GrammarError):
-    """A form takes too long to compile."""
 
 
 @dataclass(frozen=True, slots=True)
