@@ -86,3 +86,12 @@ def test_bad_forms_are_told_without_a_traceback(folder, flags, complaint):
     told = " ".join(done.stderr.split())
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert complaint in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("command", ["chat", "audit"])
+def test_a_bad_pattern_is_told_once_before_anything_loads(folder, command):
+    asked = [sys.executable, "-m", "foredraft", command, "--model", "nowhere/at-all", "--regex", "(ab"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    done = subprocess.run(asked, input="a\nb\n", capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.count("unclosed group") == 1
