@@ -53,8 +53,46 @@ def guard() -> Iterator[None]:
         raise typer.Exit from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT):
+            stuck = _stuck(error)
             _abandon_stdout()
+            raise _failed(stuck or error, FAILURE) from error
         raise _failed(error, FAILURE) from error
+
+
+class StdoutError(ForedraftError):
+    """Standard output takes no more; nobody who reads it can be told."""
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """What is written to stdout inside is a result; raises StdoutError where that fails (a full disk)."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon_stdout()
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> StdoutError:
+    return StdoutError(f"standard output cannot be written: {error.strerror}")
+
+
+def _stuck(error: OSError) -> StdoutError | None:
+    """What is left in stdout's buffer, as after a write that failed, fails again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return _no_room(error)
+    return None
+
+
+def write_result(stdout: TextIO, text: str) -> None:
+    """The one object of `--json`. Raises StdoutError."""
+    with printing():
+        stdout.write(text + "\n")
+        stdout.flush()
 
 
 def _abandon_stdout() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console, write_result
 from foredraft.cli.options import (
     DRAFTING,
     OUTPUT,
@@ -106,8 +106,7 @@ def tune(options: TuneFlags) -> None:
 
             plot(advice, options.plot)
     if options.json:
-        stdout.write(json.dumps(advice.as_dict() | {"profile": written and str(written)}) + "\n")
-        stdout.flush()
+        write_result(stdout, json.dumps(advice.as_dict() | {"profile": written and str(written)}))
         return
     from foredraft.tuning.report import show
 
