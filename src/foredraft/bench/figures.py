@@ -2,7 +2,7 @@
 
 A speed-up is plain decoding's seconds over an arm's, all requests together, each request's median over the rounds,
 prompts included. Its interval comes from drawing the tasks anew, with replacement. Fewer than `FEWEST` have none: the
-widest that drawing can give is from the least to the most of them, and that holds a median in less than 95 of 100 cases.
+widest that drawing can give is from the least to the most of them, which holds a median in less than 95 of 100 cases.
 """
 
 import statistics

@@ -169,8 +169,8 @@ def lines(found: Bench) -> Iterator[str]:
     if found.prediction:
         yield (
             f"alpha {found.prediction.alpha:.3f} (per position, given all before); a draft costs "
-            f"{found.prediction.draft_ratio:.2f} plain steps and {found.prediction.cost_ratio:.2f} more for each token: "
-            "its own time, and what the pass after it takes longer than without it; predicted from these"
+            f"{found.prediction.draft_ratio:.2f} plain steps and {found.prediction.cost_ratio:.2f} more for each token, "
+            "counting what the pass after it takes longer than without it; predicted from these"
         )
     yield memory(found)
     yield from _quality_lines(found)
