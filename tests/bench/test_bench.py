@@ -210,6 +210,14 @@ def test_what_a_draft_costs_whatever_its_length_is_told(found: Bench) -> None:
     assert "a draft costs 0.50 plain steps and 0.25 more for each token" in line
 
 
+def test_a_prediction_that_fails_is_told(found: Bench) -> None:
+    arm = found.drafting[0]
+    for factor, told in ((1.1, False), (1.2, True), (0.8, True)):
+        other = prediction.Prediction(0.9, 0.1, 0.5, (1.0, factor * arm.speedup.value))
+        lines = [*table.warnings(replace(found, prediction=other))]
+        assert any("more than 15% apart at gamma 1:" in line for line in lines) is told
+
+
 def test_a_draft_of_one_token_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line through two and six tokens says little of one."""
     own, lengths = LLM(tiny("llama"), "ngram", tokenizer=words(), max_batch_size=1), set[int]()

@@ -9,9 +9,11 @@ from rich.text import Text
 
 from foredraft.bench.figures import FEWEST, ArmFigures, Speedup
 from foredraft.bench.measure import Difference
+from foredraft.bench.prediction import Prediction
 from foredraft.bench.result import Bench
 
 SHOWN = 10  # differences
+APART = 0.15  # a prediction from the measurement, from where on that is said
 NO_CATEGORY = "(none)"
 Rows = tuple[tuple[str, ...], ...]
 MiB = 2**20
@@ -167,16 +169,20 @@ def lines(found: Bench) -> Iterator[str]:
     )
     yield from equality(found)
     if found.prediction:
-        yield (
-            f"alpha {found.prediction.alpha:.3f} (per position, given all before); a draft costs "
-            f"{found.prediction.draft_ratio:.2f} plain steps and {found.prediction.cost_ratio:.2f} more for each token, "
-            "counting what the pass after it takes longer than without it; predicted from these"
-        )
+        yield _prices(found.prediction)
     yield memory(found)
     yield from _quality_lines(found)
     versions = ", ".join(f"{name} {number}" for name, number in about.versions.items())
     yield f"ran on {about.processor}, {about.threads} threads, with {versions}"
     yield from warnings(found)
+
+
+def _prices(it: Prediction) -> str:
+    return (
+        f"alpha {it.alpha:.3f} (per position, given all before); a draft costs {it.draft_ratio:.2f} plain steps and "
+        f"{it.cost_ratio:.2f} more for each token, counting what the pass after it takes longer than without "
+        "it; predicted from these"
+    )
 
 
 def _intervals(found: Bench) -> str:
@@ -223,10 +229,17 @@ def _quality_lines(found: Bench) -> Iterator[str]:
             yield f"pass@k leaves out {len(rates.unsound)} tasks whose own reference does not pass their test: {names}"
 
 
+def _apart(predicted: float | None, measured: float) -> bool:
+    return predicted is not None and abs(predicted / measured - 1) > APART
+
+
 def warnings(found: Bench) -> Iterator[str]:
     """What speaks against trusting these figures, or says that there could be more of them."""
     if found.load.busy:
         yield f"WARNING: the machine was busy: {found.load}; end what else runs, and measure again"
+    apart = [label(arm) for arm in found.drafting if _apart(found.predicted(arm), arm.speedup.value)]
+    if apart:
+        yield f"predicted and measured are more than {APART:.0%} apart at gamma {', '.join(apart)}: go by the measured"
     if found.counts.left_out:
         yield f"left out: {found.counts.left_out} prompts or later turns that the context has no room for"
     if found.interrupted:
