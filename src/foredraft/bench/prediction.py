@@ -21,7 +21,8 @@ from foredraft.tuning.score import Scorer
 
 TEXTS = 32
 GAMMAS = (1, 2, 4, 6)  # draft lengths that are timed: two give a line whose slope is mostly noise
-COST_LAPS, COST_SECONDS = 40, 20.0  # a small model needs the laps, since each takes it a tenth of a second
+COST_LAPS, COST_SECONDS = 16, 20.0
+STRETCH = 12  # steps of a turn: a plain step soon after a draft takes longer than in a text decoded plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def predict(llm: LLM, requests: Sequence[Request], options: BenchOptions) -> Pre
             acceptances = [acceptance_of(scorer, it) for it in drafters_of(drafter)]
         finally:
             scorer.close()
-        costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS)
+        costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS, stretch=STRETCH)
     price = costs.drafts.get(drafter.name, DraftCost(0.0, 0.0))
     return _best([_predicted(costs, price, it, options) for it in acceptances])
 

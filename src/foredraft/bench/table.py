@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from foredraft.bench.result import Bench
 
 SHOWN = 10  # differences
 APART = 0.15  # a prediction from the measurement, from where on that is said
+WIDEST = 10_000  # columns: to measure what a table needs
 NO_CATEGORY = "(none)"
 Rows = tuple[tuple[str, ...], ...]
 MiB = 2**20
@@ -36,7 +38,7 @@ def _table(rows: Rows, best: str, console: Console) -> Table:
     table = Table(*rows[0], box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row[0] == best else None)
-    least = console.measure(table).minimum
+    least = Measurement.get(console, console.options.update(max_width=WIDEST), table).minimum
     table.width = least if least > console.width else None
     return table
 

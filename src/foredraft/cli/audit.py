@@ -17,6 +17,7 @@ from foredraft.cli.console import (
     interruptible,
     note,
     only_result,
+    printing,
     stdout_console,
     write_result,
 )
@@ -155,7 +156,8 @@ def audit(options: AuditFlags) -> None:
     else:
         from foredraft.audit.table import show
 
-        show(found, stdout_console(highlight=False), command(options))
+        with printing():
+            show(found, stdout_console(highlight=False), command(options))
     finish(found)
 
 

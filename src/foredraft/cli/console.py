@@ -40,7 +40,8 @@ def guard() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
-        sys.stdout.flush()
+        with printing():
+            sys.stdout.flush()
     except RequestError as error:
         raise _failed(error, WRONG_USE) from error
     except ForedraftError as error:
@@ -53,9 +54,7 @@ def guard() -> Iterator[None]:
         raise typer.Exit from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT):
-            stuck = _stuck(error)
             _abandon_stdout()
-            raise _failed(stuck or error, FAILURE) from error
         raise _failed(error, FAILURE) from error
 
 
@@ -72,20 +71,7 @@ def printing() -> Iterator[None]:
         raise
     except OSError as error:
         _abandon_stdout()
-        raise _no_room(error) from error
-
-
-def _no_room(error: OSError) -> StdoutError:
-    return StdoutError(f"standard output cannot be written: {error.strerror}")
-
-
-def _stuck(error: OSError) -> StdoutError | None:
-    """What is left in stdout's buffer, as after a write that failed, fails again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return _no_room(error)
-    return None
+        raise StdoutError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def write_result(stdout: TextIO, text: str) -> None:
@@ -184,12 +170,16 @@ class Printer:
                 continue
             self.at_start = False
             text = text.replace("\x1b", "\ufffd") if self.terminal else text  # no escape sequences from a model
-            sys.stdout.write(f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text)
-        sys.stdout.flush()
+            self._print(f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text)
+        self._print("", flush=True)
 
     def end(self) -> None:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        self._print("\n", flush=True)
+
+    @staticmethod
+    def _print(text: str, *, flush: bool = False) -> None:
+        with printing():
+            print(text, end="", flush=flush)
 
 
 def _has_colour() -> bool:

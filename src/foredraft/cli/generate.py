@@ -9,7 +9,7 @@ import typer
 
 from foredraft.cli import session
 from foredraft.cli.compare import Comparison, compare
-from foredraft.cli.console import FAILURE, INTERRUPTED, only_result, write_result
+from foredraft.cli.console import FAILURE, INTERRUPTED, only_result, printing, write_result
 from foredraft.cli.options import GenerateOptions, takes
 from foredraft.errors import RequestError
 
@@ -30,7 +30,8 @@ def generate(options: GenerateOptions) -> None:
     elif options.compare:
         llm, params = session.start(options, repeats=True)
         comparison = compare(ask(llm, prompt, options.chat), params, options.num_draft_tokens)
-        comparison.print()
+        with printing():
+            comparison.print()
         finish(comparison)
     else:
         llm, params = session.start(options)

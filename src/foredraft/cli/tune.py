@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console, write_result
+from foredraft.cli.console import busy, interruptible, note, only_result, printing, stdout_console, write_result
 from foredraft.cli.options import (
     DRAFTING,
     OUTPUT,
@@ -110,7 +110,8 @@ def tune(options: TuneFlags) -> None:
         return
     from foredraft.tuning.report import show
 
-    show(advice, stdout_console(highlight=False))
+    with printing():
+        show(advice, stdout_console(highlight=False))
     note(f"profile: {written}" if written else why_none(advice))
 
 
