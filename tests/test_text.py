@@ -1,6 +1,7 @@
 """Streamed text equals decoded text, however it is cut into tokens; stop strings; chat templates."""
 
 import copy
+import logging
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -641,3 +642,19 @@ def test_what_the_template_cannot_honour_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=complaint):
         render_chat(simple(PLAIN), [USER], tools, arguments)  # type: ignore[arg-type]
+
+
+def test_a_text_beyond_the_context_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Whether it fits is ours to say; transformers said "Token indices sequence length is longer than ..."."""
+    tokenizer = byte_level()
+    tokenizer.model_max_length = 4
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(render_chat(tokenizer, [{"role": "user", "content": "a long text"}])) > 4
+        end_of_turn_ids(tokenizer)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "longer than the specified maximum" not in caplog.text
+    assert not tokenizer.deprecation_warnings

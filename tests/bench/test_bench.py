@@ -1,5 +1,6 @@
 """The bench measures: arms in turn, equality, what an interrupt keeps, figures and the prediction."""
 
+import io
 import json
 from dataclasses import replace
 from typing import Any
@@ -8,16 +9,20 @@ import numpy as np
 import pytest
 from bench_cases import OPTIONS, TASKS, TOKENS, interrupted, interrupted_after, other_tokens, task, words
 from models import VOCAB, tiny
+from rich.console import Console
 
 from foredraft import LLM, SamplingParams
 from foredraft.bench import figures, measure, pipeline, prediction, quality, table
 from foredraft.bench.asking import Run
+from foredraft.bench.page import page
 from foredraft.bench.pipeline import bench
 from foredraft.bench.result import Bench
 from foredraft.drafters.memory import SuffixMemory
 from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.errors import RequestError
 from foredraft.policy import Gain
+from foredraft.tuning.acceptance import Acceptance
+from foredraft.tuning.costs import Costs, DraftCost, StepCosts
 
 # --- measuring ---
 
@@ -132,13 +137,23 @@ def test_what_cannot_be_measured_is_refused(llm: LLM) -> None:
 
 
 def test_speedup_is_of_totals_and_its_interval_draws_tasks() -> None:
-    same = figures.speedup([0, 1, 2], [2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    same = figures.speedup(range(6), [2.0, 4.0, 6.0] * 2, [1.0, 2.0, 3.0] * 2)
     assert (same.value, same.low, same.high) == (2.0, 2.0, 2.0)
-    mixed = figures.speedup([0, 1, 2, 3], [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0])
-    assert mixed.value == pytest.approx(8 / 6)
-    assert 1.0 <= mixed.low < mixed.value < mixed.high <= 2.0
-    one = figures.speedup([4, 4], [2.0, 2.0], [1.0, 3.0])  # two turns of one task tell nothing about others
-    assert one.low == one.value == one.high == 1.0
+    mixed = figures.speedup(range(8), [2.0] * 8, [1.0, 1.0, 2.0, 2.0] * 2)
+    assert mixed.value == pytest.approx(8 / 6) and mixed.bounds
+    assert 1.0 <= mixed.bounds[0] < mixed.value < mixed.bounds[1] <= 2.0
+
+
+def test_few_prompts_have_no_interval(found: Bench) -> None:
+    """One prompt printed "1.20x 1.20-1.20", as if others had to give the same."""
+    one = figures.speedup([4] * 9, [2.0] * 9, [1.0, 3.0, 2.0] * 3)  # turns of one task tell nothing about others
+    assert one.value == 1.0 and one.bounds is None
+    assert figures.speedup(range(5), [2.0] * 5, [1.0] * 5).bounds is None
+    assert found.counts.tasks < figures.FEWEST
+    speed = next(iter(dict(table.tables(found)).values()))
+    assert [row[2] for row in speed[1:]] == ["", "-", "-", "-"]
+    assert any("no intervals: fewer than 6 prompts" in line for line in table.lines(found))
+    assert "95 %:" not in page(found) and found.as_dict()["arms"][1]["speedup"]["low"] is None
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
@@ -146,7 +161,8 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     hits = 0
     for _ in range(200):
         plain, own = source.gamma(4, 1, 40), source.gamma(4, 0.5, 40)
-        hits += (it := figures.speedup(range(40), plain, own)).low <= 2.0 <= it.high
+        low, high = figures.speedup(range(40), plain, own).bounds or (0.0, 0.0)
+        hits += low <= 2.0 <= high
     assert 180 <= hits <= 200
 
 
@@ -180,8 +196,40 @@ def test_prediction_of_several_drafters_is_the_best_ones(llm: LLM) -> None:
     """It was of the first that had a draft, which is not who drafts."""
     own = LLM(tiny("llama"), ["ngram", tiny("llama")], tokenizer=words(), max_batch_size=1)
     assert bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True)).prediction is not None
-    a, b = prediction.Prediction(0.5, 0.1, (1.0, 1.2)), prediction.Prediction(0.9, 0.3, (1.0, 1.1, 1.7))
+    a, b = prediction.Prediction(0.5, 0.1, 0.0, (1.0, 1.2)), prediction.Prediction(0.9, 0.3, 0.0, (1.0, 1.1, 1.7))
     assert prediction._best([a, b]) == replace(b, speedups=(1.0, 1.2, 1.7))
+
+
+def test_what_a_draft_costs_whatever_its_length_is_told(found: Bench) -> None:
+    """A token's price alone was told, which is a tenth of what a draft of one token costs."""
+    steps, price = StepCosts((0, 1), (2.0, 2.0)), DraftCost(1.0, 0.5)
+    acceptance = Acceptance(((1, 1, 1, 1),), 1.0, 1)
+    told = prediction._predicted(Costs(steps), price, acceptance, OPTIONS)
+    assert (told.draft_ratio, told.cost_ratio) == (0.5, 0.25)
+    line = next(it for it in table.lines(replace(found, prediction=told)) if it.startswith("alpha"))
+    assert "a draft costs 0.50 plain steps and 0.25 more for each token" in line
+
+
+def test_a_prediction_that_fails_is_told(found: Bench) -> None:
+    arm = found.drafting[0]
+    for factor, told in ((1.1, False), (1.2, True), (0.8, True)):
+        other = prediction.Prediction(0.9, 0.1, 0.5, (1.0, factor * arm.speedup.value))
+        lines = [*table.warnings(replace(found, prediction=other))]
+        assert any("more than 15% apart at gamma 1:" in line for line in lines) is told
+
+
+def test_a_draft_of_one_token_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line through two and six tokens says little of one."""
+    own, lengths = LLM(tiny("llama"), "ngram", tokenizer=words(), max_batch_size=1), set[int]()
+    measured = prediction.measure
+
+    def noted(llm: LLM, text: Any, turns: Any, **options: Any) -> Any:
+        lengths.update(turn.gamma for turn in turns if turn.name == "ngram")
+        return measured(llm, text, turns, **options)
+
+    monkeypatch.setattr(prediction, "measure", noted)
+    bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True))
+    assert 1 in lengths and len(lengths) > 2
 
 
 def test_predicting_remembers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +254,15 @@ def test_tables_have_the_columns_of_those_they_follow(found: Bench) -> None:
     assert tables["speed-up by category"][0] == ("gamma", "b", "a", "#MAT", "Overall")
     assert all(len({len(row) for row in rows}) == 1 for rows in tables.values())
     assert table.as_markdown((("a", "b"), ("1", "2"))) == "| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize("width", [80])
+def test_no_word_of_a_table_is_cut(found: Bench, width: int) -> None:
+    names = ("mt_bench", "translation", "summarization", "math_reasoning", "retrieval", "int4+skip")
+    arms = [replace(it, categories=dict.fromkeys(names, it.categories["a"])) for it in found.arms]
+    text = io.StringIO()
+    table.show(replace(found, arms=tuple(arms)), Console(file=text, width=width))
+    assert all(name in text.getvalue() for name in (*names, "forwards)", "verifying")) and "…" not in text.getvalue()
 
 
 def test_a_category_named_all_is_not_that_of_prompts_without_one(llm: LLM) -> None:

@@ -1,6 +1,8 @@
 """`foredraft bench`: what it prints, how it fails, what it refuses before it loads."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,9 @@ def test_command_keeps_what_was_measured(checkpoint: Path, prompts: Path, monkey
         (["--weight-format", "int3"], "int3", 2),
         (["--runtime", "x"], "runtime='x'", 2),
         (["--gpu", "x"], "--gpu 'x'", 2),
+        (["--json", "--markdown"], "--json contradicts --markdown", 2),
+        (["--gamma", "2", "--policy", "threshold"], "--policy threshold is used by no arm of --gamma 2", 2),
+        (["--gamma", "2", "--draft-profile", "nosuch.json"], "--draft-profile contradicts --draft auto", 2),
         (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl", 2),
         (["--run-code"], "--run-code", 2),
         (["--html", "/nowhere/report.html"], "nothing was run", 1),
@@ -119,6 +124,31 @@ def test_wrong_flags_cost_no_loading(given: list[str], message: str, code: int) 
     done = run("--model", "/nowhere", *given)
     assert done.exit_code == code
     assert message in done.stderr and "does not load" not in done.stderr
+
+
+@pytest.mark.parametrize("given", [["--json"], []], ids=str)
+def test_a_full_disk_loses_no_figures(checkpoint: Path, prompts: Path, tmp_path: Path, given: list[str]) -> None:
+    """It said "[Errno 28] No space left on device", after minutes of measuring."""
+    report = tmp_path / "report.html"
+    code = "import sys\nfrom foredraft.cli import main\nsys.argv[0] = 'foredraft'\nmain()"
+    command = [sys.executable, "-c", code, "bench", *flags(checkpoint, prompts), *given, "--html", report]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*map(str, command)], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "where the time goes" in done.stderr and report.exists()
+    last = "foredraft: error: standard output cannot be written: No space left on device"
+    assert done.stderr.splitlines()[-1] == last
+
+
+def test_ctrl_c_while_all_is_taken_down_changes_no_exit_code() -> None:
+    """A second Ctrl-C met libraries that take themselves down, and the process died by a signal."""
+    code = (
+        "import atexit, os, signal, sys\nfrom foredraft.cli import main\n"
+        "class Late:\n  def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2)\n"
+        "late = Late()\natexit.register(os.kill, os.getpid(), signal.SIGINT)\nsys.argv[1:] = ['--version']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("foredraft ")
 
 
 def test_a_bad_line_costs_no_loading(tmp_path: Path) -> None:

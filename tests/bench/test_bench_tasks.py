@@ -54,13 +54,23 @@ def test_lines_in_every_known_form(tmp_path: Path, line: object, expected: Task)
         ('"a"\n{"category": "qa"}', "line 2 is no task: it has no prompt"),
         ('{"turns": ["a", 7]}', "line 1 is no task: turns is"),
         ('{"turns": ["a", " "]}', "line 1"),
-        ('{"prompt": "a", "category": 5}', "category is '5'"),
-        ('{"prompt": "a", "chat": "yes"}', "chat is 'yes'"),
+        ('{"prompt": "a", "category": 5}', "category is 5; it must be a text"),
+        ('{"prompt": "a", "category": false}', "category is false"),
+        ('{"prompt": 5}', "prompt is 5; it must be a text"),
+        ('{"prompt": "a", "test": "' + "x" * 99 + '", "entry_point": ["f"]}', 'entry_point is ["f"]'),
+        ('{"turns": ["' + "y" * 99 + '", 7]}', 'turns is ["' + "y" * 58 + "...;"),
+        ('{"prompt": ""}', "prompt is empty"),
+        ('{"prompt": " "}', "prompt is empty"),
+        ('{"turns": []}', "turns is empty"),
+        ("5", "line 1 is no task: 5; it must be"),
+        ('{"prompt": "a", "chat": "yes"}', 'chat is "yes"'),
+        ('{"prompt": "a", "chat": 1}', "chat is 1"),
         ('"a"\n{"prompt": "half \\ud83d of it"}', r"line 2 is no task: \ud83d is half a pair"),
         ('{"prompt": "a", "reference": ["\\udc00"]}', r"line 1 is no task: \udc00 is half a pair"),
         ("\n", "has no prompts"),
         (None, "cannot be read"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "line 1 is not UTF-8 text (byte 0xff at 0)"),
+        (b'"a"\n"caf\xe9"\n', "line 2 is not UTF-8 text (byte 0xe9 at 4)"),
     ],
 )
 def test_bad_lines_are_refused_by_their_number(tmp_path: Path, content: str | bytes | None, message: str) -> None:
@@ -70,6 +80,12 @@ def test_bad_lines_are_refused_by_their_number(tmp_path: Path, content: str | by
     with pytest.raises(RequestError, match=r"prompts\.jsonl") as refusal:
         read_tasks(path)
     assert message in str(refusal.value)
+
+
+def test_a_mark_before_the_first_line_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf"caf\xc3\xa9"\n')
+    assert [it.turns for it in read_tasks(path)] == [("caf\u00e9",)]
 
 
 def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:

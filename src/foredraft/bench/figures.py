@@ -1,7 +1,8 @@
 """From runs to figures: speed-ups with intervals, acceptance, times. Arithmetic only.
 
 A speed-up is plain decoding's seconds over an arm's, all requests together, each request's median over the rounds,
-prompts included. Its interval comes from drawing the tasks anew, with replacement.
+prompts included. Its interval comes from drawing the tasks anew, with replacement. Fewer than `FEWEST` have none: the
+widest that drawing can give is from the least to the most of them, which holds a median in less than 95 of 100 cases.
 """
 
 import statistics
@@ -16,15 +17,20 @@ from foredraft.stats import SpecStats
 
 DRAWS = 2000
 LEVEL = 0.95
+FEWEST = 6  # prompts for an interval: what n of them gave, from least to most, holds a median with 1 - 2^(1 - n)
 
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """`low` and `high` bound it at `LEVEL`, as far as these tasks stand for others."""
+    """`low` and `high` bound it at `LEVEL`, as far as these tasks stand for others; None: too few tasks to say."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +94,13 @@ def speedup(tasks: Sequence[int], plain: Sequence[float], own: Sequence[float]) 
     sums = np.zeros((2, len(places)))
     for task, a, b in zip(tasks, plain, own, strict=True):
         sums[:, places[task]] += a, b
+    value = float(sums[0].sum() / sums[1].sum())
+    if len(places) < FEWEST:
+        return Speedup(value, None, None)
     drawn = np.random.default_rng(0).integers(0, len(places), (DRAWS, len(places)))
     a, b = sums[:, drawn].sum(2)
     low, high = np.quantile(a / b, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Speedup(float(sums[0].sum() / sums[1].sum()), float(low), float(high))
+    return Speedup(value, float(low), float(high))
 
 
 def total(requests: Sequence[Request], name: str) -> SpecStats:

@@ -76,10 +76,10 @@ def _parts(found: Bench) -> Iterator[str]:
 
 def _cards(found: Bench) -> Iterator[str]:
     best, runs = found.best, found.counts.requests * found.counts.rounds * len(found.drafting)
-    speedup = best.speedup
+    within = f" (95 %: {table.interval(best.speedup, ' to ')})" if best.speedup.bounds else ""
     yield _card(
-        f"{speedup.value:.2f}&times;",
-        f"the speed of plain decoding, with {best.name} (95 %: {speedup.low:.2f} to {speedup.high:.2f})",
+        f"{best.speedup.value:.2f}&times;",
+        f"the speed of plain decoding, with {best.name}{within}",
         "fast",
     )
     if found.equal is not None:

@@ -56,7 +56,8 @@ def plots(found: Bench) -> Iterator[tuple[str, str, str]]:
     best = found.best
     yield (
         "Speed-up by draft length",
-        "Against plain decoding on the same prompts. Bars: 95 % of what other prompts like these would give.",
+        "Against plain decoding on the same prompts."
+        + (" Bars: 95 % of what other prompts like these would give." if best.speedup.bounds else ""),
         _svg("speed", lambda figure: _speed(figure, found, fixed)),
     )
     yield (
@@ -107,9 +108,10 @@ def _speed(figure: Any, found: Bench, fixed: list[ArmFigures]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(5, 3))
     lengths = [arm.num_draft_tokens for arm in fixed]
     values = [arm.speedup.value for arm in fixed]
+    bounds = [it.speedup.bounds or (it.speedup.value, it.speedup.value) for it in fixed]
     spread = [
-        [max(0.0, it.speedup.value - it.speedup.low) for it in fixed],
-        [max(0.0, it.speedup.high - it.speedup.value) for it in fixed],
+        [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)],
+        [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)],
     ]
     left.axhline(1, color=PLAIN_COLOUR, linewidth=1.2, linestyle=(0, (2, 2)))
     if fixed:

@@ -12,7 +12,7 @@ from foredraft.drafters.several import drafters_of, without_memory
 from foredraft.llm import LLM
 from foredraft.tuning.acceptance import Acceptance
 from foredraft.tuning.calibration import CalibrationText, Sample
-from foredraft.tuning.candidates import GAMMAS, wide_passes
+from foredraft.tuning.candidates import wide_passes
 from foredraft.tuning.carousel import measure
 from foredraft.tuning.costs import Costs, DraftCost, Turn
 from foredraft.tuning.forecast import forecast
@@ -20,7 +20,9 @@ from foredraft.tuning.pipeline import acceptance_of
 from foredraft.tuning.score import Scorer
 
 TEXTS = 32
-COST_LAPS, COST_SECONDS = 8, 20.0
+GAMMAS = (1, 2, 4, 6)  # draft lengths that are timed: two give a line whose slope is mostly noise
+COST_LAPS, COST_SECONDS = 16, 20.0
+STRETCH = 12  # steps of a turn: a plain step soon after a draft takes longer than in a text decoded plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class Prediction:
     """`alpha` is E[sum min(p, q)], at temperature 0 the share of equal argmaxes; `speedups[g]` with g drafted."""
 
     alpha: float
-    cost_ratio: float  # a draft token's price in plain steps
+    cost_ratio: float  # a draft token's price in plain steps, beyond that of a draft
+    draft_ratio: float  # a draft's, however long it is
     speedups: tuple[float, ...]
 
     def at(self, num_draft_tokens: int | None) -> float | None:
@@ -52,14 +55,14 @@ def predict(llm: LLM, requests: Sequence[Request], options: BenchOptions) -> Pre
             acceptances = [acceptance_of(scorer, it) for it in drafters_of(drafter)]
         finally:
             scorer.close()
-        costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS)
+        costs = measure(llm, text, turns, laps=COST_LAPS, max_seconds=COST_SECONDS, stretch=STRETCH)
     price = costs.drafts.get(drafter.name, DraftCost(0.0, 0.0))
     return _best([_predicted(costs, price, it, options) for it in acceptances])
 
 
 def _predicted(costs: Costs, price: DraftCost, acceptance: Acceptance, options: BenchOptions) -> Prediction:
     found = forecast(acceptance, price, costs.steps, options.params.max_new_tokens)
-    return Prediction(acceptance.alpha, costs.ratio(price), found.by_length)
+    return Prediction(acceptance.alpha, costs.ratio(price), price.fixed / costs.steps.step(0), found.by_length)
 
 
 def _best(found: Sequence[Prediction]) -> Prediction:

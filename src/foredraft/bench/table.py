@@ -4,14 +4,18 @@ from collections.abc import Iterator
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from foredraft.bench.figures import ArmFigures
+from foredraft.bench.figures import FEWEST, ArmFigures, Speedup
 from foredraft.bench.measure import Difference
+from foredraft.bench.prediction import Prediction
 from foredraft.bench.result import Bench
 
 SHOWN = 10  # differences
+APART = 0.15  # a prediction from the measurement, from where on that is said
+WIDEST = 10_000  # columns: to measure what a table needs
 NO_CATEGORY = "(none)"
 Rows = tuple[tuple[str, ...], ...]
 MiB = 2**20
@@ -23,15 +27,19 @@ def show(found: Bench, console: Console, *, markdown: bool = False) -> None:
         if markdown:
             console.print(Text(f"{title}\n\n{as_markdown(rows)}\n"), soft_wrap=True)
         else:
-            console.print(Text(title, style="bold"), _table(rows, best=label(found.best)))
+            console.print(Text(title, style="bold"))
+            console.print(_table(rows, label(found.best), console), crop=False)
     for line in lines(found):
         console.print(Text(f"- {line}" if markdown else line), soft_wrap=True)
 
 
-def _table(rows: Rows, best: str) -> Table:
+def _table(rows: Rows, best: str, console: Console) -> Table:
+    """Headings may take several lines, but no word is cut: a table that needs more room than there is takes it."""
     table = Table(*rows[0], box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row[0] == best else None)
+    least = Measurement.get(console, console.options.update(max_width=WIDEST), table).minimum
+    table.width = least if least > console.width else None
     return table
 
 
@@ -65,7 +73,7 @@ def _speed(found: Bench) -> Rows:
         (
             label(arm),
             f"{arm.speedup.value:.2f}x",
-            f"{arm.speedup.low:.2f}-{arm.speedup.high:.2f}",
+            interval(arm.speedup, "-"),
             f"{arm.pass_speedup:.2f}x",
             _or_dash(found.predicted(arm), ".2f"),
             f"{arm.median_tokens_per_second:.1f}",
@@ -73,6 +81,11 @@ def _speed(found: Bench) -> Rows:
         for arm in found.drafting
     ]
     return (header, ("plain", "1", "", "1", "", f"{found.plain.median_tokens_per_second:.1f}"), *rows)
+
+
+def interval(speedup: Speedup, between: str) -> str:
+    """A dash where there is none."""
+    return "-" if speedup.bounds is None else f"{speedup.bounds[0]:.2f}{between}{speedup.bounds[1]:.2f}"
 
 
 def _times(found: Bench) -> Rows:
@@ -154,19 +167,30 @@ def lines(found: Bench) -> Iterator[str]:
     rounds = "1 round" if counts.rounds == 1 else f"{counts.rounds} rounds"
     yield (
         f"{counts.requests} requests of {counts.tasks} prompts, {counts.tokens} tokens, {rounds}; "
-        f"seconds are medians over rounds, with the prompts' own; intervals draw prompts anew"
+        f"seconds are medians over rounds, with the prompts' own; {_intervals(found)}"
     )
     yield from equality(found)
     if found.prediction:
-        yield (
-            f"alpha {found.prediction.alpha:.3f} (per position, given all before), a draft token costs "
-            f"{found.prediction.cost_ratio:.2f} of a plain step; predicted from these"
-        )
+        yield _prices(found.prediction)
     yield memory(found)
     yield from _quality_lines(found)
     versions = ", ".join(f"{name} {number}" for name, number in about.versions.items())
     yield f"ran on {about.processor}, {about.threads} threads, with {versions}"
     yield from warnings(found)
+
+
+def _prices(it: Prediction) -> str:
+    return (
+        f"alpha {it.alpha:.3f} (per position, given all before); a draft costs {it.draft_ratio:.2f} plain steps and "
+        f"{it.cost_ratio:.2f} more for each token, counting what the pass after it takes longer than without "
+        "it; predicted from these"
+    )
+
+
+def _intervals(found: Bench) -> str:
+    if found.best.speedup.bounds:
+        return "intervals draw prompts anew"
+    return f"no intervals: fewer than {FEWEST} prompts say nothing about others"
 
 
 def equality(found: Bench) -> Iterator[str]:
@@ -207,10 +231,17 @@ def _quality_lines(found: Bench) -> Iterator[str]:
             yield f"pass@k leaves out {len(rates.unsound)} tasks whose own reference does not pass their test: {names}"
 
 
+def _apart(predicted: float | None, measured: float) -> bool:
+    return predicted is not None and abs(predicted / measured - 1) > APART
+
+
 def warnings(found: Bench) -> Iterator[str]:
     """What speaks against trusting these figures, or says that there could be more of them."""
     if found.load.busy:
         yield f"WARNING: the machine was busy: {found.load}; end what else runs, and measure again"
+    apart = [label(arm) for arm in found.drafting if _apart(found.predicted(arm), arm.speedup.value)]
+    if apart:
+        yield f"predicted and measured are more than {APART:.0%} apart at gamma {', '.join(apart)}: go by the measured"
     if found.counts.left_out:
         yield f"left out: {found.counts.left_out} prompts or later turns that the context has no room for"
     if found.interrupted:

@@ -3,6 +3,7 @@
 Owns what a line may say, and the tasks that come with the bundled pair. Knows nothing of models.
 """
 
+import codecs
 import gzip
 import json
 import zlib
@@ -16,6 +17,7 @@ from foredraft.llm import BUNDLED
 
 BUNDLED_TASKS = BUNDLED / "tasks.jsonl"
 PROMPTS = ("turns", "prompt", "question", "instruction", "text", "input")  # the first found is the prompt
+SHOWN = 60  # characters of a value that is refused
 REFERENCES = ("reference", "references", "canonical_solution", "answer", "output", "summary", "highlights")
 MT_BENCH = "mt_bench"
 MT_BENCH_PARTS = frozenset(
@@ -53,7 +55,7 @@ def read_tasks(path: Path) -> tuple[Task, ...]:
         RequestError: it cannot be read, has no tasks, or a line is none; the message names the line.
     """
     path = path.expanduser()
-    lines = _read(path).split("\n")
+    lines = _lines(path)
     tasks = tuple(_task(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
     if not tasks:
         raise RequestError(f'{path} has no prompts; give JSON lines such as {{"turns": ["..."]}}')
@@ -72,12 +74,26 @@ def spread(tasks: Sequence[Task], most: int | None) -> tuple[Task, ...]:
     return tuple(tasks[index] for index in sorted(index for _, index in sorted(ranked)[:most]))
 
 
-def _read(path: Path) -> str:
+def _lines(path: Path) -> list[str]:
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"prompts cannot be read from {path}: {error}") from error
+    return [_decoded(path, number, line) for number, line in enumerate(_without_mark(data).split(b"\n"), 1)]
+
+
+def _without_mark(data: bytes) -> bytes:
+    """Some editors begin a file with a mark, which is no part of it."""
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _decoded(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte {line[error.start]:#04x} at {error.start}"
+        raise RequestError(f"{path}, line {number} is not UTF-8 text ({where}); save the file as UTF-8") from error
 
 
 def _task(path: Path, number: int, line: str) -> Task:
@@ -87,7 +103,7 @@ def _task(path: Path, number: int, line: str) -> Task:
         raise RequestError(f"{path}, line {number} is not JSON ({error}): {line[:60]!r}") from error
     data = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(data, dict):
-        raise RequestError(f"{path}, line {number} is no task: {line[:60]!r}; it must be an object or a string")
+        raise RequestError(f"{path}, line {number} is no task: {_shown(value)}; it must be an object or a string")
     try:
         _check_text(value)
         return _made(data, number)
@@ -109,8 +125,8 @@ def _made(data: Mapping[str, Any], number: int) -> Task:
     named = next((data[key] for key in ("question_id", "task_id", "id") if data.get(key) is not None), number)
     category = _text(data, "category") or ("code" if test else "")
     chat = data.get("chat")
-    if chat not in (None, True, False):
-        raise ValueError(f"chat is {chat!r}; it must be true or false")
+    if not isinstance(chat, bool | None):
+        raise ValueError(f"chat is {_shown(chat)}; it must be true or false")
     if category in MT_BENCH_PARTS and len(turns) > 1:
         category = MT_BENCH
     return Task(
@@ -119,13 +135,16 @@ def _made(data: Mapping[str, Any], number: int) -> Task:
 
 
 def _turns(data: Mapping[str, Any]) -> tuple[str, ...]:
-    key = next((name for name in PROMPTS if data.get(name)), None)
-    if key is None:
+    there = [name for name in PROMPTS if data.get(name) is not None]
+    if not there:
         raise ValueError(f"it has no prompt; give it one of {', '.join(PROMPTS)}")
+    key = next((name for name in there if data[name]), there[0])
     value = data[key]
     turns = [value] if isinstance(value, str) else value
+    if turns == [] or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{key} is empty; it must be a text, or a list of texts")
     if not isinstance(turns, list) or not all(isinstance(it, str) and it.strip() for it in turns):
-        raise ValueError(f"{key} is {str(value)[:60]!r}; it must be a text, or a list of texts that are not empty")
+        raise ValueError(f"{key} is {_shown(value)}; it must be a text, or a list of texts that are not empty")
     inputs = [it.get("input") for it in _instances(data)][:1] if key == "instruction" else []
     return tuple("\n\n".join(filter(None, [turn, *inputs])) for turn in turns)
 
@@ -149,7 +168,13 @@ def _texts(value: object) -> Iterable[str]:
 
 
 def _text(data: Mapping[str, Any], name: str) -> str:
-    value = data.get(name) or ""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {str(value)[:60]!r}; it must be a text")
-    return value
+    value = data.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} is {_shown(value)}; it must be a text")
+    return value or ""
+
+
+def _shown(value: object) -> str:
+    """As JSON, so that a number looks like one."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -10,4 +10,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, leave_at_once)
     from foredraft.cli.app import app
 
-    app(prog_name="foredraft")
+    try:
+        app(prog_name="foredraft")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries are taken down; any handler would be reset to death

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foredraft.cli import session
-from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.console import (
+    FAILURE,
+    INTERRUPTED,
+    busy,
+    interruptible,
+    note,
+    only_result,
+    printing,
+    stdout_console,
+    write_result,
+)
 from foredraft.cli.files import check_writable, write_whole
 from foredraft.cli.options import (
     DRAFTING,
@@ -142,12 +152,12 @@ def audit(options: AuditFlags) -> None:
         write_whole(text + "\n", options.output)
         note(f"certificate: {options.output}")
     if options.json:
-        stdout.write(text + "\n")
-        stdout.flush()
+        write_result(stdout, text)
     else:
         from foredraft.audit.table import show
 
-        show(found, stdout_console(highlight=False), command(options))
+        with printing():
+            show(found, stdout_console(highlight=False), command(options))
     finish(found)
 
 

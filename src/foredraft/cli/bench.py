@@ -4,12 +4,23 @@ import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from foredraft.cli import session
-from foredraft.cli.console import FAILURE, INTERRUPTED, busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.console import (
+    FAILURE,
+    INTERRUPTED,
+    StdoutError,
+    busy,
+    interruptible,
+    note,
+    only_result,
+    printing,
+    stdout_console,
+    write_result,
+)
 from foredraft.cli.files import check_writable, write_whole
 from foredraft.cli.options import (
     DRAFTING,
@@ -143,16 +154,28 @@ def bench(options: BenchFlags) -> None:
             chosen = bench_options(options)
             tasks = read(options, chosen)
         found = run(options, chosen, tasks)
-    if options.json:
-        stdout.write(json.dumps(found.as_dict()) + "\n")
-        stdout.flush()
-    else:
-        from foredraft.bench.table import show
-
-        show(found, stdout_console(highlight=False), markdown=options.markdown)
-    if options.html is not None:
-        write_page(found, options.html)
+    try:
+        print_result(found, options, stdout)
+    finally:
+        if options.html is not None:
+            write_page(found, options.html)
     finish(found)
+
+
+def print_result(found: "Bench", options: BenchFlags, stdout: TextIO) -> None:
+    """On stderr where stdout takes it not: it took long to find. Raises StdoutError then."""
+    from foredraft.bench.table import show
+
+    try:
+        if options.json:
+            write_result(stdout, json.dumps(found.as_dict()))
+        else:
+            with printing():
+                show(found, stdout_console(highlight=False), markdown=options.markdown)
+    except StdoutError:
+        note("the figures, which standard output did not take:")
+        show(found, stdout_console(stderr=True, highlight=False))
+        raise
 
 
 def bench_options(options: BenchFlags) -> "BenchOptions":
@@ -161,11 +184,18 @@ def bench_options(options: BenchFlags) -> "BenchOptions":
 
     if options.draft == "none":
         raise RequestError("--draft none leaves nothing to compare with plain decoding; choose a drafter")
-    own = options.as_run_options()
+    if options.json and options.markdown:
+        raise RequestError("--json contradicts --markdown: one of them is printed; drop the other")
+    own, lengths = options.as_run_options(), read_lengths(options.gamma)
     own.check()
     _ = own.target_device  # raises where --gpu is not usable
+    if options.policy is not None and None not in lengths:
+        raise RequestError(
+            f"--policy {options.policy} is used by no arm of --gamma {options.gamma}; write --gamma "
+            f"{options.gamma},policy, or drop it"
+        )
     return BenchOptions(
-        read_lengths(options.gamma),
+        lengths,
         session.sampling_params(own),
         options.policy,
         options.rounds,

@@ -40,7 +40,8 @@ def guard() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
-        sys.stdout.flush()
+        with printing():
+            sys.stdout.flush()
     except RequestError as error:
         raise _failed(error, WRONG_USE) from error
     except ForedraftError as error:
@@ -55,6 +56,29 @@ def guard() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT):
             _abandon_stdout()
         raise _failed(error, FAILURE) from error
+
+
+class StdoutError(ForedraftError):
+    """Standard output takes no more; nobody who reads it can be told."""
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """What is written to stdout inside is a result; raises StdoutError where that fails (a full disk)."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon_stdout()
+        raise StdoutError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def write_result(stdout: TextIO, text: str) -> None:
+    """The one object of `--json`. Raises StdoutError."""
+    with printing():
+        stdout.write(text + "\n")
+        stdout.flush()
 
 
 def _abandon_stdout() -> None:
@@ -146,12 +170,16 @@ class Printer:
                 continue
             self.at_start = False
             text = text.replace("\x1b", "\ufffd") if self.terminal else text  # no escape sequences from a model
-            sys.stdout.write(f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text)
-        sys.stdout.flush()
+            self._print(f"{GREEN}{text}{PLAIN}" if drafted and self.colour else text)
+        self._print("", flush=True)
 
     def end(self) -> None:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        self._print("\n", flush=True)
+
+    @staticmethod
+    def _print(text: str, *, flush: bool = False) -> None:
+        with printing():
+            print(text, end="", flush=flush)
 
 
 def _has_colour() -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from foredraft.cli.console import FAILURE, busy, interruptible, only_result, stdout_console
+from foredraft.cli.console import FAILURE, busy, interruptible, only_result, printing, stdout_console, write_result
 from foredraft.cli.options import (
     MODEL,
     DeviceFlag,
@@ -54,11 +54,11 @@ def doctor(options: DoctorOptions) -> None:
                 trust_remote_code=options.trust_remote_code,
             )
     if options.json:
-        stdout.write(json.dumps(diagnosis.as_dict()) + "\n")
+        write_result(stdout, json.dumps(diagnosis.as_dict()))
     else:
         from foredraft.diagnosis.report import show
 
-        show(diagnosis, stdout_console(highlight=False))
-    stdout.flush()
+        with printing():
+            show(diagnosis, stdout_console(highlight=False))
     if not diagnosis.well:
         raise typer.Exit(FAILURE)

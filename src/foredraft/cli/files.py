@@ -19,11 +19,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_whole(text: str, path: Path) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Raises ForedraftError where it cannot be."""
     path = path.expanduser()
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
+    except OSError as error:
+        raise ForedraftError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)

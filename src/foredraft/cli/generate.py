@@ -9,7 +9,7 @@ import typer
 
 from foredraft.cli import session
 from foredraft.cli.compare import Comparison, compare
-from foredraft.cli.console import FAILURE, INTERRUPTED, only_result
+from foredraft.cli.console import FAILURE, INTERRUPTED, only_result, printing, write_result
 from foredraft.cli.options import GenerateOptions, takes
 from foredraft.errors import RequestError
 
@@ -30,7 +30,8 @@ def generate(options: GenerateOptions) -> None:
     elif options.compare:
         llm, params = session.start(options, repeats=True)
         comparison = compare(ask(llm, prompt, options.chat), params, options.num_draft_tokens)
-        comparison.print()
+        with printing():
+            comparison.print()
         finish(comparison)
     else:
         llm, params = session.start(options)
@@ -87,8 +88,7 @@ def print_json(options: GenerateOptions, prompt: str) -> None:
             result, extra = question.ask(params, options.num_draft_tokens), {}
         drafter = "none" if options.num_draft_tokens == 0 else llm.drafter.name
         answer = describe(result) | {"model": options.model or "bundled", "draft": drafter} | extra
-        stdout.write(json.dumps(answer) + "\n")
-        stdout.flush()
+        write_result(stdout, json.dumps(answer))
     if comparison:
         finish(comparison)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console, write_result
 from foredraft.cli.options import MODEL, DeviceFlag, JsonFlag, flag, takes
 from foredraft.errors import RequestError, missing_extra
 
@@ -95,7 +95,7 @@ def list_models(options: ListOptions) -> None:
     with only_result() as stdout, connect(options) as client:
         models = client.list_models()
         if options.json:
-            stdout.write(json.dumps(models) + "\n")
+            write_result(stdout, json.dumps(models))
             return
     show(list(models.values()))
 

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar, get_type_hints
 import typer
 
 from foredraft.cli.console import guard
-from foredraft.drafters.registry import DRAFTERS, with_profile
+from foredraft.drafters.registry import DRAFTERS, split, with_profile
 from foredraft.errors import RequestError
 
 Options = TypeVar("Options")
@@ -121,6 +121,12 @@ class RunOptions:
         if self.draft == "none" and (self.policy is not None or self.num_draft_tokens):
             given = f"--policy {self.policy}" if self.policy is not None else f"--gamma {self.num_draft_tokens}"
             raise RequestError(f"--draft none contradicts {given}: nothing is drafted; drop one of them")
+        names = split(self.draft)
+        if self.draft_profile is not None and not {*with_profile()} & {*([names] if isinstance(names, str) else names)}:
+            raise RequestError(
+                f"--draft-profile contradicts --draft {self.draft}: only {' and '.join(with_profile())} leave anything "
+                "out; drop one of them"
+            )
 
     @property
     def target_device(self) -> str:

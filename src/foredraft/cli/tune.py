@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console
+from foredraft.cli.console import busy, interruptible, note, only_result, printing, stdout_console, write_result
 from foredraft.cli.options import (
     DRAFTING,
     OUTPUT,
@@ -106,12 +106,12 @@ def tune(options: TuneFlags) -> None:
 
             plot(advice, options.plot)
     if options.json:
-        stdout.write(json.dumps(advice.as_dict() | {"profile": written and str(written)}) + "\n")
-        stdout.flush()
+        write_result(stdout, json.dumps(advice.as_dict() | {"profile": written and str(written)}))
         return
     from foredraft.tuning.report import show
 
-    show(advice, stdout_console(highlight=False))
+    with printing():
+        show(advice, stdout_console(highlight=False))
     note(f"profile: {written}" if written else why_none(advice))
 
 

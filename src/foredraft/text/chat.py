@@ -68,7 +68,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         except RequestError:  # a template with demands of its own; rendering the user's chat will say which
             continue
         rest = rendered.partition(marker)[2].lstrip()
-        ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+        ids = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"] if rest else []
         if ids and ids[0] in added_tokens(tokenizer):
             return (ids[0],)
     return ()
@@ -210,6 +210,7 @@ def _apply_template(
             add_generation_prompt=tokenize,
             tokenize=tokenize,
             return_dict=False,
+            tokenizer_kwargs={"verbose": False},  # a prompt beyond the context is refused by us, in words
             **variables,
         )
     )

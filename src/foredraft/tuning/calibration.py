@@ -16,7 +16,7 @@ from typing import Any
 
 from foredraft.errors import RequestError
 from foredraft.llm import LLM, Prompt
-from foredraft.text import render_chat
+from foredraft.text import encode_text, render_chat
 from foredraft.types import SamplingParams
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".txt.gz", ".md.gz", ".jsonl.gz")
@@ -205,11 +205,11 @@ def _encode(llm: LLM, text: str | Passage | list[int]) -> list[int]:
     if isinstance(text, list):
         return text
     if isinstance(text, Passage):
-        ids = llm.tokenizer(text.text)["input_ids"]
+        ids = llm.tokenizer(text.text, verbose=False)["input_ids"]
         return list(ids[: min(PROMPT_TOKENS, max(4, len(ids) // 2))])
     if llm.tokenizer.chat_template:
         return render_chat(llm.tokenizer, [{"role": "user", "content": text}])
-    return list(llm.tokenizer(text)["input_ids"])
+    return encode_text(llm.tokenizer, text)
 
 
 def _own_prompts(llm: LLM, count: int, seed: int) -> list[str | Passage | list[int]]:

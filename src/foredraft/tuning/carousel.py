@@ -39,8 +39,9 @@ class Carousel:
 
     name = "carousel"
 
-    def __init__(self, turns: Sequence[Turn], seed: int = 0) -> None:
+    def __init__(self, turns: Sequence[Turn], seed: int = 0, stretch: int = STRETCH) -> None:
         self.turns = turns
+        self.stretch = stretch
         self.order: list[Turn] = []
         self.source = random.Random(seed)
         self.laps = -1  # that have begun, less one
@@ -62,10 +63,10 @@ class Carousel:
             if not self.order:
                 self.laps += 1
                 self.order = self.source.sample(self.turns, len(self.turns))
-            self.current, self.left = self.order.pop(), STRETCH
+            self.current, self.left = self.order.pop(), self.stretch
         self.left -= 1
         assert self.current is not None
-        self.decoding, self.warm = True, self.left < STRETCH - 1
+        self.decoding, self.warm = True, self.left < self.stretch - 1
         return self.current.gamma
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
@@ -126,12 +127,13 @@ def measure(
     laps: int,
     max_seconds: float,
     seed: int = 0,
+    stretch: int = STRETCH,
     clock: Callable[[], float] = perf_counter,
     meter: LoadMeter | None = None,
 ) -> Costs:
     """Decode the calibration prompts with all turns, `laps` times or until the time is up; what scatters, again."""
     meter = meter or LoadMeter()
-    carousel, plain = Carousel([], seed), Turn(PLAIN, NoDrafter(), 0)
+    carousel, plain = Carousel([], seed, stretch), Turn(PLAIN, NoDrafter(), 0)
     ends = clock() + max_seconds
 
     def ride(turns: Sequence[Turn]) -> Sequence[Timed]:
