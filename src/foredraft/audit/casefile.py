@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from foredraft.audit.asks import OWN, SETTINGS, Ask
+from foredraft.audit.asks import FORMS, OWN, SETTINGS, Ask
 from foredraft.audit.exact import Case
 from foredraft.errors import RequestError
 from foredraft.steering import Processor, Stateful
@@ -61,6 +61,6 @@ def _ask(found: Mapping[str, Any], own: tuple[Processor | Stateful, ...]) -> Ask
     if "logit_bias" in params:
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
     setting = found.get("setting", "")
-    params["processors"] = own if setting.startswith(OWN) else SETTINGS.get(setting, DEFAULTS).processors
+    params["processors"] = own if setting.startswith(OWN) else (SETTINGS | FORMS).get(setting, DEFAULTS).processors
     timing = {name: found[name] for name in ASK if name in found}
     return Ask(tuple(map(int, found["prompt"])), SamplingParams(**params), **timing)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, zip_longest
 
 from foredraft.audit.asks import Ask, ordered
 from foredraft.audit.options import AuditOptions
@@ -31,7 +31,7 @@ class Case:
 class Difference:
     """Where a request first departs from plain decoding."""
 
-    what: str  # tokens, logits, logprobs, end, error, counts
+    what: str  # tokens, logits, logprobs, end, steps, text, error, counts
     position: int  # in the output
     expected: str
     got: str
@@ -130,7 +130,24 @@ def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference 
     if count > len(expected.tokens) or (not left and (count, got.reason) != (len(expected.tokens), expected.reason)):
         whole = f"{len(expected.tokens)} tokens, {expected.reason}"
         return Difference("end", min(count, len(expected.tokens)), whole, f"{count} tokens, {got.reason}", case)
+    told = _told(expected, got, case, left=left)
+    if told is not None:
+        return told
     return None if got.counted else Difference("counts", count, "as many as there are tokens", "others", case)
+
+
+def _told(expected: Outcome, got: Outcome, case: Case, *, left: bool) -> Difference | None:
+    """Whether the steps handed the user what was said: tokens, flags and text, to the end unless it left or failed."""
+    kept = list(zip_longest(got.tokens, got.flags))
+    for position, pair in enumerate(zip_longest(kept, got.handed)):
+        if pair[0] != pair[1] and not (got.error and position >= len(got.handed)):
+            return Difference("steps", position, _shown(pair[0]), _shown(pair[1]), case)
+    for whole in (expected.text, got.result):
+        if got.text != whole and not ((left or got.error) and whole.startswith(got.text)):
+            start = next((i for i, (a, b) in enumerate(zip(got.text, whole, strict=False)) if a != b), 0)
+            said, read = (repr(it[start : start + 20]) for it in (whole, got.text))
+            return Difference("text", len(got.tokens), said, read, case)
+    return None
 
 
 def _shown(value: object) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from foredraft import profile
 from foredraft.audit import distribution
-from foredraft.audit.asks import BLOCK, Ask, asks, derived
+from foredraft.audit.asks import BLOCK, Ask, asks, derived, is_far
 from foredraft.audit.controls import CONTROLS, Control
 from foredraft.audit.distribution import Tree, make_tree
 from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
@@ -120,25 +120,37 @@ class Run:
             self.watcher.tick(control.name)
 
     def _planted(self, control: Control) -> Planted:
-        if control.needs_grammar and not any(ask.params.structured for ask in self.asks):
-            return Planted(control.name, control.kind, None, "no grammar can be had for this model here")
+        missing = self._missing(control)
+        if missing:
+            return Planted(control.name, control.kind, None, missing)
         if control.kind == "exact":
             return self._planted_exactly(control)
         tree = self.trees[0]
         found = self._test(control.drawing_subject(tree, self.llm.model.vocab_size), [tree])
         return Planted(control.name, control.kind, not found.passed, found.error or f"p = {found.p_value:.1e}")
 
-    def _of_each_setting(self) -> list[Ask]:
-        """A few requests of every setting: a bug may show in one of them only."""
+    def _missing(self, control: Control) -> str:
+        """Why this bug cannot show here; empty where it can."""
+        if control.needs == "grammar" and not any(ask.params.structured for ask in self.asks):
+            return "no grammar can be had for this model here"
+        if control.needs == "tokenizer" and self.llm._tokenizer is None:
+            return "there is no tokenizer, and so no text"
+        return "" if not control.far or any(map(is_far, self.asks)) else "the context has no room for a long prompt"
+
+    def _crowd(self, control: Control) -> list[Ask]:
+        """A few requests of every setting: a bug may show in one of them only. Long prompts only where it has to."""
         found: dict[str, list[Ask]] = {}
         for ask in self.asks:
-            found.setdefault(ask.setting, []).append(ask)
+            if not is_far(ask):
+                found.setdefault(ask.setting, []).append(ask)
+        if control.far:
+            return [*filter(is_far, self.asks), *(own[0] for own in found.values())]
         return [ask for own in found.values() for ask in own[:CONTROL_REQUESTS]]
 
     def _planted_exactly(self, control: Control) -> Planted:
         found = Compared()
         subject = control.exact_subject(self.truth, self.llm.model.vocab_size)
-        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self._of_each_setting()]
+        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self._crowd(control)]
         compare_run(self.llm, subject, crowd, CONTROL_BATCH, self.truth, found)
         differing = len(found.differences)
         kinds = ", ".join(sorted({difference.what for difference in found.differences}))
