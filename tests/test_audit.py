@@ -107,14 +107,24 @@ def test_the_tables_have_every_drafter_and_control(found: Audit, capsys: pytest.
 
 
 def test_a_distribution_without_drafts_is_no_evidence(found: Audit, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lookups find nothing in so short a text, and had a p like everybody else."""
+    """Lookups found nothing in so short a text, had a p like everybody else, and the audit passed without a word."""
     ngram = next(it for it in found.checked if it.drafter == "ngram")
-    assert ngram.tested and ngram.tested.drafted == 0
-    alone = replace(found, checked=(ngram,))
-    assert alone.status == "passed" and "was not tried" in alone.guarantees[1]
-    assert "draws from the target's distribution" in found.guarantees[1]
+    assert ngram.tested and ngram.tested.telling and ngram.state == "equal"  # on a prompt that repeats itself
+    idle = replace(ngram, tested=replace(ngram.tested, drafted=0, accepted=0))
+    certain = replace(ngram, drafter="sure", tested=replace(ngram.tested, accepted=ngram.tested.drafted))
+    alone = replace(found, checked=(idle,))
+    assert alone.status == "rejection not tried" and alone.guarantees == ()
+    untold = replace(found, checked=(idle, certain))
+    assert untold.status == "passed" and "was not shown" in untold.guarantees[1]
+    some = replace(found, checked=(idle, replace(ngram, drafter="other")))
+    assert "draws from the target's distribution with other (" in some.guarantees[1]
+    told = some.as_dict()["drafters"]
+    assert [it["status"] for it in told] == ["equal; rejection sampling not shown (no drafts)", "equal"]
+    show(untold, stdout_console(width=200), "foredraft audit")
+    shown = capsys.readouterr().out
+    assert "no difference; rejection sampling not shown of ngram (no drafts), sure (all accepted)" in shown
     show(alone, stdout_console(width=200), "foredraft audit")
-    assert "no drafts" in capsys.readouterr().out
+    assert "nothing was drafted under rejection sampling" in capsys.readouterr().out
 
 
 def test_controls_meet_every_setting_however_many_prompts_there_are(bundled: LLM) -> None:

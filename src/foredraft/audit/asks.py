@@ -161,7 +161,7 @@ def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
         turns = under if options.whole or not under else [under[place % len(under)]]
         pairs += [(prompt, name, params) for name, params in (*SETTINGS.items(), *turns, *own)]
     for prompt in far(llm, options):
-        pairs += [(prompt, f"{name}, {FAR}", SETTINGS[name]) for name in ("greedy", "sampled")]
+        pairs += [(prompt, f"{name}, {FAR}", SETTINGS[name]) for name in ("greedy", "sampled")[: 1 + options.whole]]
     return [
         Ask(prompt, replace(params, seed=options.seed * 100_000 + i, max_new_tokens=options.tokens - i % 4), name)
         for i, (prompt, name, params) in enumerate(pairs)

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product, zip_longest
 
 from foredraft.audit.asks import Ask, ordered
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
+from foredraft.drafters.several import Several
 from foredraft.llm import LLM
 
 Reference = dict[int, Outcome]  # by seed
@@ -21,6 +22,7 @@ class Case:
     asks: tuple[Ask, ...]
     batch: int
     index: int
+    warm: bool = False  # whether the same requests ran before, alone and without drafts: drafters and caches know them
 
     @property
     def ask(self) -> Ask:
@@ -99,18 +101,26 @@ def grid(options: AuditOptions, most: int) -> list[tuple[int | None, int, str]]:
 def compare_run(llm: LLM, subject: Subject, asks: Sequence[Ask], batch: int, truth: Reference, found: Compared) -> None:
     outcomes = play(llm, subject, asks, batch)
     found.runs += 1
+    played = _recorded(subject, asks, outcomes)
     for index, (ask, outcome) in enumerate(zip(asks, outcomes, strict=True)):
         found.requests += 1
         found.tokens += len(outcome.tokens)
         found.drafted += outcome.drafted
         found.accepted += outcome.accepted
         found.asked[ask.setting] += 1
-        difference = first_difference(truth[ask.seed], outcome, Case(tuple(asks), batch, index))
+        difference = first_difference(truth[ask.seed], outcome, Case(played, batch, index))
         if difference is not None:
             found.differences.append(difference)
         elif outcome.error:
             found.failing[ask.setting] += 1
             found.error = found.error or outcome.error
+
+
+def _recorded(subject: Subject, asks: Sequence[Ask], outcomes: Sequence[Outcome]) -> tuple[Ask, ...]:
+    """The requests with the drafts they got, wherever measured times decided how long these were or who drafted."""
+    several = isinstance(subject.drafter, Several)
+    pairs = zip(asks, outcomes, strict=True)
+    return tuple(replace(a, drafts=o.drafts) if several or a.num_draft_tokens is None else a for a, o in pairs)
 
 
 def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference | None:

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from foredraft import profile
-from foredraft.audit import distribution
-from foredraft.audit.asks import BLOCK, Ask, asks, derived, is_far
+from foredraft.audit import casefile, distribution
+from foredraft.audit.asks import BLOCK, OWN, Ask, asks, derived, is_far
 from foredraft.audit.controls import CONTROLS, Control
 from foredraft.audit.distribution import Tree, make_tree
-from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
+from foredraft.audit.exact import Compared, Difference, Reference, compare, compare_run, grid, reference
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import Subject
 from foredraft.audit.result import Audit, Checked, Failure, Planted
-from foredraft.audit.shrink import smallest
+from foredraft.audit.shrink import replay, smallest
 from foredraft.audit.subjects import Audited, fingerprint
 from foredraft.diagnosis.setting import setting
 from foredraft.llm import LLM
@@ -71,6 +71,7 @@ class Run:
     asks: list[Ask] = field(default_factory=list)
     truth: Reference = field(default_factory=dict)
     trees: list[Tree] = field(default_factory=list)
+    repeating: list[Tree] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)
     controls: list[Planted] = field(default_factory=list)
     failure: Failure | None = None
@@ -107,11 +108,28 @@ class Run:
             self.checked.append(Checked(it.name, it.flag, digest, found, tested, complete))
         if found.differences and self.failure is None:
             self.watcher.stage(f"{it.name}: looking for the smallest case", 0)
-            self.failure = Failure(it.name, it.flag, smallest(self.llm, subject, found.differences[0]))
+            self.failure = self._failure(it, subject, found.differences[0])
+
+    def _failure(self, it: Audited, subject: Subject, found: Difference) -> Failure:
+        """The smallest case, once it has failed again as it will be printed; else the one that was found."""
+        best = smallest(self.llm, subject, found)
+        if best is None:
+            return Failure(it.name, it.flag, found, repeats=False)
+        own = next((ask.params.processors for ask in best.case.asks if ask.setting.startswith(OWN)), ())
+        printed = casefile.loads(casefile.dumps(best.case), own)
+        again = replay(self.llm, subject, printed)
+        return Failure(it.name, it.flag, again or best, repeats=again is not None)
 
     def _test(self, subject: Subject, trees: Sequence[Tree]) -> distribution.Tested:
-        tree = distribution.most_telling(self.llm, subject, trees, self.options.seed) if len(trees) > 1 else trees[0]
+        tree = trees[0]
+        if len(trees) > 1:
+            tree = distribution.most_telling(self.llm, subject, trees, self.options.seed, self._others)
         return distribution.test(self.llm, subject, tree, self.options, self.threshold)
+
+    def _others(self) -> list[Tree]:
+        """Of prompts that repeat themselves; made once, if at all."""
+        self.repeating = self.repeating or [distribution.repeating(self.llm, tree) for tree in self.trees[:2]]
+        return self.repeating
 
     def plant(self) -> None:
         self.watcher.stage("controls", len(CONTROLS))

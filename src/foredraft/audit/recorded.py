@@ -17,6 +17,7 @@ class Drafted(NamedTuple):
 
 
 NONE = Drafted(0, 0, "none")
+FORCED = "forced+"  # how a source's name begins where its draft goes on from forced tokens
 
 
 class Recorded(Choice):
@@ -34,10 +35,12 @@ class Recorded(Choice):
 
     def start(self, request: Request) -> int:
         it = self.now(request)
-        return it.limit if it.length else 0
+        return it.limit if it.length > len(request.lead) else 0
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
-        return len(confidences) < self.now(request).length
+        it = self.now(request)
+        lead = len(request.lead) if it.source.startswith(FORCED) else 0  # draft models are sure of these unasked
+        return lead + len(confidences) < it.length
 
     def rule(self, requests: list[Request], most: int) -> StopRule | None:
         return None
@@ -48,7 +51,7 @@ class Recorded(Choice):
     def who(self, request: Request) -> str | None:
         """Of several drafters the one; before a forced token's all the same, so the first."""
         it = self.now(request)
-        name = it.source.removeprefix("forced+")
+        name = it.source.removeprefix(FORCED)
         return (name if name in self.names else self.names[0]) if it.length else None
 
     def asks(self, name: str, requests: Sequence[Request]) -> list[Request]:
