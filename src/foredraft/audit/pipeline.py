@@ -20,6 +20,7 @@ from foredraft.tuning.options import Watcher
 
 CONTROL_BATCH, CONTROL_LENGTH = 3, BLOCK - 1
 CONTROL_REQUESTS = 2  # of each setting
+TRIED = 3  # differences, until one repeats
 
 
 def audit(
@@ -108,13 +109,13 @@ class Run:
             self.checked.append(Checked(it.name, it.flag, digest, found, tested, complete))
         if found.differences and self.failure is None:
             self.watcher.stage(f"{it.name}: looking for the smallest case", 0)
-            self.failure = self._failure(it, subject, found.differences[0])
+            self.failure = self._failure(it, subject, found.differences)
 
-    def _failure(self, it: Audited, subject: Subject, found: Difference) -> Failure:
-        """The smallest case, once it has failed again as it will be printed; else the one that was found."""
-        best = smallest(self.llm, subject, found)
+    def _failure(self, it: Audited, subject: Subject, found: Sequence[Difference]) -> Failure:
+        """The smallest case, once it has failed again as it will be printed; else the first one that was found."""
+        best = next(filter(None, (smallest(self.llm, subject, one) for one in found[:TRIED])), None)
         if best is None:
-            return Failure(it.name, it.flag, found, repeats=False)
+            return Failure(it.name, it.flag, found[0], repeats=False)
         own = next((ask.params.processors for ask in best.case.asks if ask.setting.startswith(OWN)), ())
         printed = casefile.loads(casefile.dumps(best.case), own)
         again = replay(self.llm, subject, printed)
