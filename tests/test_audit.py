@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import foredraft.engine
 from foredraft import LLM, SamplingParams
 from foredraft.audit import Audit, AuditOptions, audit, casefile, distribution, shrink
-from foredraft.audit.asks import SETTINGS, Ask, asks, derived, ordered
+from foredraft.audit.asks import FORMS, SETTINGS, Ask, asks, derived, far, is_far, ordered
 from foredraft.audit.controls import CONTROLS
 from foredraft.audit.distribution import chi_square, make_tree, most_telling
 from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
@@ -106,24 +107,35 @@ def test_the_tables_have_every_drafter_and_control(found: Audit, capsys: pytest.
 
 
 def test_a_distribution_without_drafts_is_no_evidence(found: Audit, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lookups find nothing in so short a text, and had a p like everybody else."""
+    """Lookups found nothing in so short a text, had a p like everybody else, and the audit passed without a word."""
     ngram = next(it for it in found.checked if it.drafter == "ngram")
-    assert ngram.tested and ngram.tested.drafted == 0
-    alone = replace(found, checked=(ngram,))
-    assert alone.status == "passed" and "was not tried" in alone.guarantees[1]
-    assert "draws from the target's distribution" in found.guarantees[1]
+    assert ngram.tested and ngram.tested.telling and ngram.state == "equal"  # on a prompt that repeats itself
+    idle = replace(ngram, tested=replace(ngram.tested, drafted=0, accepted=0))
+    certain = replace(ngram, drafter="sure", tested=replace(ngram.tested, accepted=ngram.tested.drafted))
+    alone = replace(found, checked=(idle,))
+    assert alone.status == "rejection not tried" and alone.guarantees == ()
+    untold = replace(found, checked=(idle, certain))
+    assert untold.status == "passed" and "was not shown" in untold.guarantees[1]
+    some = replace(found, checked=(idle, replace(ngram, drafter="other")))
+    assert "draws from the target's distribution with other (" in some.guarantees[1]
+    told = some.as_dict()["drafters"]
+    assert [it["status"] for it in told] == ["equal; rejection sampling not shown (no drafts)", "equal"]
+    show(untold, stdout_console(width=200), "foredraft audit")
+    shown = capsys.readouterr().out
+    assert "no difference; rejection sampling not shown of ngram (no drafts), sure (all accepted)" in shown
     show(alone, stdout_console(width=200), "foredraft audit")
-    assert "no drafts" in capsys.readouterr().out
+    assert "nothing was drafted under rejection sampling" in capsys.readouterr().out
 
 
 def test_controls_meet_every_setting_however_many_prompts_there_are(bundled: LLM) -> None:
     """With the eight prompts of a whole audit those with a grammar were left out, and its control was missed."""
     run = Run(bundled, replace(BRIEF, prompts=8, tokens=8), Watcher())
     run.prepare()
-    crowd = run._of_each_setting()
-    assert {ask.setting for ask in crowd} == {ask.setting for ask in run.asks} >= {"greedy, grammar", "greedy, stop"}
-    control = next(control for control in CONTROLS if control.needs_grammar)
-    assert run._planted(control).caught
+    short = {ask.setting for ask in run.asks if not is_far(ask)}
+    assert {ask.setting for ask in run._crowd(CONTROLS[0])} == short >= {"greedy, stop", *FORMS}
+    for control in CONTROLS:
+        if control.needs == "grammar":
+            assert run._planted(control).caught, control.name
 
 
 def test_without_controls_nothing_passes(found: Audit) -> None:
@@ -142,7 +154,8 @@ def test_models_without_a_tokenizer_are_audited_without_a_grammar(llm: LLM) -> N
     audited, _ = find(llm, ["int4"], LoadOptions(), bundled=False)
     found = audit(llm, audited, BRIEF)
     assert found.status == "passed"
-    assert [it.name for it in found.controls if it.caught is None] == ["the grammar forgets the draft before a row"]
+    missing = {it.name for it in CONTROLS if it.needs or (it.far and llm.max_model_len < 600)}
+    assert {it.name for it in found.controls if it.caught is None} == missing != set()
 
 
 def test_a_third_party_model_passes(shared: Path) -> None:
@@ -189,7 +202,22 @@ def test_an_interrupt_keeps_what_was_compared(llm: LLM) -> None:
     assert llm.generate([1, 2, 3], SamplingParams(max_new_tokens=2)).finish_reason == "length"  # usable afterwards
 
 
-TRUTH = Outcome((5, 6), (b"a", b"b"), (TokenLogprobs(5, -1.0), TokenLogprobs(6, -2.0)), "length", "", 0, 0, True)
+TRUTH = Outcome(
+    (5, 6),
+    (b"a", b"b"),
+    (TokenLogprobs(5, -1.0), TokenLogprobs(6, -2.0)),
+    "length",
+    "",
+    0,
+    0,
+    True,
+    (False, True),
+    ((5, False), (6, True)),
+    "ab",
+    "ab",
+)
+ONE = {"tokens": (5,), "notes": (b"a",), "flags": (False,), "handed": ((5, False),), "text": "a", "result": "a"}
+LEFT = replace(TRUTH, reason="abort", **ONE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +232,12 @@ TRUTH = Outcome((5, 6), (b"a", b"b"), (TokenLogprobs(5, -1.0), TokenLogprobs(6, 
         ({"reason": "stop"}, "end", 2),
         ({"error": "ValueError: no"}, "error", 2),
         ({"counted": False}, "counts", 2),
+        ({"handed": ((5, False),)}, "steps", 1),
+        ({"handed": ((5, False), (6, False))}, "steps", 1),
+        ({"handed": ((5, False), (None, True))}, "steps", 1),
+        ({"text": "axb"}, "text", 2),
+        ({"text": "a"}, "text", 2),
+        ({"result": "abc"}, "text", 2),
     ],
 )
 def test_whatever_differs_is_a_difference(changed: dict[str, Any], what: str, position: int) -> None:
@@ -215,8 +249,9 @@ def test_whatever_differs_is_a_difference(changed: dict[str, Any], what: str, po
 
 def test_who_leaves_early_agrees_as_far_as_he_came() -> None:
     left = Case((Ask((1,), SamplingParams(seed=0), leaves=1),), 1, 0)
-    assert first_difference(TRUTH, replace(TRUTH, tokens=(5,), notes=(b"a",), reason="abort"), left) is None
-    assert first_difference(TRUTH, replace(TRUTH, tokens=(6,), notes=(b"a",), reason="abort"), left)
+    assert first_difference(TRUTH, LEFT, left) is None
+    for changed in ({"tokens": (6,)}, {"handed": ()}, {"text": "x"}, {"text": "abc", "result": "abc"}):
+        assert first_difference(TRUTH, replace(LEFT, **changed), left)  # type: ignore[arg-type]
 
 
 class Fails:
@@ -263,7 +298,7 @@ def test_tokens_before_a_common_error_are_compared(llm: LLM) -> None:
     difference = first_difference(failing, replace(failing, tokens=(5, 7)), case)
     assert difference and difference.what == "tokens"
     gone = Case((Ask((1,), SamplingParams(seed=0), leaves=1),), 1, 0)  # before it could fail
-    assert first_difference(failing, replace(TRUTH, tokens=(5,), notes=(b"a",), reason="abort"), gone) is None
+    assert first_difference(failing, LEFT, gone) is None
     found = Compared()
     asked = [Ask((1, 2), SamplingParams(seed=0, max_new_tokens=4, processors=(Fails(4),)), "mine", 2)]
     compare_run(llm, Subject(NgramDrafter()), asked, 1, reference(llm, asked), found)
@@ -273,9 +308,22 @@ def test_tokens_before_a_common_error_are_compared(llm: LLM) -> None:
 # What it asks
 
 
+def test_prompts_reach_behind_512_and_1024_where_there_is_room(llm: LLM, bundled: LLM) -> None:
+    deep: Any = SimpleNamespace(max_model_len=2048, model=llm.model)
+    assert [len(prompt) for prompt in far(deep, AuditOptions())] == [507, 1100]
+    assert [len(prompt) for prompt in far(deep, AuditOptions.quick())] == [507]
+    assert [len(prompt) for prompt in far(bundled, AuditOptions())] == [507]  # a context of 1,024
+    for options in (AuditOptions(), AuditOptions.quick()):  # whose texts cross 512
+        assert 507 < 512 < 507 + min(ask.params.max_new_tokens for ask in asks(bundled, options) if is_far(ask))
+
+
+def test_every_setting_shows_what_was_written_into_logits() -> None:
+    assert {params.logprobs for params in (*SETTINGS.values(), *FORMS.values())} == {2}
+
+
 def test_requests_are_ragged_and_have_seeds_of_their_own(llm: LLM) -> None:
     made = asks(llm, AuditOptions())
-    assert len({ask.seed for ask in made}) == len(made) == 8 * len(SETTINGS)
+    assert len({ask.seed for ask in made}) == len(made) == 8 * len(SETTINGS) + 2 * len(far(llm, AuditOptions()))
     assert max(len(ask.prompt) for ask in made) > 256  # beyond a chunk's border
     assert len({ask.params.max_new_tokens for ask in made}) == 4
     crowd = ordered(made, "leaving", 3, 0)

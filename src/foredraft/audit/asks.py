@@ -1,6 +1,7 @@
 """The requests of an audit: ragged prompts, settings that differ, and when each request comes and goes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -8,15 +9,19 @@ import torch
 from transformers import LogitsProcessor
 
 from foredraft.audit.options import AuditOptions
+from foredraft.audit.recorded import Drafted
 from foredraft.errors import ForedraftError
 from foredraft.llm import LLM
+from foredraft.results import Job
 from foredraft.steering import Stateful
 from foredraft.structured import Structured
-from foredraft.types import Request, SamplingParams
+from foredraft.types import SamplingParams
 
 BLOCK = 5  # tokens of a step in which a control's draft is right, the target's own included
 DERIVED = 50_000  # what seeds of requests begin at that are made of others' outputs
 LENGTHS = (3, 17, 40, 130, 250, 257, 300, 420)  # of prompts, in tokens; those behind 256 cross a chunk's border
+LONG = (507, 1100)  # of more, in a few settings only: whose output crosses position 512, and beyond 1,024
+FAR = "long prompt"  # how the names of these settings end
 TEXTS = (
     "User: I need a table for two in Oakland tonight.\nAssistant:",
     "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total",
@@ -50,12 +55,38 @@ class Counting(LogitsProcessor):
         return scores
 
 
+class Leaning(LogitsProcessor):
+    """A processor that looks at its prefix and forbids nothing, so that a grammar always leaves a token."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, input_ids.shape[1] % 2 :: 2] += 2.0
+        return scores
+
+
+# each with log-probabilities: what a bug writes into the logits of a pass may change no token of this request
 SETTINGS: dict[str, SamplingParams] = {
-    "greedy": SamplingParams(logprobs=1),
-    "sampled": SamplingParams(temperature=0.8, top_p=0.95),
-    "greedy, penalties": SamplingParams(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
-    "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),)),
-    "sampled, min_p, state": SamplingParams(temperature=1.5, min_p=0.2, processors=(Stateful(Counting),)),
+    "greedy": SamplingParams(logprobs=2),
+    "sampled": SamplingParams(temperature=0.8, top_p=0.95, logprobs=2),
+    "greedy, penalties": SamplingParams(
+        repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, logprobs=2
+    ),
+    "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),), logprobs=2),
+    "sampled, min_p, state": SamplingParams(temperature=1.5, min_p=0.2, processors=(Stateful(Counting),), logprobs=2),
+}
+FORM = Structured.regex(r"([a-z]{1,8} ){2}(yes|no|perhaps), [0-9]{1,4}")
+FORMS: dict[str, SamplingParams] = {  # the library draws under the first two, the last goes through the scores
+    "greedy, grammar": SamplingParams(structured=FORM, logprobs=2),
+    "sampled, grammar": SamplingParams(temperature=0.8, top_p=0.95, structured=FORM, logprobs=2),
+    "sampled, grammar, all": SamplingParams(
+        temperature=0.7,
+        repetition_penalty=1.1,
+        frequency_penalty=0.3,
+        logit_bias={2: 1.5, 3: -1.5},
+        processors=(Leaning(),),
+        structured=FORM,
+        logprobs=2,
+    ),
 }
 
 
@@ -70,6 +101,7 @@ class Ask:
     arrives: int = 0
     leaves: int | None = None
     memory: str | None = ""  # with whom it shares what was computed; None: with nobody
+    drafts: tuple[Drafted, ...] = ()  # as recorded, to be repeated; none: as the policy decides
 
     @property
     def seed(self) -> int:
@@ -77,13 +109,13 @@ class Ask:
 
     def alone(self) -> "Ask":
         """The same request without drafts, from beginning to end, with nothing taken over from others."""
-        return replace(self, num_draft_tokens=0, arrives=0, leaves=None, memory=None)
+        return replace(self, num_draft_tokens=0, arrives=0, leaves=None, memory=None, drafts=())
 
-    def request(self, llm: LLM) -> Request:
-        """As the library makes it, with the model's ends of text, stop strings and grammar."""
-        request = llm.job(self.prompt, self.params, self.num_draft_tokens).request
-        request.memory = self.memory
-        return request
+    def job(self, llm: LLM) -> Job:
+        """As the library makes it, with the model's ends of text, stop strings, grammar and the text that is read."""
+        job = llm.job(self.prompt, self.params, self.num_draft_tokens)
+        job.request.memory = self.memory
+        return job
 
 
 def prompts(llm: LLM, options: AuditOptions) -> list[tuple[int, ...]]:
@@ -105,29 +137,46 @@ def _words(length: int, vocab: int, source: Random) -> tuple[int, ...]:
 
 
 OWN = "yours"  # how the names of the user's settings begin
-FORM = SamplingParams(structured=Structured.regex(r"([a-z]{1,8} ){2}(yes|no|perhaps), [0-9]{1,4}"))
 
 
-def settings(llm: LLM, options: AuditOptions) -> dict[str, SamplingParams]:
-    """Those of every audit, output under a grammar where it can be had here, and the user's own."""
-    found = dict(SETTINGS)
-    try:
-        llm.job([0], FORM)
-        found["greedy, grammar"] = FORM
-    except ForedraftError:  # no tokenizer, no compiler, a vocabulary that cannot spell it
-        pass
-    return found | {f"{OWN} {i}": own for i, own in enumerate(options.own, 1)}
+def forms(llm: LLM) -> dict[str, SamplingParams]:
+    """Output under a grammar, as far as it can be had here."""
+    found = {}
+    for name, params in FORMS.items():
+        with suppress(ForedraftError):  # no tokenizer, no compiler, a vocabulary that cannot spell it
+            llm.job([0], params)
+            found[name] = params
+    return found
 
 
 def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
-    """Every prompt in every setting, each with a seed and a length of its own."""
-    pairs = [
-        (prompt, name, params) for prompt in prompts(llm, options) for name, params in settings(llm, options).items()
-    ]
+    """Every prompt in every setting and the user's own, each with a seed and a length of its own; then long ones.
+
+    Where there are few prompts, each is asked under one grammar, by turns.
+    """
+    under = [*forms(llm).items()]
+    own = [(f"{OWN} {i}", params) for i, params in enumerate(options.own, 1)]
+    pairs: list[tuple[tuple[int, ...], str, SamplingParams]] = []
+    for place, prompt in enumerate(prompts(llm, options)):
+        turns = under if options.whole or not under else [under[place % len(under)]]
+        pairs += [(prompt, name, params) for name, params in (*SETTINGS.items(), *turns, *own)]
+    for prompt in far(llm, options):
+        pairs += [(prompt, f"{name}, {FAR}", SETTINGS[name]) for name in ("greedy", "sampled")[: 1 + options.whole]]
     return [
         Ask(prompt, replace(params, seed=options.seed * 100_000 + i, max_new_tokens=options.tokens - i % 4), name)
         for i, (prompt, name, params) in enumerate(pairs)
     ]
+
+
+def is_far(ask: Ask) -> bool:
+    return ask.setting.endswith(FAR)
+
+
+def far(llm: LLM, options: AuditOptions) -> list[tuple[int, ...]]:
+    """Prompts whose texts end far behind: as many as the context has room for, one where there are few prompts."""
+    lengths = [length for length in LONG if length + options.tokens <= llm.max_model_len]
+    lengths = lengths if options.whole else lengths[:1]
+    return [_words(length, llm.model.vocab_size, Random(f"{options.seed} {length}")) for length in lengths]
 
 
 def derived(llm: LLM, asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]], setting: str = "greedy") -> list[Ask]:

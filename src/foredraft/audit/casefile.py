@@ -3,17 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import starmap
 from typing import Any
 
-from foredraft.audit.asks import OWN, SETTINGS, Ask
+from foredraft.audit.asks import FORMS, OWN, SETTINGS, Ask
 from foredraft.audit.exact import Case
+from foredraft.audit.recorded import Drafted
 from foredraft.errors import RequestError
 from foredraft.steering import Processor, Stateful
 from foredraft.structured import Structured
 from foredraft.types import SamplingParams
 
 FORMAT = 1
-ASK = ("setting", "num_draft_tokens", "arrives", "leaves")
+ASK = ("setting", "num_draft_tokens", "arrives", "leaves", "drafts")
 DEFAULTS = SamplingParams()
 
 
@@ -23,6 +25,8 @@ def dumps(case: Case) -> str:
     """
     asks = [{"prompt": list(ask.prompt), "params": _params(ask.params)} | _timing(ask) for ask in case.asks]
     found = {"format": FORMAT, "batch": case.batch, "index": case.index, "asks": asks}
+    if case.warm:
+        found["warm"] = True
     return json.dumps(found, separators=(",", ":"))
 
 
@@ -45,7 +49,7 @@ def loads(text: str, processors: Sequence[Processor | Stateful] = ()) -> Case:
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}, and this release reads format {FORMAT}")
         asks = tuple(_ask(it, tuple(processors)) for it in found["asks"])
-        case = Case(asks, int(found["batch"]), int(found["index"]))
+        case = Case(asks, int(found["batch"]), int(found["index"]), bool(found.get("warm")))
         if case.batch < 1 or not 0 <= case.index < len(asks):
             raise ValueError(f"batch {case.batch} and index {case.index} of {len(asks)} requests")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
@@ -61,6 +65,9 @@ def _ask(found: Mapping[str, Any], own: tuple[Processor | Stateful, ...]) -> Ask
     if "logit_bias" in params:
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
     setting = found.get("setting", "")
-    params["processors"] = own if setting.startswith(OWN) else SETTINGS.get(setting, DEFAULTS).processors
+    params["processors"] = own if setting.startswith(OWN) else (SETTINGS | FORMS).get(setting, DEFAULTS).processors
     timing = {name: found[name] for name in ASK if name in found}
+    if "drafts" in timing:
+        made = [(int(limit), int(length), str(source)) for limit, length, source in timing["drafts"]]
+        timing["drafts"] = tuple(starmap(Drafted, made))
     return Ask(tuple(map(int, found["prompt"])), SamplingParams(**params), **timing)

@@ -19,6 +19,7 @@ from foredraft.engine import Engine
 from foredraft.models.base import CausalModel
 
 Kind = Literal["exact", "distribution"]
+Need = Literal["grammar", "tokenizer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Control:
     engine: type[Engine] = Engine
     target: Callable[[CausalModel], CausalModel] = lambda model: model
     drafter: type[Scripted] | None = None  # None: HalfRight, or Sketch
-    needs_grammar: bool = False
+    needs: Need | None = None  # what has to be there for the bug to show
+    far: bool = False  # shows behind a long prompt only
 
     def exact_subject(self, truth: Reference, vocab_size: int) -> Subject:
         made = self.drafter or HalfRight
@@ -53,6 +55,7 @@ CONTROLS = (
     ),
     Control("temperature is ignored in verification", "exact", verification.IgnoresTemperature),
     Control("logits are divided by the temperature twice", "exact", verification.ScalesTwice),
+    Control("verification writes into the logits", "exact", verification.WritesIntoTheLogits),
     Control(
         "penalties see no draft token before a row",
         "exact",
@@ -67,10 +70,13 @@ CONTROLS = (
     Control("greedy is decided by p over q", "exact", verification.DecidesGreedyByRatio),
     Control("the cache keeps rejected tokens", "exact", state.KeepsTheCacheOfRejectedTokens),
     Control("positions are one off after a rejection", "exact", state.IsOneOffAfterARejection),
+    Control("positions are one off behind position 512", "exact", state.IsOneOffFarBehind, far=True),
     Control("a rejected token's keys are left behind", "exact", target=state.LeavesStaleKeys),
     Control("a row depends on the rows beside it", "exact", target=state.DependsOnItsNeighbours),
     Control("two requests of a batch get each other's logits", "exact", target=state.SwapsRows),
     Control("an end within a draft is seen late", "exact", state.EndsLate, drafter=AllRight),
+    Control("a refused token's text is shown", "exact", state.TellsRefusedTokens, needs="tokenizer"),
+    Control("the last token of a long step is not handed over", "exact", state.HandsOverOneTooFew, drafter=AllRight),
     Control("accepted tokens are counted twice", "exact", state.CountsTwice),
     Control("drafted tokens have a log-probability of 0", "exact", state.ForgetsLogprobs),
     Control(
@@ -78,7 +84,14 @@ CONTROLS = (
         "exact",
         state.ForgetsTheGrammar,
         drafter=AllRight,
-        needs_grammar=True,
+        needs="grammar",
+    ),
+    Control(
+        "the grammar masks a row late beside penalties",
+        "exact",
+        state.MasksARowLate,
+        drafter=AllRight,
+        needs="grammar",
     ),
     Control("the ratio of acceptance is inverted", "distribution", rejection.InvertsTheRatio),
     Control("every drafted token is accepted", "distribution", rejection.AcceptsEverything),

@@ -5,7 +5,7 @@ many draws are held against them by Pearson's chi-square test. All seeds are fix
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,8 @@ CERTAIN = 0.55  # of the likeliest of three
 TOGETHER = 16  # draws that run at once
 TREES = 4  # prompts, of which each drafter is tested on the one that tells most
 PILOT = 96  # draws that tell which that is
+STEM = 6  # tokens of a prompt before each continuation, where it repeats itself
+REPEATS = 2
 FEW = 20  # accepted or refused tokens: with fewer the test says nothing of one kind
 EXPECTED = 5.0  # counts below this share a cell, as the test's approximation asks for
 
@@ -79,6 +81,15 @@ class Tested:
         """Whether tokens were drafted, and accepted as well as refused; else this passes without being evidence."""
         return min(self.accepted, self.drafted - self.accepted) >= FEW
 
+    @property
+    def lacking(self) -> str:
+        """Why it says nothing of rejection sampling; empty where it does."""
+        if self.telling:
+            return ""
+        if not self.drafted:
+            return "no drafts"
+        return "all refused" if self.accepted < self.drafted - self.accepted else "all accepted"
+
 
 def make_tree(llm: LLM, prompt: Path) -> Tree:
     """At a temperature that leaves the candidates a choice: there a wrong distribution shows soonest."""
@@ -124,14 +135,36 @@ def draws(llm: LLM, subject: Subject, tree: Tree, samples: int, seed: int) -> tu
     return Counter(outcome.tokens for outcome in outcomes), drafted, accepted, error
 
 
-def most_telling(llm: LLM, subject: Subject, trees: Sequence[Tree], seed: int) -> Tree:
-    """The one whose drafts are accepted as well as refused, for only behind an accepted token is the next one tried."""
+def most_telling(
+    llm: LLM, subject: Subject, trees: Sequence[Tree], seed: int, others: Callable[[], Sequence[Tree]] = tuple
+) -> Tree:
+    """The one whose drafts are accepted as well as refused, for only behind an accepted token is the next one tried.
 
-    def balance(tree: Tree) -> int:
-        _, drafted, accepted, _ = draws(llm, subject, tree, PILOT, seed + PILOT)
-        return min(accepted, drafted - accepted)
+    `others` are made where there are no drafts on any of these: prompts on which lookups find something.
+    """
+    found = [_pilot(llm, subject, tree, seed) for tree in trees]
+    if not any(drafted for _, drafted in found):
+        more = others()
+        found, trees = [*found, *(_pilot(llm, subject, tree, seed) for tree in more)], [*trees, *more]
+    return max(zip(found, trees, strict=True), key=lambda pair: pair[0])[1]
 
-    return max(trees, key=balance)
+
+def _pilot(llm: LLM, subject: Subject, tree: Tree, seed: int) -> tuple[int, int]:
+    """Of a few draws: what is rarer of tokens accepted and refused, and how many were drafted."""
+    _, drafted, accepted, _ = draws(llm, subject, tree, PILOT, seed + PILOT)
+    return min(accepted, drafted - accepted), drafted
+
+
+def repeating(llm: LLM, tree: Tree) -> Tree:
+    """One whose prompt has this tree's likeliest continuation behind each first token, so that lookups draft them."""
+    for _ in range(REPEATS):
+        chances = tree.continuations
+        likeliest = [
+            max((p for p in chances if p[0] == first), key=chances.__getitem__) for first in tree.following[()]
+        ]
+        start = tree.prompt[-STEM:]
+        tree = make_tree(llm, (*(token for path in likeliest for token in (*start, *path)), *start))
+    return tree
 
 
 def test(llm: LLM, subject: Subject, tree: Tree, options: AuditOptions, threshold: float) -> Tested:

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import product, zip_longest
 
 from foredraft.audit.asks import Ask, ordered
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
+from foredraft.drafters.several import Several
 from foredraft.llm import LLM
 
 Reference = dict[int, Outcome]  # by seed
@@ -21,6 +22,7 @@ class Case:
     asks: tuple[Ask, ...]
     batch: int
     index: int
+    warm: bool = False  # whether the same requests ran before, alone and without drafts: drafters and caches know them
 
     @property
     def ask(self) -> Ask:
@@ -31,7 +33,7 @@ class Case:
 class Difference:
     """Where a request first departs from plain decoding."""
 
-    what: str  # tokens, logits, logprobs, end, error, counts
+    what: str  # tokens, logits, logprobs, end, steps, text, error, counts
     position: int  # in the output
     expected: str
     got: str
@@ -99,18 +101,26 @@ def grid(options: AuditOptions, most: int) -> list[tuple[int | None, int, str]]:
 def compare_run(llm: LLM, subject: Subject, asks: Sequence[Ask], batch: int, truth: Reference, found: Compared) -> None:
     outcomes = play(llm, subject, asks, batch)
     found.runs += 1
+    played = _recorded(subject, asks, outcomes)
     for index, (ask, outcome) in enumerate(zip(asks, outcomes, strict=True)):
         found.requests += 1
         found.tokens += len(outcome.tokens)
         found.drafted += outcome.drafted
         found.accepted += outcome.accepted
         found.asked[ask.setting] += 1
-        difference = first_difference(truth[ask.seed], outcome, Case(tuple(asks), batch, index))
+        difference = first_difference(truth[ask.seed], outcome, Case(played, batch, index))
         if difference is not None:
             found.differences.append(difference)
         elif outcome.error:
             found.failing[ask.setting] += 1
             found.error = found.error or outcome.error
+
+
+def _recorded(subject: Subject, asks: Sequence[Ask], outcomes: Sequence[Outcome]) -> tuple[Ask, ...]:
+    """The requests with the drafts they got, wherever measured times decided how long these were or who drafted."""
+    several = isinstance(subject.drafter, Several)
+    pairs = zip(asks, outcomes, strict=True)
+    return tuple(replace(a, drafts=o.drafts) if several or a.num_draft_tokens is None else a for a, o in pairs)
 
 
 def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference | None:
@@ -130,7 +140,24 @@ def first_difference(expected: Outcome, got: Outcome, case: Case) -> Difference 
     if count > len(expected.tokens) or (not left and (count, got.reason) != (len(expected.tokens), expected.reason)):
         whole = f"{len(expected.tokens)} tokens, {expected.reason}"
         return Difference("end", min(count, len(expected.tokens)), whole, f"{count} tokens, {got.reason}", case)
+    told = _told(expected, got, case, left=left)
+    if told is not None:
+        return told
     return None if got.counted else Difference("counts", count, "as many as there are tokens", "others", case)
+
+
+def _told(expected: Outcome, got: Outcome, case: Case, *, left: bool) -> Difference | None:
+    """Whether the steps handed the user what was said: tokens, flags and text, to the end unless it left or failed."""
+    kept = list(zip_longest(got.tokens, got.flags))
+    for position, pair in enumerate(zip_longest(kept, got.handed)):
+        if pair[0] != pair[1] and not (got.error and position >= len(got.handed)):
+            return Difference("steps", position, _shown(pair[0]), _shown(pair[1]), case)
+    for whole in (expected.text, got.result):
+        if got.text != whole and not ((left or got.error) and whole.startswith(got.text)):
+            start = next((i for i, (a, b) in enumerate(zip(got.text, whole, strict=False)) if a != b), 0)
+            said, read = (repr(it[start : start + 20]) for it in (whole, got.text))
+            return Difference("text", len(got.tokens), said, read, case)
+    return None
 
 
 def _shown(value: object) -> str:

@@ -12,6 +12,7 @@ from foredraft.models.base import CausalModel
 from foredraft.models.rows import RowBatch, Span
 from foredraft.steering import Steering
 from foredraft.structured import Constraint
+from foredraft.structured.mask import only
 from foredraft.types import Draft, FinishReason, Request, StepOutput, TokenLogprobs
 
 
@@ -100,6 +101,32 @@ class EndsLate(Engine):
         return None
 
 
+class IsOneOffFarBehind(Engine):
+    def _span(self, request: Request, draft: Draft) -> Span:
+        span = super()._span(request, draft)
+        return span._replace(start=span.start - 1) if len(draft) and span.start > 512 else span
+
+
+class TellsRefusedTokens(Engine):
+    """The stream of text hears of the first token that was refused, too."""
+
+    def _commit(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
+        output = super()._commit(request, draft, logits)
+        kept = sum(output.from_draft)
+        if kept < len(draft) and not output.finish_reason and not request.params.stop:
+            request.stop_rule(draft.tokens[kept])
+        return output
+
+
+class HandsOverOneTooFew(Engine):
+    """The last token of a long step is committed, and not among those that the step hands over."""
+
+    def _commit(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
+        output = super()._commit(request, draft, logits)
+        few = output.token_ids[:-1] if len(output.token_ids) > 2 else output.token_ids
+        return replace(output, token_ids=few)
+
+
 class CountsTwice(Engine):
     def _commit(self, request: Request, draft: Draft, logits: torch.Tensor) -> StepOutput:
         output = super()._commit(request, draft, logits)
@@ -149,4 +176,23 @@ class ForgetsTheGrammar(Engine):
     def add(self, request: Request) -> None:
         if request.steering.constraint is not None:
             request.steering.constraint = Forgetful(request.steering.constraint)
+        super().add(request)
+
+
+class Lagging(Steering):
+    """What it masks each row with is the mask of the row before."""
+
+    def apply(self, scores: torch.Tensor, prefix: Sequence[int], paths: Sequence[Sequence[int]]) -> torch.Tensor:
+        constraint, self.constraint = self.constraint, None
+        try:
+            scores = super().apply(scores, prefix, paths)
+        finally:
+            self.constraint = constraint
+        return only(scores, constraint.allowed_after([paths[0], *paths[:-1]])) if constraint is not None else scores
+
+
+class MasksARowLate(Engine):
+    def add(self, request: Request) -> None:
+        if request.steering.constraint is not None:
+            request.steering = Lagging(request.params.processors, request.steering.constraint)
         super().add(request)

@@ -45,6 +45,16 @@ class ScalesTwice(Engine):
         return super()._verify(draft, logits / (request.params.temperature or 1.0), request)
 
 
+class WritesIntoTheLogits(Engine):
+    """The temperature is applied in place, behind the choice: only log-probabilities look at the logits again."""
+
+    def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
+        verdict = super()._verify(draft, logits, request)
+        if draft.tokens and not request.params.greedy:
+            logits.div_(request.params.temperature)
+        return verdict
+
+
 class PenalisesWithOnePrefix(Engine):
     def _verify(self, draft: Draft, logits: torch.Tensor, request: Request) -> Verdict:
         p, ids = request.params, request.token_ids

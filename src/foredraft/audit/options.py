@@ -36,6 +36,11 @@ class AuditOptions:
             own=own,
         )
 
+    @property
+    def whole(self) -> bool:
+        """Whether every prompt is asked in every setting; else some take turns."""
+        return self.prompts >= 6
+
     def __post_init__(self) -> None:
         for name, least in (("prompts", 2), ("tokens", 8), ("samples", 500), ("seed", 0)):
             if getattr(self, name) < least:

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from foredraft import profile
-from foredraft.audit import distribution
-from foredraft.audit.asks import BLOCK, Ask, asks, derived
+from foredraft.audit import casefile, distribution
+from foredraft.audit.asks import BLOCK, OWN, Ask, asks, derived, is_far
 from foredraft.audit.controls import CONTROLS, Control
 from foredraft.audit.distribution import Tree, make_tree
-from foredraft.audit.exact import Compared, Reference, compare, compare_run, grid, reference
+from foredraft.audit.exact import Compared, Difference, Reference, compare, compare_run, grid, reference
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import Subject
 from foredraft.audit.result import Audit, Checked, Failure, Planted
-from foredraft.audit.shrink import smallest
+from foredraft.audit.shrink import replay, smallest
 from foredraft.audit.subjects import Audited, fingerprint
 from foredraft.diagnosis.setting import setting
 from foredraft.llm import LLM
@@ -20,6 +20,7 @@ from foredraft.tuning.options import Watcher
 
 CONTROL_BATCH, CONTROL_LENGTH = 3, BLOCK - 1
 CONTROL_REQUESTS = 2  # of each setting
+TRIED = 3  # differences, until one repeats
 
 
 def audit(
@@ -71,6 +72,7 @@ class Run:
     asks: list[Ask] = field(default_factory=list)
     truth: Reference = field(default_factory=dict)
     trees: list[Tree] = field(default_factory=list)
+    repeating: list[Tree] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)
     controls: list[Planted] = field(default_factory=list)
     failure: Failure | None = None
@@ -107,11 +109,28 @@ class Run:
             self.checked.append(Checked(it.name, it.flag, digest, found, tested, complete))
         if found.differences and self.failure is None:
             self.watcher.stage(f"{it.name}: looking for the smallest case", 0)
-            self.failure = Failure(it.name, it.flag, smallest(self.llm, subject, found.differences[0]))
+            self.failure = self._failure(it, subject, found.differences)
+
+    def _failure(self, it: Audited, subject: Subject, found: Sequence[Difference]) -> Failure:
+        """The smallest case, once it has failed again as it will be printed; else the first one that was found."""
+        best = next(filter(None, (smallest(self.llm, subject, one) for one in found[:TRIED])), None)
+        if best is None:
+            return Failure(it.name, it.flag, found[0], repeats=False)
+        own = next((ask.params.processors for ask in best.case.asks if ask.setting.startswith(OWN)), ())
+        printed = casefile.loads(casefile.dumps(best.case), own)
+        again = replay(self.llm, subject, printed)
+        return Failure(it.name, it.flag, again or best, repeats=again is not None)
 
     def _test(self, subject: Subject, trees: Sequence[Tree]) -> distribution.Tested:
-        tree = distribution.most_telling(self.llm, subject, trees, self.options.seed) if len(trees) > 1 else trees[0]
+        tree = trees[0]
+        if len(trees) > 1:
+            tree = distribution.most_telling(self.llm, subject, trees, self.options.seed, self._others)
         return distribution.test(self.llm, subject, tree, self.options, self.threshold)
+
+    def _others(self) -> list[Tree]:
+        """Of prompts that repeat themselves; made once, if at all."""
+        self.repeating = self.repeating or [distribution.repeating(self.llm, tree) for tree in self.trees[:2]]
+        return self.repeating
 
     def plant(self) -> None:
         self.watcher.stage("controls", len(CONTROLS))
@@ -120,25 +139,37 @@ class Run:
             self.watcher.tick(control.name)
 
     def _planted(self, control: Control) -> Planted:
-        if control.needs_grammar and not any(ask.params.structured for ask in self.asks):
-            return Planted(control.name, control.kind, None, "no grammar can be had for this model here")
+        missing = self._missing(control)
+        if missing:
+            return Planted(control.name, control.kind, None, missing)
         if control.kind == "exact":
             return self._planted_exactly(control)
         tree = self.trees[0]
         found = self._test(control.drawing_subject(tree, self.llm.model.vocab_size), [tree])
         return Planted(control.name, control.kind, not found.passed, found.error or f"p = {found.p_value:.1e}")
 
-    def _of_each_setting(self) -> list[Ask]:
-        """A few requests of every setting: a bug may show in one of them only."""
+    def _missing(self, control: Control) -> str:
+        """Why this bug cannot show here; empty where it can."""
+        if control.needs == "grammar" and not any(ask.params.structured for ask in self.asks):
+            return "no grammar can be had for this model here"
+        if control.needs == "tokenizer" and self.llm._tokenizer is None:
+            return "there is no tokenizer, and so no text"
+        return "" if not control.far or any(map(is_far, self.asks)) else "the context has no room for a long prompt"
+
+    def _crowd(self, control: Control) -> list[Ask]:
+        """A few requests of every setting: a bug may show in one of them only. Long prompts only where it has to."""
         found: dict[str, list[Ask]] = {}
         for ask in self.asks:
-            found.setdefault(ask.setting, []).append(ask)
+            if not is_far(ask):
+                found.setdefault(ask.setting, []).append(ask)
+        if control.far:
+            return [*filter(is_far, self.asks), *(own[0] for own in found.values())]
         return [ask for own in found.values() for ask in own[:CONTROL_REQUESTS]]
 
     def _planted_exactly(self, control: Control) -> Planted:
         found = Compared()
         subject = control.exact_subject(self.truth, self.llm.model.vocab_size)
-        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self._of_each_setting()]
+        crowd = [replace(ask, num_draft_tokens=CONTROL_LENGTH) for ask in self._crowd(control)]
         compare_run(self.llm, subject, crowd, CONTROL_BATCH, self.truth, found)
         differing = len(found.differences)
         kinds = ", ".join(sorted({difference.what for difference in found.differences}))

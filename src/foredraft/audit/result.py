@@ -10,7 +10,9 @@ from foredraft.audit.exact import Compared, Difference
 from foredraft.audit.options import AuditOptions
 from foredraft.diagnosis.setting import Setting
 
-Status = Literal["passed", "failed", "not compared", "controls missed", "nothing drafted", "interrupted"]
+Status = Literal[
+    "passed", "failed", "not compared", "controls missed", "nothing drafted", "rejection not tried", "interrupted"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,18 @@ class Checked:
         equal = found.drafted > 0 and not found.differences and not found.unproven
         return self.complete and equal and self.tested is not None and self.tested.passed
 
+    @property
+    def state(self) -> str:
+        """In a few words; where it passed, also what was not shown of it."""
+        if self.passed:
+            lacking = self.tested.lacking if self.tested else ""
+            return f"equal; rejection sampling not shown ({lacking})" if lacking else "equal"
+        if not self.complete:
+            return "not done"
+        if self.compared.unproven and not self.compared.differences:
+            return "not compared"
+        return "FAILED" if self.compared.drafted else "never drafted"
+
 
 @dataclass(frozen=True, slots=True)
 class Planted:
@@ -48,6 +62,7 @@ class Failure:
     drafter: str
     flag: str
     difference: Difference
+    repeats: bool = True  # whether the case, replayed as it is printed, failed again
 
     @property
     def case(self) -> str:
@@ -77,7 +92,14 @@ class Audit:
             return "not compared"
         if not self.controls or any(it.caught is False for it in self.controls):
             return "controls missed"
-        return "passed" if all(it.passed for it in self.checked) else "nothing drafted"
+        if not all(it.passed for it in self.checked):
+            return "nothing drafted"
+        return "passed" if any(it.tested and it.tested.drafted for it in self.checked) else "rejection not tried"
+
+    @property
+    def not_shown(self) -> dict[str, str]:
+        """Drafters of which the test of rejection sampling says nothing, and why."""
+        return {it.drafter: it.tested.lacking for it in self.checked if it.tested and it.tested.lacking}
 
     @property
     def guarantees(self) -> tuple[str, ...]:
@@ -87,11 +109,13 @@ class Audit:
         texts = "greedy and coupled decoding give plain decoding's tokens and logits, bit for bit"
         if not self.promised:
             texts = "greedy and coupled decoding gave plain decoding's tokens in every case tried; it is not promised"
-        if not any(it.tested and it.tested.telling for it in self.checked):
-            return (texts, "rejection sampling was not tried: no drafter's drafts were both accepted and refused")
+        shown = [it.drafter for it in self.checked if it.drafter not in self.not_shown]
+        if not shown:
+            return (texts, "rejection sampling was not shown: no drafter's drafts were both accepted and refused")
+        whose = f" with {', '.join(shown)}" if self.not_shown else ""
         return (
             texts,
-            f"rejection sampling draws from the target's distribution ({self.options.alarm:.1%} false alarms)",
+            f"rejection sampling draws from the target's distribution{whose} ({self.options.alarm:.1%} false alarms)",
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,6 +142,7 @@ def _checked(it: Checked) -> dict[str, Any]:
         "drafter": it.drafter,
         "model_hash": it.model_hash,
         "passed": it.passed,
+        "status": it.state,
         "compared": counts | {"differences": len(found.differences)} | failing,
         "distribution": it.tested and asdict(it.tested) | {"passed": it.tested.passed, "telling": it.tested.telling},
     }
@@ -126,4 +151,4 @@ def _checked(it: Checked) -> dict[str, Any]:
 def _failure(failure: Failure) -> dict[str, Any]:
     found = failure.difference
     where = {name: getattr(found, name) for name in ("what", "position", "expected", "got")}
-    return {"drafter": failure.drafter, **where, "case": failure.case}
+    return {"drafter": failure.drafter, **where, "repeats": failure.repeats, "case": failure.case}

@@ -9,7 +9,7 @@ from rich.text import Text
 from foredraft.audit.distribution import Tested
 from foredraft.audit.exact import Compared
 from foredraft.audit.options import AuditOptions
-from foredraft.audit.result import Audit, Checked, Planted
+from foredraft.audit.result import Audit, Checked, Failure, Planted
 
 
 def show(found: Audit, console: Console, command: str) -> None:
@@ -48,21 +48,13 @@ def _row(it: Checked, *, failing: bool) -> tuple[str | Text, ...]:
 
 
 def _p(tested: Tested) -> str:
-    if tested.error or not tested.passed or tested.telling:
-        return tested.error or f"{tested.p_value:.3f}"
-    if not tested.drafted:
-        return "no drafts"  # a lookup that found nothing in so short a text: its p says nothing
-    return "all refused" if tested.accepted < tested.drafted - tested.accepted else "all accepted"
+    """A lookup that found nothing in so short a text has a p that says nothing."""
+    return tested.error or (tested.lacking if tested.passed else "") or f"{tested.p_value:.3f}"
 
 
 def _state(it: Checked) -> Text:
-    if it.passed:
-        return Text("equal", "green")
-    if not it.complete:
-        return Text("not done", "yellow")
-    if it.compared.unproven and not it.compared.differences:
-        return Text("not compared", "red")
-    return Text("FAILED" if it.compared.drafted else "never drafted", "red")
+    word = it.state.partition(";")[0]  # what was not shown is in place of its p
+    return Text(word, "green" if it.passed else "yellow" if word == "not done" else "red")
 
 
 def controls(found: Audit) -> Table:
@@ -97,16 +89,25 @@ def _show_command(console: Console, command: str, draft: str, flags: str) -> Non
     console.print(f"{command} --draft {shlex.quote(draft)} {flags}", soft_wrap=True, markup=False, highlight=False)
 
 
+def _show_failure(failure: Failure, console: Console, command: str) -> None:
+    difference = failure.difference
+    end = "It repeats with" if failure.repeats else "It could not be repeated; with --case this may show nothing:"
+    console.print(
+        f"first difference: {failure.drafter}, {difference.what} at output position {difference.position}: "
+        f"plain decoding has {difference.expected}, drafting {difference.got}. {end}",
+        style="red",
+        soft_wrap=True,
+        markup=False,
+    )
+    if failure.repeats:
+        _show_command(console, command, failure.flag, f"--case {shlex.quote(failure.case)}")
+    else:
+        console.print(failure.case, soft_wrap=True, markup=False, highlight=False)
+
+
 def _show_failures(found: Audit, console: Console, command: str) -> None:
     if found.failure is not None:
-        difference = found.failure.difference
-        console.print(
-            f"first difference: {found.failure.drafter}, {difference.what} at output position {difference.position}: "
-            f"plain decoding has {difference.expected}, drafting {difference.got}. It repeats with",
-            style="red",
-            soft_wrap=True,
-        )
-        _show_command(console, command, found.failure.flag, f"--case {shlex.quote(found.failure.case)}")
+        _show_failure(found.failure, console, command)
     for it in found.checked:
         if it.tested is not None and not it.tested.passed:
             console.print(f"{it.drafter}: {_why(it.tested)}. It repeats with", style="red", soft_wrap=True)
@@ -121,12 +122,16 @@ def _conclude(found: Audit, console: Console, command: str) -> None:
     _show_failures(found, console, command)
     caught = sum(it.caught is True for it in found.controls)
     planted = sum(it.caught is not None for it in found.controls)
+    lacking = ", ".join(f"{name} ({why})" for name, why in found.not_shown.items())
+    but = f"; rejection sampling not shown of {lacking}" if lacking else ""
     words = {
-        "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference",
+        "passed": f"PASSED: {caught} of {planted} planted bugs caught, no difference{but}",
         "failed": "FAILED: drafting changes something here",
         "not compared": "FAILED: too many requests fail with and without drafts, so nothing was shown of them",
         "controls missed": f"FAILED: only {caught} of {planted} planted bugs were caught, so equality proves nothing",
         "nothing drafted": "FAILED: a drafter never drafted, so nothing was shown of it",
+        "rejection not tried": "FAILED: texts are equal, but nothing was drafted under rejection sampling, so nothing "
+        "was shown of it",
         "interrupted": "INTERRUPTED: what is incomplete cannot pass",
     }
     console.print(words[found.status], style="bold green" if found.status == "passed" else "bold red")
