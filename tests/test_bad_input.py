@@ -224,7 +224,7 @@ def test_a_lone_surrogate_is_refused_everywhere(checkpoint, call):
         "chat": lambda: llm.chat([{"role": "user", "content": bad}]),
         "parts": lambda: llm.chat([{"role": "user", "content": [{"type": "text", "text": bad}]}]),
         "stream_chat": lambda: llm.stream_chat([{"role": "user", "content": bad}]),
-        "tools": lambda: llm.chat([sound], tools=[{"name": bad}]),
+        "tools": lambda: llm.chat([sound], tools=[{"name": "f", "description": bad}]),
     }
     with pytest.raises(RequestError, match=LONE):
         calls[call]()
