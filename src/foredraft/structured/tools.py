@@ -42,7 +42,8 @@ def call_form(
             return None
         raise RequestError(
             f"tool_choice={choice!r}: this model's chat template does not say how calls are written, or not "
-            "in a way that is known (Hermes, Llama 3, Mistral); use tool_choice='auto'"
+            "in a way that is known (Hermes, Llama 3, Mistral); where it shows tools at all use tool_choice='auto', "
+            "else another model"
         )
     chosen = functions if wanted in MODES else {wanted: functions[wanted]}
     several = several and style.repeats and wanted in MODES
