@@ -24,7 +24,7 @@ class AuditOptions:
 
     @classmethod
     def quick(cls, seed: int = 0, own: tuple[SamplingParams, ...] = ()) -> "AuditOptions":
-        """Most of what goes wrong shows in less than a minute with a small model."""
+        """Most of what goes wrong shows in about a minute with a small model."""
         return cls(
             lengths=(3, None),
             batches=(1, 4),

@@ -76,7 +76,7 @@ class AuditFlags:
     trust_remote_code: RemoteCodeFlag = False
     gpu: GpuFlag = None
     quick: Annotated[
-        bool, flag("--quick", help="Fewer prompts, lengths and samples: less than a minute.", panel=DRAFTING)
+        bool, flag("--quick", help="Fewer prompts, lengths and samples: about a minute.", panel=DRAFTING)
     ] = False
     case: Annotated[
         str | None,
