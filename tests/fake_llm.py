@@ -90,6 +90,7 @@ def chunk(
 @dataclass(frozen=True)
 class Params:
     seed: int | None = None
+    structured: None = None
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +37,7 @@ from foredraft.tuning.options import Watcher
 from foredraft.types import TokenLogprobs
 from foredraft.verify import verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BRIEF = AuditOptions((3,), (3,), ("leaving",), 3, 20, 500)
 
 
@@ -49,14 +49,6 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def bundled() -> LLM:
     return LLM(draft="none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ngram() -> Audited:

@@ -1,11 +1,10 @@
 """Bugs planted by hand in the installed package, as somebody may have them: the audit of a sound drafter finds each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 import foredraft.engine
 from foredraft import LLM
@@ -21,15 +20,8 @@ from foredraft.structured.mask import only
 from foredraft.tuning.options import Watcher
 from foredraft.verify import verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BRIEF = AuditOptions((3, None), (4,), ("leaving",), 3, 18, 500)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """What an audit prints repeats: a case has the drafts that its requests got, and is replayed before it is printed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
 import pytest
-import torch
 from models import tiny
 
 import foredraft.engine
@@ -25,6 +23,7 @@ from foredraft.tuning.options import Watcher
 from foredraft.types import Request
 from foredraft.verify import verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BRIEF = AuditOptions((None,), (3,), ("leaving",), 2, 20, 500)
 WIDE = 5
 
@@ -32,14 +31,6 @@ WIDE = 5
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(tiny("llama"), "none", max_batch_size=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Moody(Fixed):

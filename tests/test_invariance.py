@@ -1,6 +1,6 @@
 """The probe: it believes a model only where rows agree, and finds each way in which they can fail to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -209,14 +209,6 @@ def test_why_a_key_length_of_256_is_avoided() -> None:
 
     agree = {keys for keys in (256, 384, 512, 640, 768, 896) if torch.equal(attend(keys), attend(1024))}
     assert {384, 512, 640, 896} <= agree
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("two_threads")

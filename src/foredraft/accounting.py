@@ -6,6 +6,7 @@ from time import perf_counter
 from foredraft.drafters.base import Drafter
 from foredraft.models.rows import Span
 from foredraft.policy import PerRequest, StepTimes
+from foredraft.policy.costs import Average
 from foredraft.types import Request, StepOutput
 
 
@@ -30,27 +31,25 @@ class Clock:
         self.ended = perf_counter()
 
 
+RECENT = 3  # steps that a pace goes by
+
+
 @dataclass(slots=True)
 class Pace:
     """How many tokens of prompts a step may compute beside those that decode, and take about twice its time at most."""
 
-    step: float = 0.0  # seconds of one without prompts
-    token: float = 0.0  # seconds that each token of a prompt adds
+    step: Average = field(default_factory=lambda: Average(memory=RECENT))  # seconds of one without prompts
+    token: Average = field(default_factory=lambda: Average(memory=RECENT))  # that each token of a prompt adds
 
     def took(self, seconds: float, read: int) -> None:
         """A step took so long and computed so many tokens of prompts."""
         if read:
-            self.token = _blend(self.token, max(seconds - self.step, seconds / 2) / read)
+            self.token.add_cost(max(seconds - self.step.value, seconds / 2) / read)
         else:
-            self.step = _blend(self.step, seconds)
+            self.step.add_cost(seconds)
 
     def budget(self, most: int) -> int:
-        return min(most, int(self.step / self.token)) if self.token else most
-
-
-def _blend(before: float, now: float) -> float:
-    """An average that forgets; more than twice as much is something else that ran."""
-    return 0.7 * before + 0.3 * min(now, 2 * before) if before else now
+        return min(most, int(self.step.value / self.token.value)) if self.token.value else most
 
 
 def account(requests: list[Request], outputs: list[StepOutput], drafter: Drafter, clock: Clock) -> None:

@@ -8,9 +8,7 @@ from foredraft.audit.asks import Ask
 from foredraft.audit.exact import Case, Difference, first_difference
 from foredraft.audit.play import PLAIN, Subject, play
 from foredraft.audit.recorded import Drafted
-from foredraft.drafters.memory import SuffixMemory
-from foredraft.drafters.several import drafters_of
-from foredraft.drafters.suffix import SuffixDrafter
+from foredraft.drafters.several import without_memory
 from foredraft.llm import LLM
 
 TRIES = 60
@@ -31,14 +29,8 @@ def _anew(llm: LLM, subject: Subject) -> Iterator[None]:
     """Nothing is kept of earlier texts, neither what they said nor what was computed of them."""
     for cache in (llm.model.cache, *getattr(subject.drafter, "caches", ())):
         cache.release()
-    kept = [(one, one.memory) for one in drafters_of(subject.drafter) if isinstance(one, SuffixDrafter)]
-    for one, memory in kept:
-        one.memory = memory and SuffixMemory(memory.vocab_size)
-    try:
+    with without_memory(subject.drafter, anew=True):
         yield
-    finally:
-        for one, memory in kept:
-            one.memory = memory
 
 
 def smallest(llm: LLM, subject: Subject, found: Difference) -> Difference | None:

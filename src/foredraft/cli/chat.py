@@ -14,7 +14,7 @@ from foredraft.cli.options import ChatOptions, takes
 from foredraft.errors import PromptTooLongError, RequestError
 
 if TYPE_CHECKING:
-    from foredraft import LLM, SamplingParams, Structured
+    from foredraft import LLM, SamplingParams
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 HISTORY_LENGTH = 1000
@@ -30,8 +30,10 @@ def chat(options: ChatOptions) -> None:
     llm, params = session.start(options) if options.server is None else connect(options, options.server)
     if not llm.tokenizer.chat_template:
         raise RequestError("this model's tokenizer has no chat template; use `foredraft generate` with plain text")
-    if session.names_form(options) and options.server is None and llm.grammars is not None:
-        llm.grammars.check(cast("Structured", params.structured))  # an error of every turn is told once
+    from foredraft import Structured
+
+    if isinstance(params.structured, Structured) and options.server is None and llm.grammars is not None:
+        llm.grammars.check(params.structured)  # an error of every turn is told once
     conversation = Conversation(llm, params, options.num_draft_tokens, options.system)
     if session.interactive():
         note(HELP)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from foredraft.cli.console import Printer, busy, interruptible, note
 from foredraft.cli.options import RunOptions
@@ -38,16 +38,14 @@ def sampling_params(options: RunOptions) -> "SamplingParams":
 
 def checked_params(options: RunOptions) -> "SamplingParams":
     """As `sampling_params`; raises GrammarError where a form does not compile, which takes no model to find out."""
+    from foredraft import Structured
+
     params = sampling_params(options)
-    if names_form(options):
+    if isinstance(params.structured, Structured):
         from foredraft.structured.compile import check_form
 
-        check_form(cast("Structured", params.structured))
+        check_form(params.structured)
     return params
-
-
-def names_form(options: RunOptions) -> bool:
-    return any(given is not None for given in (options.json_schema, options.regex, options.grammar))
 
 
 def structured(options: RunOptions) -> "Structured | None":

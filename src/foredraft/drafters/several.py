@@ -10,6 +10,7 @@ from time import perf_counter
 
 from foredraft.drafters import forced
 from foredraft.drafters.base import Drafter
+from foredraft.drafters.memory import SuffixMemory
 from foredraft.drafters.suffix import SuffixDrafter
 from foredraft.models.base import Cache
 from foredraft.policy import Choice, DraftPolicy, Fixed
@@ -134,10 +135,14 @@ def forget_outputs(drafter: Drafter) -> None:
 
 
 @contextmanager
-def without_memory(drafter: Drafter) -> Iterator[None]:
-    """Draft from no earlier request's output until the block ends, and remember nothing of what is said in it."""
+def without_memory(drafter: Drafter, *, anew: bool = False) -> Iterator[None]:
+    """Draft from no earlier request's output until the block ends.
+
+    Nothing is remembered of what is said in it, or, `anew`, until its end.
+    """
     kept = [(one, one.memory) for one in drafters_of(drafter) if isinstance(one, SuffixDrafter)]
-    forget_outputs(drafter)
+    for one, memory in kept:
+        one.memory = SuffixMemory(memory.vocab_size) if anew and memory is not None else None
     try:
         yield
     finally:
