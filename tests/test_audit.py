@@ -19,7 +19,7 @@ from foredraft import LLM, SamplingParams
 from foredraft.audit import Audit, AuditOptions, audit, casefile, distribution, shrink
 from foredraft.audit.asks import FORMS, SETTINGS, Ask, asks, derived, far, is_far, ordered
 from foredraft.audit.controls import CONTROLS
-from foredraft.audit.distribution import chi_square, make_tree, most_telling
+from foredraft.audit.distribution import chi_square, make_tree, telling_tree
 from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
 from foredraft.audit.pipeline import CONTROL_LENGTH, Run
 from foredraft.audit.play import PLAIN, Outcome, Subject, play
@@ -399,7 +399,8 @@ def test_a_drafter_is_tested_where_its_tokens_are_accepted_and_refused(llm: LLM)
     """On the other prompt all of its first tokens are refused, and no second one is ever tried."""
     trees = [make_tree(llm, prompt) for prompt in ((1, 2, 3), (4, 5, 6, 7))]
     subject = Subject(Sketch(trees[1], llm.model.vocab_size), "fixed")
-    assert most_telling(llm, subject, trees, BRIEF.seed) is trees[1]
+    assert telling_tree(llm, subject, BRIEF.seed, trees) is trees[1]
+    assert telling_tree(llm, subject, BRIEF.seed, reversed(trees)) is trees[1]  # the first one will do
     assert distribution.test(llm, subject, trees[1], BRIEF, 1e-6).telling
     assert not distribution.test(llm, subject, trees[0], BRIEF, 1e-6).telling
 

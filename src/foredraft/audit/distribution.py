@@ -5,7 +5,7 @@ many draws are held against them by Pearson's chi-square test. All seeds are fix
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ DRAFTED = 2
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 CERTAIN = 0.55  # of the likeliest of three
 TOGETHER = 16  # draws that run at once
-TREES = 4  # prompts, of which each drafter is tested on the one that tells most
+TREES = 4  # prompts, of which each drafter is tested on one that tells something
 PILOT = 96  # draws that tell which that is
 STEM = 6  # tokens of a prompt before each continuation, where it repeats itself
 REPEATS = 2
@@ -135,18 +135,24 @@ def draws(llm: LLM, subject: Subject, tree: Tree, samples: int, seed: int) -> tu
     return Counter(outcome.tokens for outcome in outcomes), drafted, accepted, error
 
 
-def most_telling(
-    llm: LLM, subject: Subject, trees: Sequence[Tree], seed: int, others: Callable[[], Sequence[Tree]] = tuple
-) -> Tree:
-    """The one whose drafts are accepted as well as refused, for only behind an accepted token is the next one tried.
+def telling_tree(llm: LLM, subject: Subject, seed: int, *sources: Iterable[Tree]) -> Tree:
+    """The first whose drafts are often accepted as well as refused, else the one where they are most often.
 
-    `others` are made where there are no drafts on any of these: prompts on which lookups find something.
+    Only behind an accepted token is the next one tried. A further source is asked where there are no drafts on any
+    tree of those before it: prompts on which lookups find something.
     """
-    found = [_pilot(llm, subject, tree, seed) for tree in trees]
-    if not any(drafted for _, drafted in found):
-        more = others()
-        found, trees = [*found, *(_pilot(llm, subject, tree, seed) for tree in more)], [*trees, *more]
-    return max(zip(found, trees, strict=True), key=lambda pair: pair[0])[1]
+    best, most = None, (0, 0)
+    for source in sources:
+        for tree in source:
+            found = _pilot(llm, subject, tree, seed)
+            if best is None or found > most:
+                best, most = tree, found
+            if most[0] >= FEW:
+                return best
+        if most[1]:
+            break
+    assert best is not None, "the first source has a tree"
+    return best
 
 
 def _pilot(llm: LLM, subject: Subject, tree: Tree, seed: int) -> tuple[int, int]:

@@ -1,13 +1,13 @@
 """An audit from beginning to end: references, drafters, controls, and where something failed its smallest case."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from foredraft import profile
 from foredraft.audit import casefile, distribution
 from foredraft.audit.asks import BLOCK, OWN, Ask, asks, derived, is_far
 from foredraft.audit.controls import CONTROLS, Control
-from foredraft.audit.distribution import Tree, make_tree
+from foredraft.audit.distribution import Path, Tree, make_tree
 from foredraft.audit.exact import Compared, Difference, Reference, compare, compare_run, grid, reference
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.play import Subject
@@ -71,7 +71,8 @@ class Run:
     watcher: Watcher
     asks: list[Ask] = field(default_factory=list)
     truth: Reference = field(default_factory=dict)
-    trees: list[Tree] = field(default_factory=list)
+    prompts: list[Path] = field(default_factory=list)
+    trees: list[Tree] = field(default_factory=list)  # of the first prompts, as far as they were needed
     repeating: list[Tree] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)
     controls: list[Planted] = field(default_factory=list)
@@ -79,15 +80,14 @@ class Run:
     tests: int = 1  # of distributions, of sound drafters
 
     def prepare(self) -> None:
-        """Plain decoding of every request, and exact probabilities."""
+        """Plain decoding of every request."""
         self.watcher.stage("plain decoding", 0)
         whole = asks(self.llm, self.options)
         self.truth = reference(self.llm, whole)
         more = derived(self.llm, whole, {seed: outcome.tokens for seed, outcome in self.truth.items()})
         self.truth |= reference(self.llm, more)
         self.asks = more + whole
-        prompts = sorted({ask.prompt for ask in whole}, key=len)[: distribution.TREES]  # every draw reads one
-        self.trees = [make_tree(self.llm, prompt) for prompt in prompts]
+        self.prompts = sorted({ask.prompt for ask in whole}, key=len)[: distribution.TREES]  # every draw reads one
 
     @property
     def threshold(self) -> float:
@@ -101,7 +101,10 @@ class Run:
         try:
             found = compare(self.llm, subject, self.asks, self.truth, self.options, self.watcher.tick)
             policy = "fixed" if not hasattr(it.drafter, "drafters") else None
-            tested = self._test(Subject(it.drafter, policy), self.trees)
+            drawing = Subject(it.drafter, policy)
+            seed = self.options.seed
+            tree = distribution.telling_tree(self.llm, drawing, seed, self._trees(), self._repeating())
+            tested = self._test(drawing, tree)
             self.watcher.tick("distribution")
         finally:
             complete = tested is not None
@@ -121,16 +124,20 @@ class Run:
         again = replay(self.llm, subject, printed)
         return Failure(it.name, it.flag, again or best, repeats=again is not None)
 
-    def _test(self, subject: Subject, trees: Sequence[Tree]) -> distribution.Tested:
-        tree = trees[0]
-        if len(trees) > 1:
-            tree = distribution.most_telling(self.llm, subject, trees, self.options.seed, self._others)
+    def _test(self, subject: Subject, tree: Tree) -> distribution.Tested:
         return distribution.test(self.llm, subject, tree, self.options, self.threshold)
 
-    def _others(self) -> list[Tree]:
-        """Of prompts that repeat themselves; made once, if at all."""
+    def _trees(self) -> Iterator[Tree]:
+        """Each is made once, if at all."""
+        for i, prompt in enumerate(self.prompts):
+            if i == len(self.trees):
+                self.trees.append(make_tree(self.llm, prompt))
+            yield self.trees[i]
+
+    def _repeating(self) -> Iterator[Tree]:
+        """Of prompts that repeat themselves."""
         self.repeating = self.repeating or [distribution.repeating(self.llm, tree) for tree in self.trees[:2]]
-        return self.repeating
+        yield from self.repeating
 
     def plant(self) -> None:
         self.watcher.stage("controls", len(CONTROLS))
@@ -144,8 +151,8 @@ class Run:
             return Planted(control.name, control.kind, None, missing)
         if control.kind == "exact":
             return self._planted_exactly(control)
-        tree = self.trees[0]
-        found = self._test(control.drawing_subject(tree, self.llm.model.vocab_size), [tree])
+        tree = next(self._trees())
+        found = self._test(control.drawing_subject(tree, self.llm.model.vocab_size), tree)
         return Planted(control.name, control.kind, not found.passed, found.error or f"p = {found.p_value:.1e}")
 
     def _missing(self, control: Control) -> str:

@@ -10,27 +10,29 @@ from foredraft.audit.distribution import Tested
 from foredraft.audit.exact import Compared
 from foredraft.audit.options import AuditOptions
 from foredraft.audit.result import Audit, Checked, Failure, Planted
+from foredraft.tables import narrow_table, show_whole
 
 
 def show(found: Audit, console: Console, command: str) -> None:
     """`command` is what the user typed as far as it loads the models; a case is added to it."""
     it = found.setting
     console.print(f"{it.model} ({found.model_hash}), {it.dtype}, {it.device}, {it.runtime} runtime")
-    console.print(drafters(found))
+    console.print("Drafting against plain decoding", style="bold")
+    show_whole(drafters(found), console)
     for name, reason in found.left_out.items():
         console.print(f"left out: {name}: {reason}", style="dim", soft_wrap=True)
     if found.controls:
-        console.print(controls(found))
+        console.print("Planted bugs", style="bold")
+        show_whole(controls(found), console)
     _conclude(found, console, command)
 
 
 def drafters(found: Audit) -> Table:
     failing = any(it.compared.uncompared for it in found.checked)
-    table = Table(title="Drafting against plain decoding", title_justify="left")
-    table.add_column("drafter")
-    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differences"):
+    table = narrow_table("drafter")
+    for name in ("runs", "requests", "tokens", "drafted", "accepted", "differ"):
         table.add_column(name, justify="right")
-    for name in ("not compared",) * failing + ("p (rejection)",):
+    for name in ("not compared",) * failing + ("p of rejection",):
         table.add_column(name, justify="right")
     table.add_column("")
     for it in found.checked:
@@ -58,9 +60,7 @@ def _state(it: Checked) -> Text:
 
 
 def controls(found: Audit) -> Table:
-    table = Table(title="Planted bugs", title_justify="left")
-    for name in ("bug", "check", "", "by"):
-        table.add_column(name)
+    table = narrow_table("bug", "check", "", "by")
     for it in found.controls:
         table.add_row(it.name, it.kind, _verdict(it), it.by)
     return table

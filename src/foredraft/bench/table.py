@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -12,10 +10,10 @@ from foredraft.bench.figures import FEWEST, ArmFigures, Speedup
 from foredraft.bench.measure import Difference
 from foredraft.bench.prediction import Prediction
 from foredraft.bench.result import Bench
+from foredraft.tables import narrow_table, show_whole
 
 SHOWN = 10  # differences
 APART = 0.15  # a prediction from the measurement, from where on that is said
-WIDEST = 10_000  # columns: to measure what a table needs
 NO_CATEGORY = "(none)"
 Rows = tuple[tuple[str, ...], ...]
 MiB = 2**20
@@ -28,18 +26,15 @@ def show(found: Bench, console: Console, *, markdown: bool = False) -> None:
             console.print(Text(f"{title}\n\n{as_markdown(rows)}\n"), soft_wrap=True)
         else:
             console.print(Text(title, style="bold"))
-            console.print(_table(rows, label(found.best), console), crop=False)
+            show_whole(_table(rows, label(found.best)), console)
     for line in lines(found):
         console.print(Text(f"- {line}" if markdown else line), soft_wrap=True)
 
 
-def _table(rows: Rows, best: str, console: Console) -> Table:
-    """Headings may take several lines, but no word is cut: a table that needs more room than there is takes it."""
-    table = Table(*rows[0], box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+def _table(rows: Rows, best: str) -> Table:
+    table = narrow_table(*rows[0])
     for row in rows[1:]:
         table.add_row(*row, style="bold" if row[0] == best else None)
-    least = Measurement.get(console, console.options.update(max_width=WIDEST), table).minimum
-    table.width = least if least > console.width else None
     return table
 
 
