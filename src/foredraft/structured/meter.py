@@ -1,8 +1,8 @@
 """Meter: what following a grammar costs one request, so that it cannot hold up those beside it for long.
 
 A credit of seconds: every call of the matcher draws on it, every token that is kept adds to it. Seconds are the calling
-thread's own, so that a busy machine makes nothing dear. To read those takes longer than some calls: what follows a brief
-call is counted by the wall clock.
+thread's own, so that a busy machine makes nothing dear. To read those takes longer than some calls, so what follows a
+brief call is counted by the wall clock.
 """
 
 import time
@@ -29,12 +29,11 @@ class Meter:
         """The call's result; its time is charged."""
         clock = self.wall if self.brief else self.own
         began = clock()
-        try:
-            return call(*arguments)
-        finally:
-            seconds = clock() - began
-            self.credit -= min(seconds, BRIEF) if self.brief else seconds
-            self.brief = seconds < BRIEF
+        result = call(*arguments)
+        seconds = clock() - began
+        self.credit -= seconds if seconds < BRIEF or not self.brief else BRIEF
+        self.brief = seconds < BRIEF
+        return result
 
     def allow(self, tokens: int) -> None:
         """So many tokens were kept."""
