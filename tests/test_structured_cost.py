@@ -13,7 +13,7 @@ from foredraft.errors import GenerationError, GrammarError, LateError
 from foredraft.structured import compile, source, trial
 from foredraft.structured.compile import AT_ONCE, Grammars
 from foredraft.structured.matcher import GrammarConstraint
-from foredraft.structured.meter import ALLOWANCE, CREDIT, Meter
+from foredraft.structured.meter import ALLOWANCE, BRIEF, CREDIT, Meter
 from foredraft.structured.spec import MAX_LITERAL
 from foredraft.structured.trial import Trials, Vocabulary
 
@@ -212,8 +212,25 @@ class Clock:
         return self.now
 
 
+def by(clock: Clock) -> Meter:
+    return Meter(clock, clock)
+
+
+def test_a_busy_machine_makes_nothing_dear():
+    """Calls that wait for the processor: but for the first one, their thread's own time counts."""
+    meter = Meter(Clock(1.0), Clock(ALLOWANCE / 2))
+    for _ in range(1000):
+        meter.timed(len, ())
+        meter.allow(1)
+        assert not meter.low
+    meter = Meter(Clock(BRIEF / 2), Clock(float("inf")))
+    for _ in range(int(CREDIT / BRIEF) + 1):
+        meter.timed(len, ())
+    assert meter.low and meter.credit > 0  # brief calls are charged too, by the wall
+
+
 def test_a_meter_forgives_what_is_cheap_and_refuses_what_is_dear():
-    cheap, dear = Meter(Clock(ALLOWANCE / 2)), Meter(Clock(2 * ALLOWANCE))
+    cheap, dear = by(Clock(ALLOWANCE / 2)), by(Clock(2 * ALLOWANCE))
     for _ in range(1000):
         cheap.timed(len, ())
         cheap.allow(1)
@@ -236,7 +253,7 @@ def dear(llm, monkeypatch):
     def made(form: Structured, ends: tuple[int, ...]) -> GrammarConstraint:
         found = constraint(form, ends)
         if form in costs:
-            found.meter = Meter(Clock(costs[form]))
+            found.meter = by(Clock(costs[form]))
         return found
 
     monkeypatch.setattr(llm.grammars, "constraint", made)

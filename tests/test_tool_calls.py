@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from foredraft import LLM, SamplingParams
-from foredraft.errors import RequestError
+from foredraft.errors import GrammarError, RequestError
 from foredraft.llm import BUNDLED
 from foredraft.structured.calls import (
     HERMES,
@@ -105,6 +105,16 @@ def test_bad_choices_are_refused_before_anything_runs(llm):
         call_form([{"name": "required"}], "auto", HERMES, repr)
     with pytest.raises(RequestError, match="no JSON schema"):
         call_form([{"name": "x", "parameters": 3}], "auto", HERMES, repr)
+
+
+@pytest.mark.parametrize(
+    "parameters, why",
+    [({"properties": {"q": {"type": "strin"}}}, "at #/properties/q: Invalid type"), ({"$ref": "#/no"}, "'/no'")],
+)
+def test_a_tool_whose_parameters_are_refused_is_named(llm, parameters, why):
+    tools = [FIND, {"name": "wrong", "parameters": parameters}, NOW]
+    with pytest.raises(GrammarError, match="the parameters of tool 'wrong': the JSON schema cannot be.*" + why):
+        llm.chat(MESSAGES, tools=tools)
 
 
 def hermes(*calls: str) -> str:

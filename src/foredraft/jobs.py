@@ -87,8 +87,9 @@ class Jobs:
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
         ends = end_of_turn_ids(self.tokenizer)
         thinking = Thinking.of(self.tokenizer, prompt)
-        job = self.one(prompt, params, num_draft_tokens, ends, draft=draft, thinking=thinking)
-        return replace(job, read_calls=calling.read)
+        with calling.blaming():
+            job = self.one(prompt, params, num_draft_tokens, ends, draft=draft, thinking=thinking)
+        return replace(job, read_calls=calling.read, call_mark=calling.mark)
 
     def one(
         self,

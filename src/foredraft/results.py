@@ -67,6 +67,7 @@ class Job:
     stream: TextStream | None
     rows_agree: bool = True  # whether the target's rows were found to be exact
     read_calls: Callable[[list[int]], tuple[ToolCall, ...]] | None = None
+    call_mark: int | None = None  # the special token that opens a tool call
     thinking: Thinking | None = None
 
     def sink(self, take: Callable[[Chunk], object]) -> Sink:

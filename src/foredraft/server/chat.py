@@ -105,7 +105,7 @@ class Chunks:
         withheld = self.withheld.get(delta.index)
         if withheld is None:
             return thought | ({"content": delta.text} if delta.text else {})
-        shown = withheld.take(delta.text)
+        shown = withheld.take(delta.text, calling=delta.calling)
         ending = withheld.ending(one) if delta.finish_reason and one is not None else {}
         content = shown + ending.get("content", "")
         return {**thought, **ending, **({"content": content} if content else {})}

@@ -40,6 +40,7 @@ class Text:
     spoken: int = -1  # the beat of the last delta
     queued: float = 0.0
     parting: Parting | None = None  # of a stream of a chat whose model may think
+    calling: bool = False  # whether a tool call has been opened
 
     def __post_init__(self) -> None:
         thinking = self.job.thinking
@@ -53,19 +54,22 @@ class Text:
         stats = self.job.request.stats
         drafted, accepted = stats.drafted - self.drafted, stats.accepted - self.accepted
         self.drafted, self.accepted = stats.drafted, stats.accepted
+        self.calling = self.calling or self.job.call_mark in output.token_ids
         now = perf_counter()
         self._measure(output, drafted, accepted, now)
         if self.details:
             text, pieces = self._pieces(output, drafted, accepted)
             thought, text = self._part(text, output)
             new = self._new_logprobs()
-            return Delta(self.index, text, pieces, new, drafted, accepted, output.finish_reason, thought)
+            return Delta(self.index, text, pieces, new, drafted, accepted, output.finish_reason, thought, self.calling)
         if output.finish_reason is None and not (self.stream and self._may_speak()):
             return None
         self.spoken = self.mail.beat
         thought, text = self._part(self._text(output), output)
         new = self._new_logprobs()
-        return Delta(self.index, text, (), new, finish_reason=output.finish_reason, reasoning=thought)
+        return Delta(
+            self.index, text, (), new, finish_reason=output.finish_reason, reasoning=thought, calling=self.calling
+        )
 
     def _part(self, text: str, output: StepOutput) -> tuple[str, str]:
         """What of it is thought, and what is answer."""

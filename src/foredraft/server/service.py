@@ -53,6 +53,7 @@ class Delta:
     accepted: int = 0
     finish_reason: FinishReason | None = None
     reasoning: str = ""
+    calling: bool = False  # whether a tool call has been opened in this text
 
 
 @dataclass(frozen=True, slots=True)

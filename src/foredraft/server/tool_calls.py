@@ -59,13 +59,13 @@ def _opening(text: str) -> int:
 
 @dataclass(slots=True)
 class Withheld:
-    """A stream's text from the first character on that may begin a call; shown at the end, if it was none."""
+    """A stream's text from where it may begin a call; shown at the end, if it was none."""
 
     text: str = ""
 
-    def take(self, text: str) -> str:
-        """What of this may be shown now."""
-        shown = "" if self.text else text[: _opening(text)]
+    def take(self, text: str, *, calling: bool = False) -> str:
+        """What of this may be shown now; nothing where the mark of a call, which has no text, has come."""
+        shown = "" if self.text or calling else text[: _opening(text)]
         self.text += text[len(shown) :]
         return shown
 

@@ -33,8 +33,9 @@ class GrammarConstraint:
         self.meter = meter or Meter()
         self.ends = ends
         self.own_end: int = tokens.eos_token  # the one that the matcher itself allows where the grammar is satisfied
-        self.all_ends = (self.own_end, *ends)
+        self.all_ends = [(token // 8, 1 << token % 8) for token in (self.own_end, *ends)]  # byte and bit
         self.vocab_size = vocab_size
+        self.size = -(-vocab_size // 8)  # of a set, in bytes
         self.longer = tokens.vocab_size > vocab_size  # the matcher's vocabulary than the model's
         self.committed: list[int] = []
         self.ahead: list[int] = []
@@ -51,8 +52,9 @@ class GrammarConstraint:
         Raises:
             GrammarError: no token can come, or the grammar became too complex or too dear to follow.
         """
-        rows = [self._bits(tuple(path)) for path in paths]
-        return rows[0][None] if len(rows) == 1 else np.stack(rows)
+        if len(paths) == 1:
+            return self._bits(tuple(paths[0]))[None]
+        return np.stack([self._bits(tuple(path)) for path in paths])
 
     def forced(self, limit: int) -> tuple[int, ...]:
         if self.ended or limit < 1:
@@ -87,7 +89,7 @@ class GrammarConstraint:
         found = self.known.get(path)
         if found is None:
             here = not self.ended and self._walk(path)
-            found = self._compute() if here else np.full(-(-self.vocab_size // 8), 0xFF, np.uint8)
+            found = self._compute() if here else np.full(self.size, 0xFF, np.uint8)
             self.known[path] = found
         return found
 
@@ -100,11 +102,11 @@ class GrammarConstraint:
             shared += 1
         self._roll_back(len(self.ahead) - shared)
         rest = list(path[shared:])
-        taken = self.meter.timed(self.matcher.try_consume_tokens, rest) if rest else 0
+        taken: int = self.meter.timed(self.matcher.try_consume_tokens, rest) if rest else 0
         self.ahead += rest[:taken]
         if self.matcher.is_error():
             raise self._lost()
-        return bool(taken == len(rest))
+        return taken == len(rest)
 
     def _roll_back(self, count: int) -> None:
         if count:
@@ -117,11 +119,15 @@ class GrammarConstraint:
         bits: bytes | bytearray = self.meter.timed(self.matcher.compute_bitmask)
         if self.matcher.is_error():
             raise self._lost()
-        if self.longer or any(contains(bits, token) for token in self.all_ends):
+        own = self.longer
+        for byte, bit in self.all_ends:
+            if bits[byte] & bit:
+                own = True
+        if own:
             bits = self._own(bytearray(bits))
         if bits == bytes(len(bits)):
             raise _dead_end()
-        return np.frombuffer(bits, np.uint8, count=-(-self.vocab_size // 8))
+        return np.frombuffer(bits, np.uint8, count=self.size)
 
     def _lost(self) -> GrammarError:
         """Why the matcher gave up, which it never gets over: another goes on from the committed output."""
@@ -139,13 +145,12 @@ class GrammarConstraint:
         A grammar may name the matcher's end as a token of the text; only where it is satisfied is it the end.
         """
         satisfied = contains(bits, self.own_end) and self.matcher.is_accepting()
-        for token in self.all_ends:
-            bits[token // 8] &= 0xFF ^ 1 << token % 8
+        for byte, bit in self.all_ends:
+            bits[byte] &= 0xFF ^ bit
         for token in self.ends if satisfied else ():
             bits[token // 8] |= 1 << token % 8
-        size = -(-self.vocab_size // 8)
-        bits[size:] = bytes(len(bits) - size)
-        bits[size - 1] &= 0xFF >> -self.vocab_size % 8
+        bits[self.size :] = bytes(len(bits) - self.size)
+        bits[self.size - 1] &= 0xFF >> -self.vocab_size % 8
         return bits
 
 

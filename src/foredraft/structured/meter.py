@@ -1,7 +1,8 @@
 """Meter: what following a grammar costs one request, so that it cannot hold up those beside it for long.
 
 A credit of seconds: every call of the matcher draws on it, every token that is kept adds to it. Seconds are the calling
-thread's own, so that a busy machine makes nothing dear.
+thread's own, so that a busy machine makes nothing dear. To read those takes longer than some calls, so what follows a
+brief call is counted by the wall clock.
 """
 
 import time
@@ -12,23 +13,27 @@ from foredraft.errors import GrammarError
 
 CREDIT = 1.0  # seconds that a request may run ahead
 ALLOWANCE = 0.02  # seconds that each token adds: a mask takes well under 1 ms as a rule
+BRIEF = 0.001  # seconds of a call
 Result = TypeVar("Result")
 
 
 class Meter:
     """The credit of one request."""
 
-    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
-        self.clock = clock
+    def __init__(self, wall: Callable[[], float] = time.perf_counter, own: Callable[[], float] = time.thread_time):
+        self.wall, self.own = wall, own
         self.credit = CREDIT
+        self.brief = True  # was the last call?
 
     def timed(self, call: Callable[..., Result], *arguments: object) -> Result:
         """The call's result; its time is charged."""
-        began = self.clock()
-        try:
-            return call(*arguments)
-        finally:
-            self.credit -= self.clock() - began
+        clock = self.wall if self.brief else self.own
+        began = clock()
+        result = call(*arguments)
+        seconds = clock() - began
+        self.credit -= seconds if seconds < BRIEF or not self.brief else BRIEF
+        self.brief = seconds < BRIEF
+        return result
 
     def allow(self, tokens: int) -> None:
         """So many tokens were kept."""

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
-from foredraft.errors import RequestError
+from foredraft.errors import GrammarError, LateError, RequestError
 from foredraft.structured.calls import ARGS, CALL_ID, NAME, PYTHON_TAG, CallStyle, ToolCall, call_style, read_calls
 from foredraft.structured.compile import Grammars
 from foredraft.structured.source import JSON_FORM
@@ -151,6 +152,13 @@ def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
     return {"x-guidance": JSON_FORM, **closing(parameters), **parameters, "type": "object"}
 
 
+def _check_parameters(name: str, function: Mapping[str, Any], grammars: Grammars, cause: GrammarError) -> None:
+    try:
+        grammars.check(Structured.of_schema(_arguments_schema(function)))
+    except GrammarError as error:
+        raise GrammarError(f"the parameters of tool {name!r}: {error}") from cause
+
+
 class Calling:
     """Which tools one chat may call, and how its model writes that."""
 
@@ -165,10 +173,10 @@ class Calling:
     ) -> None:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
             raise RequestError(f"tools={tools!r:.200} is not usable; give a list of functions or their descriptions")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.grammars = tokenizer, grammars
         self.shown = [] if _choice(choice) == "none" else list(tools)  # what the template renders
         self.style = call_style(str(tokenizer.get_chat_template())) if self.shown and tokenizer.chat_template else None
-        self.names = frozenset(_by_name(tools))
+        self.functions = _by_name(tools)
         self.form = None if grammars is None else call_form(tools, choice, self.style, grammars.mark, several=several)
         self.most = None if several else 1
 
@@ -178,6 +186,26 @@ class Calling:
             raise RequestError("structured contradicts tools: a call has its own form; use tool_choice='none'")
         return structured if self.form is None else self.form
 
+    @property
+    def mark(self) -> int | None:
+        """The special token that opens a call; None where it is text, or there is none."""
+        opening = self.style.opening if self.style else ""
+        added = self.tokenizer.added_tokens_decoder
+        return next((i for i, token in added.items() if token.special and token.content == opening), None)
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """A grammar of calls that is refused inside: the tool whose parameters are refused alone is named."""
+        try:
+            yield
+        except LateError:
+            raise
+        except GrammarError as error:
+            if self.form is not None and self.grammars is not None:
+                for name, function in self.functions.items():
+                    _check_parameters(name, function, self.grammars, error)
+            raise
+
     def read(self, token_ids: list[int]) -> tuple[ToolCall, ...]:
         """The calls of these tools in an answer; the first, where there may be no more."""
         if self.style is None:
@@ -185,4 +213,4 @@ class Calling:
         marked = bool(self.style.opening)  # marks may be special tokens
         text = self.tokenizer.decode(token_ids, skip_special_tokens=not marked, clean_up_tokenization_spaces=False)
         calls = read_calls(str(text), self.style)
-        return tuple(call for call in calls if call.name in self.names)[: self.most]
+        return tuple(call for call in calls if call.name in self.functions)[: self.most]
