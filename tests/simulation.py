@@ -31,7 +31,8 @@ class World:
     begin_cost: float = 0.0  # of a draft, whatever its length
     cold_cost: float = 0.0  # of a draft after a step without one: the caches hold little of the drafter
     first_cost: float = 0.0  # of the first draft of all
-    thaw_cost: float = 0.0  # of a plain step after drafts: the caches hold little of the target; halved by each one
+    thaw_cost: float = 0.0  # of a pass with drafts and of plain ones after it: the caches hold little of the target
+    thaw_decay: float = 0.5  # of that in each plain one
     hard_share: float = 0.0  # of the requests, whose drafts are right only
     hard: float = 0.0  # times as often
 
@@ -203,8 +204,9 @@ def step(
 ) -> None:
     """One step as the engine makes it."""
     now[1] += 1
+    rests = getattr(policy, "rests", False)
     for request in requests:
-        request.draft_limit = policy.start(request)
+        request.draft_limit = 0 if rests else policy.start(request)
     began = now[0]
     drafts = dict.fromkeys(requests, Draft())
     wanting = [request for request in requests if request.draft_limit > 0]
@@ -216,8 +218,8 @@ def step(
         request.token_ids += [0] * (accepted + 1)
         kind = "bonus" if accepted == len(draft) else "recovered"
         verdict = Verdict(tuple(range(accepted)), 0, kind)
-        drafter.observe(request, verdict)
         if request.draft_limit:
+            drafter.observe(request, verdict)
             policy.observe(request, draft, verdict)
         emitted, drafted = emitted + accepted + 1, drafted + len(draft)
         who = draft.source if draft.tokens else "none"
@@ -228,11 +230,13 @@ def step(
     rows = width * count if world.padded else drafted + count
     jitter = 1e-3 * (1 + world.noise * source.uniform(-1, 1))
     clock.plain_run = 0 if drafted else clock.plain_run + 1
-    thaw = 0.0 if drafted else world.thaw_cost * world.shared(count) * 0.5 ** (clock.plain_run - 1)
+    cold = 1.0 if drafted else world.thaw_decay**clock.plain_run if clock.drafted else 0.0
+    thaw = world.thaw_cost * world.shared(count) * cold
     verifying = jitter * (world.shared(count) + thaw + world.row_cost * more)
     drafting = now[0] - began
     total = jitter * (drafting + world.fixed_cost) + verifying
-    policy.observe_times(StepTimes(count, drafted, rows, emitted, drafting * jitter, verifying, total))
+    if not (rests and policy.rested(count, total)):  # type: ignore[attr-defined]
+        policy.observe_times(StepTimes(count, drafted, rows, emitted, drafting * jitter, verifying, total))
     clock.seconds += total
     clock.tokens += emitted
     clock.drafted += drafted

@@ -154,7 +154,8 @@ class Engine:
         for request in requests:
             request.started = request.started or clock.began
         read = sum([request.reach - request.cached for request in requests if not request.decoding])
-        drafts = self._propose(requests)
+        rests = self.drafts and self.policy.rests
+        drafts = self._propose(requests, rests=rests)
         clock.drafted = perf_counter()
         spans = [self._span(request, draft) for request, draft in zip(requests, drafts, strict=True)]
         invariance = self.target.row_invariance
@@ -169,13 +170,18 @@ class Engine:
         if self.pace is not None:
             self.pace.took(clock.ended - clock.began, read)
         if self.drafts and len(outputs) == len(requests):
-            teach(self.policy, outputs, spans, len(rows.tokens), sum(map(len, drafts)), clock)
+            drafted, total = sum(map(len, drafts)), clock.ended - clock.began
+            if not (rests and not drafted and not read and self.policy.rested(len(outputs), total)):
+                teach(self.policy, outputs, spans, len(rows.tokens), drafted, clock)
         return outputs
 
-    def _propose(self, requests: list[Request]) -> list[Draft]:
+    def _propose(self, requests: list[Request], *, rests: bool = False) -> list[Draft]:
+        """A draft for each request. While the policy rests, only for those that ask for one and for forced tokens."""
         for request in requests:
-            request.lead = ()
-            request.draft_limit = self._draft_limit(request) if request.may_draft else 0  # and the lead
+            request.lead, request.draft_limit = (), 0
+            asks = not rests or request.num_draft_tokens is not None or request.steering.constraint is not None
+            if asks and request.may_draft:
+                request.draft_limit = self._draft_limit(request)  # and the lead
         wanting = [request for request in requests if request.draft_limit > 0]
         if not wanting:
             return [NOTHING] * len(requests)
@@ -284,8 +290,8 @@ class Engine:
         return "length" if len(request.token_ids) >= most else None
 
     def _observe(self, request: Request, draft: Draft, verdict: Verdict) -> None:
-        self.drafter.observe(request, verdict)
         if request.draft_limit:  # else no draft was asked for
+            self.drafter.observe(request, verdict)
             self.policy.observe(request, *forced.beyond(request, draft, verdict))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

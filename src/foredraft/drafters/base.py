@@ -24,7 +24,10 @@ class Drafter(Protocol):
         ...
 
     def observe(self, request: Request, verdict: Verdict) -> None:
-        """What the target made of the request's draft; its tokens are committed."""
+        """What the target made of the draft that was asked for, if only of none; its tokens are committed.
+
+        In steps that ask for none nothing is said: the text itself, `request.token_ids`, is always up to date.
+        """
         ...
 
     def forget(self, request: Request) -> None:

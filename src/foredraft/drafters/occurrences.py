@@ -63,19 +63,22 @@ class Texts:
 
     def extend(self, new: Iterable[int]) -> None:
         """Add tokens to the text at hand."""
-        tokens, heads = self.tokens, self.heads
-        end = self.base + len(tokens)
-        for token in new:
-            tokens.append(token)
-            self.open += 1
-            for gram, links in zip(GRAMS, self.links, strict=True):
-                before = -1
-                if self.open >= gram:
-                    key = tokens[-gram:].tobytes()
-                    before = heads.get(key, -1)
-                    heads[key] = end
-                links.append(before)
-            end += 1
+        known, heads = min(self.open, LONG - 1), self.heads  # tokens before, of the first grams
+        first = len(self.tokens)
+        self.tokens.extend(new)
+        count, size = len(self.tokens) - first, self.tokens.itemsize
+        data = self.tokens[first - known :].tobytes()
+        for gram, links in zip(GRAMS, self.links, strict=True):
+            short = min(count, max(0, gram - 1 - known))  # tokens that end no gram yet
+            at, width = size * (known + short + 1 - gram), size * gram
+            befores = [-1] * short
+            for place in range(self.base + first + short, self.base + first + count):
+                key = data[at : at + width]
+                befores.append(heads.get(key, -1))
+                heads[key] = place
+                at += size
+            links.extend(befores)
+        self.open += count
 
     def end(self) -> None:
         """The text at hand is complete; what is added from here on is another one."""

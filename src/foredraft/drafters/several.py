@@ -110,11 +110,10 @@ class Several:
         return draft
 
     def observe(self, request: Request, verdict: Verdict) -> None:
-        """The one that drafted hears what became of it; to the others this was a step without a draft."""
+        """The one that drafted hears what became of it."""
         name = self.chosen.get(request)
-        none = Verdict((), verdict.next_token, "bonus") if verdict.accepted else verdict
-        for other, drafter in self.drafters.items():
-            drafter.observe(request, verdict if other == name else none)
+        if name is not None:
+            self.drafters[name].observe(request, verdict)
 
     def forget(self, request: Request) -> None:
         self.chosen.pop(request, None)

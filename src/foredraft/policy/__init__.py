@@ -36,6 +36,11 @@ class PerRequest:
     def __init__(self, policy: DraftPolicy) -> None:
         self.policy = policy
 
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is drafted in this step but what requests ask for themselves."""
+        return getattr(self.policy, "rests", False)
+
     def start(self, request: Request) -> int:
         return self.policy.start(request) if request.num_draft_tokens is None else request.num_draft_tokens
 
@@ -60,6 +65,10 @@ class PerRequest:
 
     def observe_times(self, times: StepTimes) -> None:
         self.policy.observe_times(times)
+
+    def rested(self, batch: int, seconds: float) -> bool:
+        """A step of a rest in which nobody drafted and no prompt was read; False where the whole has to be told."""
+        return self.policy.rested(batch, seconds)  # type: ignore[attr-defined, no-any-return]  # it has `rests`
 
     def forget(self, request: Request) -> None:
         self.policy.forget(request)

@@ -37,7 +37,9 @@ class DraftPolicy(Protocol):
     """Decides how far to draft, from numbers alone.
 
     One that also has a method `rule(requests, most) -> StopRule | None` lets drafters draw whole chains at once, which
-    must end where `go_on` would end them.
+    must end where `go_on` would end them. One that has `rests` (a bool) and `rested(batch, seconds) -> bool` is spared
+    most of a step in which it lets nobody draft: while it rests requests do not `start`, and of steps in which each
+    request got one token it is told the seconds alone, unless it answers False.
     """
 
     def start(self, request: Request) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from foredraft.policy.base import StepTimes
 from foredraft.policy.costs import Average, Costs
 from foredraft.policy.plan import Offer
 from foredraft.policy.source import MUCH, Blend, Source, margin
@@ -18,6 +19,7 @@ class Round:
     trial: bool = False
     displaced: float = 0.0  # of a trial: tokens that those in whose place it drafted should have gained
     seconds: float = 0.0
+    step: float = 0.0  # seconds of the whole step, where nobody else drafted
     reading: float = 0.0  # of these: to catch up on the text
     cold: bool = False  # was there much to catch up on?
     first: bool = False  # after a rest
@@ -56,6 +58,11 @@ class Candidate(Source):
             self.round.tested += min(len(verdict.accepted) + 1, len(draft))
             self.round.right += len(verdict.accepted)
 
+    def end_step(self, times: StepTimes | None = None) -> None:
+        super().end_step()
+        if times is not None and self.round is not None and self.round.drafted == times.drafted:
+            self.round.step = times.total
+
     def settle(self, costs: Costs, rate: float) -> None:
         """Judge what became of the step before."""
         done, self.round, now = self.round, None, costs.now
@@ -68,6 +75,8 @@ class Candidate(Source):
         if not done.trial:
             if not done.cold:
                 self.promised.add(done.promised)
+                if done.step:  # what it took in truth, as long as nothing else ran
+                    seconds = min(done.step, 2 * now.seconds.value) - now.plain.value
                 self.gained.add(done.right - rate * seconds)
             return
         self.hope.add(done.right / done.tested if done.tested else 0.0)

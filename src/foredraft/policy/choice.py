@@ -49,9 +49,23 @@ class Choice:
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 
+    @property
+    def rests(self) -> bool:
+        return self.costs.elapsed < self.rests_until
+
+    def rested(self, batch: int, seconds: float) -> bool:
+        return self.costs.rest(batch, seconds)
+
     def start(self, request: Request) -> int:
-        rests = self.costs.elapsed < self.rests_until or self.costs.plain_is_due
-        return 0 if rests else self.num_draft_tokens
+        if self.costs.elapsed < self.rests_until:
+            return 0
+        self._wake()
+        return 0 if self.costs.plain_is_due else self.num_draft_tokens
+
+    def _wake(self) -> None:
+        rested = self.costs.wake()
+        for source in self.candidates.values() if rested else ():
+            source.idle += rested
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         source = self.candidates.get(self.picks.get(request, PLAIN).name or "")
@@ -87,9 +101,10 @@ class Choice:
     def observe_times(self, times: StepTimes) -> None:
         if times.read:
             return
+        self._wake()
         self.costs.add(times)
         for source in self.candidates.values():
-            source.end_step()
+            source.end_step(times)
 
     def forget(self, request: Request) -> None:
         self.picks.pop(request, None)

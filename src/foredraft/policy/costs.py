@@ -12,6 +12,10 @@ PLAIN_FIRST = 64  # steps before it is measured again; each wait is twice the la
 FEW = 4  # measurements; from then on one that is far too long is not believed
 LEAST = 0.01  # of what a unit costs on average: what one more costs at least
 PLAIN_RUN = 2  # of which the first is not counted: a drafter's weights have pushed the target's out of the caches
+WARM = 7  # plain steps after a draft, until they take what they take without any: the second up to a third more
+LONG_RUN = 10  # plain steps that tell how much more
+CLOSE = 1.5  # times plain decoding: where drafting seems to gain no more it may gain nothing
+LONG_EVERY = 4  # of so many runs one is long, where that matters
 
 
 @dataclass(slots=True)
@@ -26,9 +30,17 @@ class Average:
         self.count += 1
         self.value += (value - self.value) / min(self.count, self.memory)
 
+    def add_all(self, mean: float, times: int) -> None:
+        """So many values of this mean, at once."""
+        self.count += times
+        self.value += (mean - self.value) * min(1.0, times / min(self.count, self.memory))
+
     def add_cost(self, value: float) -> None:
         """Add a time; one that is far too long, because something else ran, counts as twice the average."""
-        self.add(min(value, 2 * self.value) if self.count >= FEW and self.value else value)
+        self.add(self.believed(value))
+
+    def believed(self, value: float) -> float:
+        return min(value, 2 * self.value) if self.count >= FEW and self.value else value
 
 
 @dataclass(slots=True)
@@ -51,17 +63,19 @@ class Line:
     def __post_init__(self) -> None:
         self.slope = self.before or 0.0
 
-    def add(self, count: int, seconds: float, idle: int = 0) -> None:
-        """One more point, after so many steps without any."""
+    def add(self, count: int, seconds: float, idle: int = 0, times: int = 1) -> None:
+        """One more point, or the same so many times, after so many steps without any."""
         if self.n >= FEW:
             seconds = min(seconds, 2 * self.at(count))  # more is something else that ran
         tells = self.n > 0 and abs(count - self.x / self.n) > 0.5
-        decay = self.decay ** (idle + 1)
-        self.n = decay * self.n + 1.0
-        self.x = decay * self.x + count
-        self.y = decay * self.y + seconds
-        self.xx = decay * self.xx + count * count
-        self.xy = decay * self.xy + count * seconds
+        decay, weight = self.decay ** (idle + times), 1.0
+        if times > 1:
+            weight = (1 - self.decay**times) / (1 - self.decay)  # each older one counts less
+        self.n = decay * self.n + weight
+        self.x = decay * self.x + weight * count
+        self.y = decay * self.y + weight * seconds
+        self.xx = decay * self.xx + weight * count * count
+        self.xy = decay * self.xy + weight * count * seconds
         self.slope = self._fitted()
         if tells:
             self.before = self.slope
@@ -89,23 +103,48 @@ class BatchCosts:
     padded: bool = False  # is every request given the rows of the longest draft?
     emitted: Average = field(default_factory=lambda: Average(memory=20))
     seconds: Average = field(default_factory=lambda: Average(memory=20))
-    was_plain: bool = True  # the step before
+    plain_rows: int = 0  # of the latest step without drafts
+    second: float = 0.0  # seconds of the second step after the latest draft
+    warmed: float = 0.0  # and of those that the caches were warm for again
+    thaw: Average = field(default_factory=lambda: Average(memory=LONG_EVERY))  # such a step over the second one
     met_drafts: bool = False
     steps: int = 0
 
-    def add(self, times: StepTimes) -> None:
+    def add(self, times: StepTimes, run: int) -> None:
+        """A step, the latest of a `run` of so many without drafts."""
         self.steps += 1
+        seconds: float | None = times.total - times.drafting
         if not times.drafted:
-            self.free_rows = times.rows // times.batch
-            if self.was_plain:
-                self._add_plain(times.total - times.drafting)
-        self.was_plain = not times.drafted
+            self.free_rows, self.plain_rows = times.rows // times.batch, times.rows
+            seconds = self._warm(times.total - times.drafting, run)
+            if seconds is not None:
+                self._add_plain(seconds)
         self.padded |= times.rows > times.drafted + times.batch
-        if self.met_drafts or not times.drafted:  # the first pass with drafts touches memory that is new
-            self.rows.add(times.rows, times.total - times.drafting)
+        if seconds is not None and (self.met_drafts or not times.drafted):  # the first one touches memory that is new
+            self.rows.add(times.rows, seconds)
         self.met_drafts |= times.drafted > 0
         self.emitted.add(times.emitted)
         self.seconds.add_cost(times.total)
+
+    def _warm(self, seconds: float, run: int) -> float | None:
+        """What a plain step would take with the target's weights in the caches; None where it does not tell."""
+        if run > WARM:
+            self.warmed += seconds
+            if run == LONG_RUN and self.second:
+                self.thaw.add(min(1.0, self.warmed / (LONG_RUN - WARM) / self.second))
+            return seconds
+        if run != PLAIN_RUN:
+            return None
+        self.second, self.warmed = seconds, 0.0
+        return seconds * (self.thaw.value or 1.0)
+
+    def add_rest(self, steps: int, seconds: float) -> None:
+        """So many steps without drafts after another one, which took so long on average."""
+        self.steps += steps
+        self.plain.add_all(seconds, steps)
+        self.rows.add(self.plain_rows, seconds, times=steps)
+        self.emitted.add_all(self.batch, steps)
+        self.seconds.add_all(seconds, steps)
 
     def _add_plain(self, seconds: float) -> None:
         """The first steps of all warm caches up: a much faster one soon after makes them forgotten."""
@@ -122,7 +161,9 @@ class BatchCosts:
             return True
         wanted = max(1, int(self.rate / self.plain_rate)) * every
         period = wanted if self.steps >= wanted else 1 << (max(self.steps, PLAIN_FIRST).bit_length() - 1)
-        return self.steps % period >= period - PLAIN_RUN
+        runs, step = divmod(self.steps, period)
+        doubtful = self.rate < CLOSE * self.plain_rate and (not self.thaw.count or runs % LONG_EVERY == 0)
+        return step >= period - (LONG_RUN if doubtful else PLAIN_RUN)
 
     @property
     def row(self) -> float:
@@ -154,6 +195,9 @@ class Costs:
     batch: int = 1
     elapsed: float = 0.0
     plain_every: int = PLAIN_EVERY
+    run: int = LONG_RUN  # steps since the latest draft
+    rested: int = 0  # steps that are counted in `elapsed` only so far
+    resting: float = 0.0  # seconds of these
 
     @property
     def now(self) -> BatchCosts:
@@ -163,10 +207,34 @@ class Costs:
     def plain_is_due(self) -> bool:
         return self.now.plain_is_due(self.plain_every)
 
+    def rest(self, batch: int, seconds: float) -> bool:
+        """Take note of a step without drafts or prompts, in brief; False where that is not enough.
+
+        It is known by `wake` what such steps take.
+        """
+        now = self.now
+        if batch != self.batch or self.run <= LONG_RUN or now.plain.count < FEW:
+            return False
+        self.run += 1
+        self.elapsed += seconds
+        self.rested += 1
+        self.resting += now.plain.believed(seconds)
+        return True
+
+    def wake(self) -> int:
+        """Learn from the steps of a rest. Returns how many these were."""
+        rested, seconds = self.rested, self.resting
+        if rested:
+            self.rested, self.resting = 0, 0.0
+            self.now.add_rest(rested, seconds / rested)
+        return rested
+
     def add(self, times: StepTimes) -> None:
+        self.wake()
         self.elapsed += times.total
         self.batch = times.batch
         if times.batch not in self.by_batch:
             near = min(self.by_batch, key=lambda size: abs(size - times.batch))
             self.by_batch[times.batch] = BatchCosts(times.batch, Line(before=self.by_batch[near].row))
-        self.now.add(times)
+        self.run = 0 if times.drafted else self.run + 1
+        self.now.add(times, self.run)

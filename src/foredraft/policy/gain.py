@@ -45,9 +45,19 @@ class Gain:
         self.group: list[Request] = []  # of the step before
         self.rests_until = 0.0  # where nothing paid: when that is worked out again, in seconds of decoding
 
+    @property
+    def rests(self) -> bool:
+        return self.costs.elapsed < self.rests_until
+
+    def rested(self, batch: int, seconds: float) -> bool:
+        return self.costs.rest(batch, seconds)
+
     def start(self, request: Request) -> int:
         costs = self.costs
-        if costs.elapsed < self.rests_until or costs.plain_is_due:
+        if costs.elapsed < self.rests_until:
+            return 0
+        self._wake()
+        if costs.plain_is_due:
             return 0
         self.step.asked.append(request)
         if self._pays(request):
@@ -56,6 +66,9 @@ class Gain:
             return 0
         self.step.trying.add(request)
         return self._begin(request, TRIED)
+
+    def _wake(self) -> None:
+        self.source.idle += self.costs.wake()
 
     def _begin(self, request: Request, most: int) -> int:
         self.step.drafting.add(request)
@@ -114,6 +127,7 @@ class Gain:
             return
         if times.batch != self.costs.batch:
             self.rests_until = 0.0
+        self._wake()
         self.costs.add(times)
         if self.costs.elapsed < self.rests_until:
             self.source.end_step()
