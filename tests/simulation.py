@@ -31,8 +31,8 @@ class World:
     begin_cost: float = 0.0  # of a draft, whatever its length
     cold_cost: float = 0.0  # of a draft after a step without one: the caches hold little of the drafter
     first_cost: float = 0.0  # of the first draft of all
-    thaw_cost: float = 0.0  # of a pass with drafts and of plain ones after it: the caches hold little of the target
-    thaw_decay: float = 0.5  # of that in each plain one
+    thaw_cost: float = 0.0  # of a pass behind a drafter that computes: the caches hold little of the target
+    thaw_decay: float = 0.5  # of that in each pass after it
     hard_share: float = 0.0  # of the requests, whose drafts are right only
     hard: float = 0.0  # times as often
 
@@ -62,7 +62,7 @@ class Clock:
     tokens: int = 0
     drafted: int = 0
     steps: int = 0
-    plain_run: int = 0
+    cold: float = 0.0
     by: dict[str, int] = field(default_factory=dict)  # steps by who drafted
 
     @property
@@ -229,9 +229,8 @@ def step(
     more = (width - world.min_rows) * count if world.padded else drafted
     rows = width * count if world.padded else drafted + count
     jitter = 1e-3 * (1 + world.noise * source.uniform(-1, 1))
-    clock.plain_run = 0 if drafted else clock.plain_run + 1
-    cold = 1.0 if drafted else world.thaw_decay**clock.plain_run if clock.drafted else 0.0
-    thaw = world.thaw_cost * world.shared(count) * cold
+    clock.cold = 1.0 if _computed(drafter, now[1]) else world.thaw_decay * clock.cold
+    thaw = world.thaw_cost * world.shared(count) * clock.cold
     verifying = jitter * (world.shared(count) + thaw + world.row_cost * more)
     drafting = now[0] - began
     total = jitter * (drafting + world.fixed_cost) + verifying
@@ -241,6 +240,12 @@ def step(
     clock.tokens += emitted
     clock.drafted += drafted
     clock.steps += 1
+
+
+def _computed(drafter: Drafter, step: float) -> bool:
+    """Whether a drafter has pushed the target's weights out of the caches in this step."""
+    parts = drafter.drafters.values() if isinstance(drafter, Several) else [drafter]
+    return any(not it.looks_up and it.last == step for it in parts)  # type: ignore[attr-defined]
 
 
 def best_in_hindsight(kinds: Sequence[Kind], world: World, lengths: Sequence[int], tokens: int) -> list[float]:

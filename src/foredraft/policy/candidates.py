@@ -80,7 +80,7 @@ class Candidate(Source):
                 self.gained.add(done.right - rate * seconds)
             return
         self.hope.add(done.right / done.tested if done.tested else 0.0)
-        cost = seconds - done.reading + done.displaced / rate
+        cost = seconds - done.reading + done.displaced / rate + now.after.value
         if done.first and done.right:
             self.trials.again(costs.elapsed, cost)
             return

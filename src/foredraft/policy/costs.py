@@ -106,6 +106,8 @@ class BatchCosts:
     plain_rows: int = 0  # of the latest step without drafts
     second: float = 0.0  # seconds of the second step after the latest draft
     warmed: float = 0.0  # and of those that the caches were warm for again
+    thawing: float = 0.0  # seconds that the steps of this run took longer than with warm caches
+    after: Average = field(default_factory=lambda: Average(memory=8))  # the same, of whole runs
     thaw: Average = field(default_factory=lambda: Average(memory=LONG_EVERY))  # such a step over the second one
     met_drafts: bool = False
     steps: int = 0
@@ -128,6 +130,10 @@ class BatchCosts:
 
     def _warm(self, seconds: float, run: int) -> float | None:
         """What a plain step would take with the target's weights in the caches; None where it does not tell."""
+        if run <= WARM:
+            self.thawing = max(0.0, seconds - self.plain.value) + (self.thawing if run > 1 else 0.0)
+            if run == WARM:
+                self.after.add_cost(self.thawing)
         if run > WARM:
             self.warmed += seconds
             if run == LONG_RUN and self.second:

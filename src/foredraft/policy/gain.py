@@ -154,7 +154,7 @@ class Gain:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
         if step.trying:
             rows = times.batch * now.row_price(0, times.batch) if step.longest else 0.0
-            cost = times.drafting + rows
+            cost = times.drafting + rows + (now.after.value if step.longest else 0.0)
             if first and step.right:
                 trials.again(elapsed, cost)
             else:
