@@ -9,6 +9,8 @@ from foredraft.policy.source import MARGIN, TRIED, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
+MOST_REST = 8  # steps, at batch 1
+PATIENCE = 8  # times that drafting is found not to pay, before a rest at batch 1 is a step longer
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Gain:
         self.step = Step()
         self.group: list[Request] = []  # of the step before
         self.rests_until = 0.0  # where nothing paid: when that is worked out again, in seconds of decoding
+        self.fruitless = 0  # times that it was worked out since a draft paid
 
     @property
     def rests(self) -> bool:
@@ -61,6 +64,7 @@ class Gain:
             return 0
         self.step.asked.append(request)
         if self._pays(request):
+            self.fruitless = 0
             return self._begin(request, self.num_draft_tokens)
         if costs.elapsed < self.source.trials.due:
             return 0
@@ -146,9 +150,14 @@ class Gain:
             self._rest(times.batch)
 
     def _rest(self, batch: int) -> None:
-        """Nothing pays: to work that out takes each of several requests a while, so it stands for as many steps."""
+        """Nothing pays: to work that out takes each request a while, so it stands for some steps.
+
+        As many as there are other requests, or more the more often it came out so: what all but pays soon may.
+        """
         costs = self.costs
-        self.rests_until = min(self.source.trials.due, costs.elapsed + (batch - 1) * costs.now.plain.value)
+        self.fruitless += 1
+        steps = max(batch - 1, min(self.fruitless // PATIENCE, MOST_REST))
+        self.rests_until = min(self.source.trials.due, costs.elapsed + steps * costs.now.plain.value)
 
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
