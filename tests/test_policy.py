@@ -18,7 +18,7 @@ from foredraft.policy import (
     Threshold,
     make_policy,
 )
-from foredraft.policy.costs import Average, Line
+from foredraft.policy.costs import Average, Costs, Line
 from foredraft.policy.source import TRIED, ConfidenceBins
 from foredraft.types import Draft, Verdict
 
@@ -252,6 +252,46 @@ def test_nor_where_beginning_a_draft_is_what_costs(alpha, batch):
     rate = mean_rate(world, Gain, 2000 // batch)
     assert rate >= 0.96 * mean_rate(world, lambda: Fixed(0), 2000 // batch)
     assert rate >= 0.9 * best_fixed(world, 2000 // batch)
+
+
+# As a Zen 4 is: behind a draft model the target's passes take half as long again, and the plain steps after it recover.
+COLD = World(0.09, 0.09, (0.5,), min_rows=1, padded=False, begin_cost=0.3, cold_cost=0.3, thaw_cost=0.8,
+             thaw_decay=0.75, noise=0.08, share_of_batch=0.3)  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.6, 0.7, 0.9])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("policy", [Gain, Choice])
+def test_nor_where_a_draft_leaves_the_caches_cold(policy, batch, alpha):
+    """Plain steps right after drafts are no measure of plain decoding, and trials cost what they leave behind."""
+    world = replace(COLD, alphas=(alpha,), batch=batch)
+    kind = Kind("model", (alpha,), world.draft_cost, begin=world.begin_cost, cold=world.cold_cost)
+    look = Kind("look", (alpha / 3,), 0.01, looks_up=True, finds=0.3)
+    kinds = [kind] if policy is Gain else [look, kind]
+    tokens = 3000 // batch
+    rates = [run_with(kinds, world, policy(), tokens, seed)[0].rate for seed in range(4)]
+    plain = mean_rate(world, lambda: Fixed(0), tokens)
+    assert sum(rates) / len(rates) >= 0.94 * plain
+    assert alpha < 0.9 or sum(rates) / len(rates) >= 1.4 * plain
+
+
+def test_what_is_told_of_a_rest_in_brief_is_learned_when_it_ends():
+    brief, whole = Costs(), Costs()
+    for costs in (brief, whole):
+        for _ in range(20):
+            costs.add(StepTimes(1, 0, 1, 1, 0.0, 1.0, 1.0))
+    for _ in range(8):
+        whole.add(StepTimes(1, 0, 1, 1, 0.0, 2.0, 2.0))
+        assert brief.rest(1, 2.0)
+    assert brief.elapsed == whole.elapsed and brief.now.plain.value == 1.0
+    assert brief.wake() == 8 and brief.wake() == 0
+    assert brief.now.steps == whole.now.steps and brief.run == whole.run
+    assert brief.now.plain.value == pytest.approx(whole.now.plain.value, rel=0.05)
+    assert brief.now.rate == pytest.approx(whole.now.rate, rel=0.1)
+    assert brief.now.rows.at(1) == pytest.approx(whole.now.rows.at(1), rel=1e-6)
+    assert not brief.rest(2, 2.0)  # another batch
+    brief.add(StepTimes(1, 3, 4, 2, 0.5, 1.0, 1.5))
+    assert not brief.rest(1, 2.0)  # caches may be cold
 
 
 @pytest.mark.parametrize("policy", [Gain, Choice])

@@ -9,6 +9,8 @@ from foredraft.policy.plan import Offer
 from foredraft.policy.source import MUCH, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
+FORGIVEN = 0.25  # of what a drafter did not keep of its promises, by a trial that went well
+
 
 @dataclass(slots=True)
 class Round:
@@ -85,9 +87,10 @@ class Candidate(Source):
             self.trials.again(costs.elapsed, cost)
             return
         gain, _ = self.worth([self.hope.value] * count, now, rate)
-        well = gain > done.displaced + margin(count)
-        if well:  # what it did not keep was long ago
-            self.promised, self.gained = Average(), Average()
+        least = done.displaced + margin(count)
+        well = gain * self.trust() > least
+        if gain > least and not well:  # what it did not keep was long ago: it counts less with every good trial
+            self.gained.value += FORGIVEN * (self.promised.value - self.gained.value)
         self.trials.made(costs.elapsed, now.plain.value, cost, well=well, reading=done.reading)
 
 
