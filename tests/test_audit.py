@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import foredraft.engine
 from foredraft import LLM, SamplingParams
 from foredraft.audit import Audit, AuditOptions, audit, casefile, distribution, shrink
-from foredraft.audit.asks import FORMS, SETTINGS, Ask, asks, derived, far, is_far, ordered
+from foredraft.audit.asks import CERTAIN, FORMS, SETTINGS, Ask, asks, derived, far, is_far, ordered
 from foredraft.audit.controls import CONTROLS
 from foredraft.audit.distribution import chi_square, make_tree, telling_tree
 from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
@@ -304,18 +304,20 @@ def test_prompts_reach_behind_512_and_1024_where_there_is_room(llm: LLM, bundled
     deep: Any = SimpleNamespace(max_model_len=2048, model=llm.model)
     assert [len(prompt) for prompt in far(deep, AuditOptions())] == [507, 1100]
     assert [len(prompt) for prompt in far(deep, AuditOptions.quick())] == [507]
-    assert [len(prompt) for prompt in far(bundled, AuditOptions())] == [507]  # a context of 1,024
+    assert [len(prompt) for prompt in far(bundled, AuditOptions())] == [507, 960]  # a context of 1,024
     for options in (AuditOptions(), AuditOptions.quick()):  # whose texts cross 512
         assert 507 < 512 < 507 + min(ask.params.max_new_tokens for ask in asks(bundled, options) if is_far(ask))
 
 
 def test_every_setting_shows_what_was_written_into_logits() -> None:
-    assert {params.logprobs for params in (*SETTINGS.values(), *FORMS.values())} == {2}
+    assert {params.logprobs for params in (*SETTINGS.values(), *CERTAIN.values(), *FORMS.values())} == {2}
 
 
 def test_requests_are_ragged_and_have_seeds_of_their_own(llm: LLM) -> None:
     made = asks(llm, AuditOptions())
-    assert len({ask.seed for ask in made}) == len(made) == 8 * len(SETTINGS) + 2 * len(far(llm, AuditOptions()))
+    kinds = len(SETTINGS) + len(CERTAIN)
+    assert len({ask.seed for ask in made}) == len(made) == 8 * kinds + 2 * len(far(llm, AuditOptions()))
+    assert max(ask.seed for ask in made) > 2**62
     assert max(len(ask.prompt) for ask in made) > 256  # beyond a chunk's border
     assert len({ask.params.max_new_tokens for ask in made}) == 4
     crowd = ordered(made, "leaving", 3, 0)
@@ -326,6 +328,7 @@ def test_requests_are_ragged_and_have_seeds_of_their_own(llm: LLM) -> None:
 
 def test_drafts_wider_than_what_is_exact_are_left_out() -> None:
     assert {length for length, _, _ in grid(AuditOptions(), 4)} == {1, 2, 4, None}
+    assert 40 in {length for length, _, _ in grid(AuditOptions(), 128)}
     assert [order for _, batch, order in grid(AuditOptions(), 4) if batch == 1] == ["together"] * 4
 
 

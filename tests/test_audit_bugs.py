@@ -8,6 +8,7 @@ import pytest
 
 import foredraft.engine
 from foredraft import LLM
+from foredraft import verify as verification
 from foredraft.audit import AuditOptions
 from foredraft.audit.exact import Compared, compare
 from foredraft.audit.pipeline import Run
@@ -15,13 +16,14 @@ from foredraft.audit.play import Subject
 from foredraft.audit.subjects import find
 from foredraft.engine import Engine
 from foredraft.models.load import LoadOptions
+from foredraft.native.choosing import Follower
 from foredraft.steering import Steering
 from foredraft.structured.mask import only
 from foredraft.tuning.options import Watcher
 from foredraft.verify import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BRIEF = AuditOptions((3, None), (4,), ("leaving",), 3, 18, 500)
+BRIEF = AuditOptions((5, None), (4,), ("leaving",), 3, 18, 500)
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +94,69 @@ def is_off_behind_512(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Engine, "_span", off)
 
 
+def keeps_all_behind_the_second(patch: pytest.MonkeyPatch) -> None:
+    accepted = verification._acceptances
+    patch.setattr(
+        verification, "_acceptances", lambda draft, p: [*accepted(draft, p)[:2], *[2.0] * len(draft.tokens[2:])]
+    )
+
+
+def forgets_filters_under_rejection(patch: pytest.MonkeyPatch) -> None:
+    restrict = verification.restrict
+    patch.setattr(
+        verification,
+        "restrict",
+        lambda s, params: restrict(s, replace(params, top_p=1.0, min_p=0.0) if len(s) > 1 else params),
+    )
+
+
+def halves_seeds(patch: pytest.MonkeyPatch) -> None:
+    follow = Follower.__call__
+
+    def halved(self: Follower, logits: Any, seed: int, position: int, draft: Any, *rest: Any) -> Any:
+        return follow(self, logits, seed & 0xFFFFFFFF if draft else seed, position, draft, *rest)
+
+    patch.setattr(Follower, "__call__", halved)
+
+
+def loses_top_k(patch: pytest.MonkeyPatch) -> None:
+    follow = Follower.__call__
+
+    def unfiltered(self: Follower, logits: Any, seed: int, position: int, draft: Any, *rest: Any) -> Any:
+        kept = self.keep.top_k
+        self.keep.top_k = 0 if draft else kept
+        found = follow(self, logits, seed, position, draft, *rest)
+        self.keep.top_k = kept
+        return found
+
+    patch.setattr(Follower, "__call__", unfiltered)
+
+
+def drops_biases_when_sampling(patch: pytest.MonkeyPatch) -> None:
+    adjusted = verification._adjusted
+
+    def unbiased(logits: Any, request: Any, rows: Any) -> Any:
+        params = request.params
+        if len(rows) == 1 or params.greedy:
+            return adjusted(logits, request, rows)
+        return verification.adjust(
+            logits, request.token_ids, rows, request.prompt_len, replace(params, logit_bias={}), request.steering
+        )
+
+    patch.setattr(verification, "_adjusted", unbiased)
+
+
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (masks_a_row_late, "sampled, grammar, all"),
     (writes_into_the_logits, "sampled"),
     (shows_refused_text, "greedy"),
     (hands_over_one_too_few, "greedy"),
     (is_off_behind_512, "greedy, long prompt"),
+    (keeps_all_behind_the_second, "rejection, min_p"),
+    (forgets_filters_under_rejection, "rejection, top_p"),
+    (halves_seeds, "sampled"),
+    (loses_top_k, "sampled, filters"),
+    (drops_biases_when_sampling, "sampled, bias"),
 ]
 
 

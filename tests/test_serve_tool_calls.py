@@ -60,3 +60,12 @@ def test_arguments_are_handed_on_as_they_were_written() -> None:
 def test_words_that_look_like_the_call_are_words(call: str) -> None:
     words = 'I search {it}, a search{"x": 1}, {"name": "search"} or research{}:'
     assert message(finished(words + call, ToolCall("search", {})))["content"] == words
+
+
+def test_words_stand_directly_before_a_name_whose_mark_has_no_text() -> None:
+    text = 'I will check.search{"q": 1}'
+    one = Finished(text, "stop", 1, 0, SpecStats(), 0.0, tool_calls=(ToolCall("search", {"q": 1}),), words=text[:13])
+    assert message(one)["content"] == "I will check."
+    stream = Withheld()
+    shown = stream.take(text[:7]) + stream.take(text[7:], calling=True)  # a step that has both words and mark
+    assert shown + stream.ending(one)["content"] == "I will check."

@@ -229,6 +229,17 @@ def test_a_busy_machine_makes_nothing_dear():
     assert meter.low and meter.credit > 0  # brief calls are charged too, by the wall
 
 
+def test_dear_calls_among_brief_ones_are_charged_whole():
+    """Each token asks for a mask, which may take long, and then takes the token in, which does not."""
+    clock = Clock(0.0)
+    meter, taken = by(clock), (0.3, 0.0001)
+    for step in range(12):
+        clock.step = taken[step % 2]
+        meter.timed(len, ())
+    with pytest.raises(GrammarError, match="costs too much to follow"):
+        meter.check()
+
+
 def test_a_meter_forgives_what_is_cheap_and_refuses_what_is_dear():
     cheap, dear = by(Clock(ALLOWANCE / 2)), by(Clock(2 * ALLOWANCE))
     for _ in range(1000):

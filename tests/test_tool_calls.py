@@ -115,6 +115,10 @@ def test_a_tool_whose_parameters_are_refused_is_named(llm, parameters, why):
     tools = [FIND, {"name": "wrong", "parameters": parameters}, NOW]
     with pytest.raises(GrammarError, match="the parameters of tool 'wrong': the JSON schema cannot be.*" + why):
         llm.chat(MESSAGES, tools=tools)
+    unasked = {"name": "unasked", "parameters": {"properties": {"q": {"not": {}}}}}
+    with pytest.raises(GrammarError, match="the parameters of tool 'wrong'"):
+        llm.chat(MESSAGES, tools=[unasked, *tools], tool_choice="wrong")
+    assert llm.chat(MESSAGES, SamplingParams(max_new_tokens=1), tools=[unasked, *tools], tool_choice="now").token_ids
 
 
 def hermes(*calls: str) -> str:

@@ -237,7 +237,7 @@ class Engine:
             return self._commit(request, draft, logits)
         except NumericsError as error:
             drafted = request.may_draft and (draft.tokens or request.stats.drafts)
-            return self.spoilt.again(request, self.target.cache) if drafted else self._failed(request, error)
+            return self.spoilt.again(request, self.target.cache, error) if drafted else self._failed(request, error)
         except Exception as error:  # processors, stop rules, drafters and policies of a user's own may raise anything
             return self._failed(request, error)
 

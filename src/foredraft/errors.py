@@ -70,6 +70,10 @@ class NumericsError(ForedraftError):
     """The target produced logits that are not numbers."""
 
 
+class MaskedError(NumericsError):
+    """Biases, processors or a form leave no token at a place."""
+
+
 class CacheMemoryError(ForedraftError, MemoryError):
     """The cache could not be allocated."""
 

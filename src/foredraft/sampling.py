@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from foredraft import noise
-from foredraft.errors import NumericsError
+from foredraft.errors import MaskedError, NumericsError
 from foredraft.native import choosing
 from foredraft.native.choosing import Follower, Place, Sampler
 from foredraft.native.library import loaded
@@ -142,7 +142,8 @@ def check_finite(peaks: abc.Iterable[float], positions: Ids) -> None:
         if not math.isfinite(peak):
             cause = "every token is masked" if peak < 0 else "the model overflowed, or a processor divided by zero"
             advice = "relax logit_bias and processors" if peak < 0 else "load it in bfloat16 or float32"
-            raise NumericsError(f"the largest score at position {position} is {peak}: {cause}; {advice}")
+            kind = MaskedError if peak == -math.inf else NumericsError
+            raise kind(f"the largest score at position {position} is {peak}: {cause}; {advice}")
 
 
 class Drawn(NamedTuple):

@@ -2,6 +2,7 @@
 
 import warnings
 
+from foredraft.errors import MaskedError, NumericsError
 from foredraft.models.base import Cache
 from foredraft.types import Request, StepOutput
 
@@ -12,7 +13,7 @@ class Spoilt:
     def __init__(self) -> None:
         self._requests: set[Request] = set()
 
-    def again(self, request: Request, cache: Cache) -> StepOutput:
+    def again(self, request: Request, cache: Cache, error: NumericsError) -> StepOutput:
         """Compute the place again, alone, and draft no more for this text.
 
         A guess may have left NaN in the cache beyond the committed tokens, and there even a masked key counts: 0 times
@@ -20,7 +21,8 @@ class Spoilt:
         """
         cache.clear(request.slot, request.cached)
         request.may_draft = False
-        self._requests.add(request)
+        if not isinstance(error, MaskedError):  # which is nobody's fault but the request's own
+            self._requests.add(request)
         return StepOutput(request, (), (), None)
 
     def settle(self, request: Request, drafter: str) -> None:

@@ -10,11 +10,16 @@ WIDEST = 10_000  # columns: to measure what a table needs
 
 def narrow_table(*headings: str) -> Table:
     """Without lines between columns; headings may take several lines."""
-    return Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    return Table(*headings, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
 def show_whole(table: Table, console: Console) -> None:
     """Print it; a table that needs more room than there is takes it."""
-    least = Measurement.get(console, console.options.update(max_width=WIDEST), table).minimum
+    wide = console.options.update(max_width=WIDEST)
+    for column in table.columns:
+        cells = (column.header, *column.cells)
+        column.min_width = max(Measurement.get(console, wide, cell).minimum for cell in cells)
+    least = Measurement.get(console, wide, table).minimum
     table.width = least if least > console.width else None
     console.print(table, crop=False)
+    console.print()

@@ -20,7 +20,8 @@ from foredraft.types import SamplingParams
 BLOCK = 5  # tokens of a step in which a control's draft is right, the target's own included
 DERIVED = 50_000  # what seeds of requests begin at that are made of others' outputs
 LENGTHS = (3, 17, 40, 130, 250, 257, 300, 420)  # of prompts, in tokens; those behind 256 cross a chunk's border
-LONG = (507, 1100)  # of more, in a few settings only: whose output crosses position 512, and beyond 1,024
+LONG = (507, 1100)  # of more, in a few settings only: whose output crosses position 512, and far behind it
+SEEDS = (0, 2**33, 2**62)  # that seeds begin at, by turns: users' own have 63 bits
 FAR = "long prompt"  # how the names of these settings end
 TEXTS = (
     "User: I need a table for two in Oakland tonight.\nAssistant:",
@@ -64,15 +65,41 @@ class Leaning(LogitsProcessor):
         return scores
 
 
+class Descending(LogitsProcessor):
+    """A processor that leaves no two tokens alike, so that one is the likeliest."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores - 1e-5 * torch.arange(scores.shape[1], device=scores.device)
+
+
 # each with log-probabilities: what a bug writes into the logits of a pass may change no token of this request
 SETTINGS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(logprobs=2),
     "sampled": SamplingParams(temperature=0.8, top_p=0.95, logprobs=2),
+    "sampled, filters": SamplingParams(temperature=2.0, top_k=12, min_p=0.05, logprobs=2),
     "greedy, penalties": SamplingParams(
         repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, logprobs=2
     ),
     "sampled, processor": SamplingParams(temperature=0.7, top_k=40, processors=(EveryOther(),), logprobs=2),
     "sampled, min_p, state": SamplingParams(temperature=1.5, min_p=0.2, processors=(Stateful(Counting),), logprobs=2),
+}
+# under rejection sampling, where filters leave but one token and drafts therefore change no text
+CERTAIN: dict[str, SamplingParams] = {
+    "rejection, top_k": SamplingParams(
+        verifier="rejection", temperature=1.0, top_k=1, repetition_penalty=1.2, processors=(Descending(),), logprobs=2
+    ),
+    "rejection, top_p": SamplingParams(
+        verifier="rejection", temperature=0.7, top_p=1e-6, frequency_penalty=0.5, processors=(Descending(),), logprobs=2
+    ),
+    "rejection, min_p": SamplingParams(
+        verifier="rejection",
+        temperature=1.3,
+        min_p=1.0,
+        presence_penalty=0.5,
+        logit_bias={token: -2.0 for token in range(0, 40, 3)},
+        processors=(Descending(),),
+        logprobs=2,
+    ),
 }
 FORM = Structured.regex(r"([a-z]{1,8} ){2}(yes|no|perhaps), [0-9]{1,4}")
 FORMS: dict[str, SamplingParams] = {  # the library draws under the first two, the last goes through the scores
@@ -152,20 +179,26 @@ def forms(llm: LLM) -> dict[str, SamplingParams]:
 def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
     """Every prompt in every setting and the user's own, each with a seed and a length of its own; then long ones.
 
-    Where there are few prompts, each is asked under one grammar, by turns.
+    Where there are few prompts, each is asked under one grammar and one kind of rejection sampling, by turns.
     """
-    under = [*forms(llm).items()]
+    under, certain = [*forms(llm).items()], [*CERTAIN.items()]
     own = [(f"{OWN} {i}", params) for i, params in enumerate(options.own, 1)]
     pairs: list[tuple[tuple[int, ...], str, SamplingParams]] = []
     for place, prompt in enumerate(prompts(llm, options)):
-        turns = under if options.whole or not under else [under[place % len(under)]]
+        turns = [*under, *certain]
+        if not options.whole:
+            turns = [kinds[place % len(kinds)] for kinds in (under, certain) if kinds]
         pairs += [(prompt, name, params) for name, params in (*SETTINGS.items(), *turns, *own)]
     for prompt in far(llm, options):
         pairs += [(prompt, f"{name}, {FAR}", SETTINGS[name]) for name in ("greedy", "sampled")[: 1 + options.whole]]
     return [
-        Ask(prompt, replace(params, seed=options.seed * 100_000 + i, max_new_tokens=options.tokens - i % 4), name)
+        Ask(prompt, replace(params, seed=_seed(options, i), max_new_tokens=options.tokens - i % 4), name)
         for i, (prompt, name, params) in enumerate(pairs)
     ]
+
+
+def _seed(options: AuditOptions, place: int) -> int:
+    return options.seed * 100_000 + place + SEEDS[place % len(SEEDS)]
 
 
 def is_far(ask: Ask) -> bool:
@@ -174,23 +207,25 @@ def is_far(ask: Ask) -> bool:
 
 def far(llm: LLM, options: AuditOptions) -> list[tuple[int, ...]]:
     """Prompts whose texts end far behind: as many as the context has room for, one where there are few prompts."""
-    lengths = [length for length in LONG if length + options.tokens <= llm.max_model_len]
-    lengths = lengths if options.whole else lengths[:1]
+    near, most = LONG
+    room = llm.max_model_len - options.tokens
+    lengths = [near] * (near <= room) + [min(most, room)] * (options.whole and room >= near + options.tokens)
     return [_words(length, llm.model.vocab_size, Random(f"{options.seed} {length}")) for length in lengths]
 
 
-def derived(llm: LLM, asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]], setting: str = "greedy") -> list[Ask]:
-    """Requests in this setting again, each with a stop token, a stop text or biases that change what it said."""
+def derived(llm: LLM, asks: Sequence[Ask], outputs: Mapping[int, Sequence[int]]) -> list[Ask]:
+    """Greedy and sampled requests again, each with a stop token, a stop text or biases that change what it said."""
     kinds: list[tuple[str, Callable[[LLM, Sequence[int], SamplingParams], SamplingParams]]] = [
         ("stop", _stop_token),
         ("stop text", _stop_text),
         ("bias", _biased),
     ]
     found = []
-    for place, ask in enumerate(ask for ask in asks if ask.setting == setting and len(outputs[ask.seed]) > 3):
-        kind, change = kinds[place % len(kinds)]
-        params = change(llm, outputs[ask.seed], replace(ask.params, seed=DERIVED + ask.seed))
-        found.append(replace(ask, params=params, setting=f"{setting}, {kind}"))
+    for first, setting in enumerate(("greedy", "sampled")):
+        for place, ask in enumerate(ask for ask in asks if ask.setting == setting and len(outputs[ask.seed]) > 3):
+            kind, change = kinds[(first + place) % len(kinds)]
+            params = change(llm, outputs[ask.seed], replace(ask.params, seed=DERIVED + ask.seed))
+            found.append(replace(ask, params=params, setting=f"{setting}, {kind}"))
     return found
 
 
@@ -213,9 +248,9 @@ def _stop_text(llm: LLM, output: Sequence[int], params: SamplingParams) -> Sampl
 
 
 def _biased(llm: LLM, output: Sequence[int], params: SamplingParams) -> SamplingParams:
-    """Two tokens that it said are out of the question or unlikely, and one is likelier."""
-    first, middle, last = output[0], output[len(output) // 2], output[-1]
-    return replace(params, logit_bias={last: 2.0, middle: -4.0, first: -torch.inf})
+    """What it said is unlikely; its first token is out of the question, and its last is likelier."""
+    unlikely: dict[int, float] = dict.fromkeys(output, -4.0)
+    return replace(params, logit_bias=unlikely | {output[-1]: 2.0, output[0]: -torch.inf})
 
 
 def ordered(asks: Sequence[Ask], order: str, length: int | None, seed: int) -> list[Ask]:

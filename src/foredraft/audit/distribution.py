@@ -20,12 +20,12 @@ from foredraft.types import SamplingParams
 
 PARAMS = SamplingParams(temperature=1.0, top_k=3, ignore_eos=True, verifier="rejection")
 PLACES = 4  # tokens; the first is the prompt's, the others are drafted or follow a draft
-DRAFTED = 2
+DRAFTED = 3
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 CERTAIN = 0.55  # of the likeliest of three
 TOGETHER = 16  # draws that run at once
 TREES = 4  # prompts, of which each drafter is tested on one that tells something
-PILOT = 96  # draws that tell which that is
+PILOT = 64  # draws that tell which that is
 STEM = 6  # tokens of a prompt before each continuation, where it repeats itself
 REPEATS = 2
 FEW = 20  # accepted or refused tokens: with fewer the test says nothing of one kind
@@ -138,17 +138,19 @@ def draws(llm: LLM, subject: Subject, tree: Tree, samples: int, seed: int) -> tu
 def telling_tree(llm: LLM, subject: Subject, seed: int, *sources: Iterable[Tree]) -> Tree:
     """The first whose drafts are often accepted as well as refused, else the one where they are most often.
 
-    Only behind an accepted token is the next one tried. A further source is asked where there are no drafts on any
-    tree of those before it: prompts on which lookups find something.
+    Only behind an accepted token is the next one tried. Where there are no drafts on a tree, the others of its source
+    are left for the next source's: prompts on which lookups find something.
     """
     best, most = None, (0, 0)
-    for source in sources:
+    for left, source in zip(reversed(range(len(sources))), sources, strict=True):
         for tree in source:
             found = _pilot(llm, subject, tree, seed)
             if best is None or found > most:
                 best, most = tree, found
             if most[0] >= FEW:
                 return best
+            if left and not found[1]:
+                break
         if most[1]:
             break
     assert best is not None, "the first source has a tree"

@@ -12,7 +12,7 @@ ORDERS = ("together", "staggered", "leaving")
 class AuditOptions:
     """Raises RequestError for values out of range."""
 
-    lengths: tuple[int | None, ...] = (1, 2, 4, 8, 16, None)  # drafted each step; None: as the policy decides
+    lengths: tuple[int | None, ...] = (1, 2, 4, 8, 16, 40, None)  # drafted each step; None: as the policy decides
     batches: tuple[int, ...] = (1, 3, 8)
     orders: tuple[str, ...] = ORDERS
     prompts: int = 8
@@ -26,11 +26,11 @@ class AuditOptions:
     def quick(cls, seed: int = 0, own: tuple[SamplingParams, ...] = ()) -> "AuditOptions":
         """Most of what goes wrong shows in about a minute with a small model."""
         return cls(
-            lengths=(3, None),
+            lengths=(5, None),
             batches=(1, 4),
             orders=("leaving",),
             prompts=3,
-            tokens=18,
+            tokens=16,
             samples=500,
             seed=seed,
             own=own,

@@ -136,8 +136,10 @@ class Run:
 
     def _repeating(self) -> Iterator[Tree]:
         """Of prompts that repeat themselves."""
-        self.repeating = self.repeating or [distribution.repeating(self.llm, tree) for tree in self.trees[:2]]
-        yield from self.repeating
+        for i, tree in zip(range(2), self._trees(), strict=False):
+            if i == len(self.repeating):
+                self.repeating.append(distribution.repeating(self.llm, tree))
+            yield self.repeating[i]
 
     def plant(self) -> None:
         self.watcher.stage("controls", len(CONTROLS))

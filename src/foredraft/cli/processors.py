@@ -40,7 +40,10 @@ def _processor(spec: str) -> "Processor | Stateful":
     where, _, name = spec.rpartition(":")
     if not where or not name.isidentifier():
         raise RequestError(f"--processor {spec!r} is not usable; give FILE.py:NAME or MODULE:NAME")
-    found: Any = getattr(_module(spec, where), name, None)
+    module = _module(spec, where)
+    if not hasattr(module, name):
+        raise RequestError(f"--processor {spec!r}: there is no {name} in {where}; name what it defines")
+    found: Any = getattr(module, name)
     if isinstance(found, type):
         found = Stateful(found) if hasattr(found, "copy") else _made(spec, found)
     if not (isinstance(found, Stateful) or callable(found)):

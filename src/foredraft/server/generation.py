@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
-from foredraft.results import Job
+from foredraft.results import GenerationResult, Job
 from foredraft.server.inbox import Bell, Mail
 from foredraft.server.metrics import ModelMetrics, StepFigures
 from foredraft.server.service import Delta, Finished, TokenKind, TokenPiece
@@ -144,7 +144,17 @@ class Text:
             tuple(result.logprobs),
             result.tool_calls,
             result.reasoning,
+            self._words(result),
         )
+
+    def _words(self, result: GenerationResult) -> str | None:
+        """The answer before its first call, where a special token opens that."""
+        stream, start = self.job.stream, result.answer_start
+        if stream is None or not result.tool_calls:
+            return None
+        marks = [stream.length_of(i) for i, token in enumerate(result.token_ids) if token == self.job.call_mark]
+        end = next((length for length in marks if length >= start), None)
+        return None if end is None else result.answer[: end - len(result.text) + len(result.answer)]
 
 
 def _kinds(from_draft: Sequence[bool], drafted: int, accepted: int) -> list[TokenKind]:

@@ -70,6 +70,7 @@ class Finished:
     logprobs: tuple[TokenLogprobs, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""  # what a chat's model thought before its answer, which is `text`
+    words: str | None = None  # of the answer before the special token that opens its calls; None: there is none
 
 
 class Answer(Protocol):

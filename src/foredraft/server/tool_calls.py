@@ -22,7 +22,8 @@ def message(one: Finished) -> Json:
         shown["reasoning_content"] = one.reasoning
     if not one.tool_calls:
         return shown
-    return shown | {"content": words_before(one.tool_calls[0], one.text).strip() or None, "tool_calls": calls(one)}
+    words = words_before(one.tool_calls[0], one.text) if one.words is None else one.words
+    return shown | {"content": words.strip() or None, "tool_calls": calls(one)}
 
 
 def finish_reason(one: Finished) -> str:
@@ -62,17 +63,19 @@ class Withheld:
     """A stream's text from where it may begin a call; shown at the end, if it was none."""
 
     text: str = ""
+    shown: int = 0  # characters before it
 
     def take(self, text: str, *, calling: bool = False) -> str:
         """What of this may be shown now; nothing where the mark of a call, which has no text, has come."""
         shown = "" if self.text or calling else text[: _opening(text)]
         self.text += text[len(shown) :]
+        self.shown += len(shown)
         return shown
 
     def ending(self, one: Finished) -> Json:
         """What the last chunk of a stream adds: calls, or the text that was held back."""
         if one.tool_calls:
-            words = words_before(one.tool_calls[0], self.text)
+            words = words_before(one.tool_calls[0], self.text) if one.words is None else one.words[self.shown :]
             made = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls(one))]}
             return made | ({"content": words} if words else {})
         return {"content": self.text} if self.text else {}

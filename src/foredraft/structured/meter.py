@@ -1,8 +1,8 @@
 """Meter: what following a grammar costs one request, so that it cannot hold up those beside it for long.
 
 A credit of seconds: every call of the matcher draws on it, every token that is kept adds to it. Seconds are the calling
-thread's own, so that a busy machine makes nothing dear. To read those takes longer than some calls, so what follows a
-brief call is counted by the wall clock.
+thread's own, so that a busy machine makes nothing dear. To read those takes longer than some calls, so as long as all
+are brief they are counted by the wall clock.
 """
 
 import time
@@ -14,6 +14,7 @@ from foredraft.errors import GrammarError
 CREDIT = 1.0  # seconds that a request may run ahead
 ALLOWANCE = 0.02  # seconds that each token adds: a mask takes well under 1 ms as a rule
 BRIEF = 0.001  # seconds of a call
+CALM = 16  # brief calls in a row: those that take long may alternate with others
 Result = TypeVar("Result")
 
 
@@ -23,17 +24,23 @@ class Meter:
     def __init__(self, wall: Callable[[], float] = time.perf_counter, own: Callable[[], float] = time.thread_time):
         self.wall, self.own = wall, own
         self.credit = CREDIT
-        self.brief = True  # was the last call?
+        self.watched = 0  # calls to be counted by the thread's own time
 
     def timed(self, call: Callable[..., Result], *arguments: object) -> Result:
         """The call's result; its time is charged."""
-        clock = self.wall if self.brief else self.own
+        watched = self.watched
+        clock = self.own if watched else self.wall
         began = clock()
-        result = call(*arguments)
-        seconds = clock() - began
-        self.credit -= seconds if seconds < BRIEF or not self.brief else BRIEF
-        self.brief = seconds < BRIEF
-        return result
+        try:
+            return call(*arguments)
+        finally:
+            seconds = clock() - began
+            if seconds >= BRIEF:
+                self.watched = CALM
+                self.credit -= seconds if watched else BRIEF
+            else:
+                self.watched = max(0, watched - 1)
+                self.credit -= seconds
 
     def allow(self, tokens: int) -> None:
         """So many tokens were kept."""

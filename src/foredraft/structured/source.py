@@ -26,8 +26,8 @@ ADVICE = tuple(
     for pattern, advice in (
         (
             r"^oneOf constraints are not supported.*",
-            'oneOf is not supported; write anyOf, or "x-guidance": {"coerce_one_of": true} at the root of the schema, '
-            "which takes each oneOf for an anyOf",
+            "oneOf whose parts overlap is not supported; write anyOf, or "
+            '"x-guidance": {"coerce_one_of": true} at the root of the schema, which takes each oneOf for an anyOf',
         ),
         (r"^Unimplemented keys: \[(.*)\]", r"not supported: \1; leave them out and check the answer for them"),
         (r"^Unknown format: (.*)", r"the format '\1' is not known; leave it out, or write it as a pattern"),

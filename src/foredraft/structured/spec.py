@@ -21,6 +21,7 @@ MAX_DEPTH = 200  # nested brackets; compilers recurse
 JOINED = ("anyOf", "oneOf", "allOf")
 LISTING = ("properties", "patternProperties", "$ref", *JOINED)  # where a schema may name properties
 MAX_LEVELS = 124  # nested objects and lists of a JSON schema: its reader takes 127, and three are around it
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 JSON_TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
 
 
@@ -129,6 +130,12 @@ class Structured:
             raise GrammarError(f"choice has {len(options):,} strings; at most {MAX_OPTIONS:,} are compiled")
         if not all(map(_is_option, options)):
             raise GrammarError(f"choice={options!r:.200} is not usable; give strings with something in them")
+        half = next((option for option in options if HALF.search(option)), None)
+        if half is not None:
+            raise GrammarError(
+                f"choice has the string {half!a:.200}, in which half of a surrogate pair stands; no tokenizer can "
+                "spell it, decode its source as UTF-8"
+            )
         longest = max(map(len, options))
         if longest > MAX_LITERAL:
             raise GrammarError(f"choice has a string of {longest:,} characters; at most {MAX_LITERAL:,} are compiled")

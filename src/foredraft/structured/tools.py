@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from foredraft.errors import GrammarError, LateError, RequestError
 from foredraft.structured.calls import ARGS, CALL_ID, NAME, PYTHON_TAG, CallStyle, ToolCall, call_style, read_calls
-from foredraft.structured.compile import Grammars
+from foredraft.structured.compile import Grammars, check_form
 from foredraft.structured.source import JSON_FORM
 from foredraft.structured.spec import Structured, closing
 
@@ -152,9 +152,9 @@ def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
     return {"x-guidance": JSON_FORM, **closing(parameters), **parameters, "type": "object"}
 
 
-def _check_parameters(name: str, function: Mapping[str, Any], grammars: Grammars, cause: GrammarError) -> None:
+def _check_parameters(name: str, function: Mapping[str, Any], cause: GrammarError) -> None:
     try:
-        grammars.check(Structured.of_schema(_arguments_schema(function)))
+        check_form(Structured.of_schema(_arguments_schema(function)))
     except GrammarError as error:
         raise GrammarError(f"the parameters of tool {name!r}: {error}") from cause
 
@@ -173,8 +173,8 @@ class Calling:
     ) -> None:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
             raise RequestError(f"tools={tools!r:.200} is not usable; give a list of functions or their descriptions")
-        self.tokenizer, self.grammars = tokenizer, grammars
-        self.shown = [] if _choice(choice) == "none" else list(tools)  # what the template renders
+        self.tokenizer, self.choice = tokenizer, _choice(choice)
+        self.shown = [] if self.choice == "none" else list(tools)  # what the template renders
         self.style = call_style(str(tokenizer.get_chat_template())) if self.shown and tokenizer.chat_template else None
         self.functions = _by_name(tools)
         self.form = None if grammars is None else call_form(tools, choice, self.style, grammars.mark, several=several)
@@ -201,9 +201,9 @@ class Calling:
         except LateError:
             raise
         except GrammarError as error:
-            if self.form is not None and self.grammars is not None:
-                for name, function in self.functions.items():
-                    _check_parameters(name, function, self.grammars, error)
+            for name, function in self.functions.items() if self.form else ():
+                if self.choice in (*MODES, name):
+                    _check_parameters(name, function, error)
             raise
 
     def read(self, token_ids: list[int]) -> tuple[ToolCall, ...]:
