@@ -1,5 +1,6 @@
 """The default policy: draft one more token while what it is expected to bring exceeds what it costs."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class Gain:
         self.found = Blend(Average(1.0, count=8, memory=200), memory=100, trust=50)  # how often a draft comes of asking
         self.asking = Average()  # seconds that it takes to be told, for each request, that there is none
         self.costs = Costs(plain_every=plain_every)
+        self.gained: defaultdict[int, Average] = defaultdict(Average)  # tokens a step over plain ones, by batch size
         self.step = Step()
         self.group: list[Request] = []  # of the step before
         self.rests_until = 0.0  # where nothing paid: when that is worked out again, in seconds of decoding
@@ -104,7 +106,7 @@ class Gain:
 
         Nor where steps with drafts were slower than plain ones, whatever is expected of them.
         """
-        least, gained, now = margin(len(alphas)), self.source.gained, self.costs.now
+        least, gained, now = margin(len(alphas)), self.gained[len(alphas)], self.costs.now
         expected, _ = self.source.worth(alphas, now, now.plain_rate)
         pays = expected > least and (gained.count < ENOUGH or gained.value > -MARGIN * len(alphas))
         return expected if pays else 0.0
@@ -139,7 +141,7 @@ class Gain:
         step, self.step = self.step, Step()
         first = self.source.rested
         if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
-            self.source.gained.add(times.emitted - self.costs.now.plain_rate * times.total)  # over plain decoding
+            self.gained[times.batch].add(times.emitted - self.costs.now.plain_rate * times.total)
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
