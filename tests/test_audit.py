@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import foredraft.engine
 from foredraft import LLM, SamplingParams
 from foredraft.audit import Audit, AuditOptions, audit, casefile, distribution, shrink
-from foredraft.audit.asks import CERTAIN, FORMS, SETTINGS, Ask, asks, derived, far, is_far, ordered
+from foredraft.audit.asks import DECIDED, FORMS, SETTINGS, Ask, asks, derived, far, is_far, ordered
 from foredraft.audit.controls import CONTROLS
 from foredraft.audit.distribution import chi_square, make_tree, telling_tree
 from foredraft.audit.exact import Case, Compared, compare_run, first_difference, grid, reference
@@ -310,12 +310,12 @@ def test_prompts_reach_behind_512_and_1024_where_there_is_room(llm: LLM, bundled
 
 
 def test_every_setting_shows_what_was_written_into_logits() -> None:
-    assert {params.logprobs for params in (*SETTINGS.values(), *CERTAIN.values(), *FORMS.values())} == {2}
+    assert {params.logprobs for params in (*SETTINGS.values(), *DECIDED.values(), *FORMS.values())} == {2}
 
 
 def test_requests_are_ragged_and_have_seeds_of_their_own(llm: LLM) -> None:
     made = asks(llm, AuditOptions())
-    kinds = len(SETTINGS) + len(CERTAIN)
+    kinds = len(SETTINGS) + len(DECIDED)
     assert len({ask.seed for ask in made}) == len(made) == 8 * kinds + 2 * len(far(llm, AuditOptions()))
     assert max(ask.seed for ask in made) > 2**62
     assert max(len(ask.prompt) for ask in made) > 256  # beyond a chunk's border

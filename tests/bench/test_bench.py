@@ -198,6 +198,8 @@ def test_prediction_of_several_drafters_is_the_best_ones(llm: LLM) -> None:
     assert bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True)).prediction is not None
     a, b = prediction.Prediction(0.5, 0.1, 0.0, (1.0, 1.2)), prediction.Prediction(0.9, 0.3, 0.0, (1.0, 1.1, 1.7))
     assert prediction._best([a, b]) == replace(b, speedups=(1.0, 1.2, 1.7))
+    slow = replace(a, speedups=(1.0, 0.4)), replace(b, speedups=(1.0, 0.9))  # without drafts both are plain decoding
+    assert prediction._best(slow) == slow[1]
 
 
 def test_what_a_draft_costs_whatever_its_length_is_told(found: Bench) -> None:

@@ -84,7 +84,7 @@ SETTINGS: dict[str, SamplingParams] = {
     "sampled, min_p, state": SamplingParams(temperature=1.5, min_p=0.2, processors=(Stateful(Counting),), logprobs=2),
 }
 # under rejection sampling, where filters leave but one token and drafts therefore change no text
-CERTAIN: dict[str, SamplingParams] = {
+DECIDED: dict[str, SamplingParams] = {
     "rejection, top_k": SamplingParams(
         verifier="rejection", temperature=1.0, top_k=1, repetition_penalty=1.2, processors=(Descending(),), logprobs=2
     ),
@@ -181,13 +181,13 @@ def asks(llm: LLM, options: AuditOptions) -> list[Ask]:
 
     Where there are few prompts, each is asked under one grammar and one kind of rejection sampling, by turns.
     """
-    under, certain = [*forms(llm).items()], [*CERTAIN.items()]
+    under, decided = [*forms(llm).items()], [*DECIDED.items()]
     own = [(f"{OWN} {i}", params) for i, params in enumerate(options.own, 1)]
     pairs: list[tuple[tuple[int, ...], str, SamplingParams]] = []
     for place, prompt in enumerate(prompts(llm, options)):
-        turns = [*under, *certain]
+        turns = [*under, *decided]
         if not options.whole:
-            turns = [kinds[place % len(kinds)] for kinds in (under, certain) if kinds]
+            turns = [kinds[place % len(kinds)] for kinds in (under, decided) if kinds]
         pairs += [(prompt, name, params) for name, params in (*SETTINGS.items(), *turns, *own)]
     for prompt in far(llm, options):
         pairs += [(prompt, f"{name}, {FAR}", SETTINGS[name]) for name in ("greedy", "sampled")[: 1 + options.whole]]

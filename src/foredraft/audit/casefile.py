@@ -6,7 +6,7 @@ from dataclasses import fields
 from itertools import starmap
 from typing import Any
 
-from foredraft.audit.asks import CERTAIN, FORMS, OWN, SETTINGS, Ask
+from foredraft.audit.asks import DECIDED, FORMS, OWN, SETTINGS, Ask
 from foredraft.audit.exact import Case
 from foredraft.audit.recorded import Drafted
 from foredraft.errors import RequestError
@@ -66,7 +66,7 @@ def _ask(found: Mapping[str, Any], own: tuple[Processor | Stateful, ...]) -> Ask
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
     setting = found.get("setting", "")
     params["processors"] = (
-        own if setting.startswith(OWN) else (SETTINGS | CERTAIN | FORMS).get(setting, DEFAULTS).processors
+        own if setting.startswith(OWN) else (SETTINGS | DECIDED | FORMS).get(setting, DEFAULTS).processors
     )
     timing = {name: found[name] for name in ASK if name in found}
     if "drafts" in timing:

@@ -105,7 +105,7 @@ def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
     try:
         model = load_model(source, context.options)
     except ModelError as error:
-        names = ", ".join(DRAFTERS)
+        names = ", ".join(("auto", *DRAFTERS))
         raise type(error)(f"draft={str(source)!r}: {error} (drafters by name: {names})") from error
     if context.tokenizer is None:
         _check_size(model.vocab_size, context, "the target came without a tokenizer to compare; pass tokenizer=...")

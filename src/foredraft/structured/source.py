@@ -30,6 +30,15 @@ ADVICE = tuple(
             '"x-guidance": {"coerce_one_of": true} at the root of the schema, which takes each oneOf for an anyOf',
         ),
         (r"^Unimplemented keys: \[(.*)\]", r"not supported: \1; leave them out and check the answer for them"),
+        (
+            r"^Invalid type: (\S+)$",
+            r"Invalid type: \1; types are string, number, integer, boolean, null, object and array",
+        ),
+        (
+            r"^Resource '(.*)' is not present in a registry.*",
+            r"'\1' is another document, and none is fetched; put it into $defs and refer to it there",
+        ),
+        (r"^Expected f64 for '(.*)', got (.*)", r"\1 is \2; give a number"),
         (r"^Unknown format: (.*)", r"the format '\1' is not known; leave it out, or write it as a pattern"),
         (
             r"lookarounds not supported yet; Word(?:Unicode|Ascii)(Negate)? in regex /((?s:.*))/",
@@ -148,7 +157,10 @@ def _check_parts(form: Structured) -> None:
     for pointer, part in _objects(schema, "#"):
         for name in BOUNDS:
             if type(part.get(name)) is int and abs(part[name]) > MOST_NUMBER:
-                raise GrammarError(f"the {form.name} cannot be compiled at {pointer}/{name}: {part[name]} is too large")
+                raise GrammarError(
+                    f"the {form.name} cannot be compiled at {pointer}/{name}: {part[name]} is too "
+                    "large; at most 2**53 is compiled"
+                )
         multiple = part.get("multipleOf")
         if isinstance(multiple, int | float) and multiple <= 0:
             raise GrammarError(f"the {form.name} cannot be compiled at {pointer}/multipleOf: {multiple} is not above 0")
