@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from foredraft.errors import GrammarError, SchemaWarning
+from foredraft.errors import GrammarError, RequestError, SchemaWarning
 from foredraft.structured.keywords import ignored
+from foredraft.text.prompt import check_unicode
 
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 MAX_SOURCE = 1_000_000  # bytes
@@ -21,7 +22,6 @@ MAX_DEPTH = 200  # nested brackets; compilers recurse
 JOINED = ("anyOf", "oneOf", "allOf")
 LISTING = ("properties", "patternProperties", "$ref", *JOINED)  # where a schema may name properties
 MAX_LEVELS = 124  # nested objects and lists of a JSON schema: its reader takes 127, and three are around it
-HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 JSON_TEXT = re.compile(r'"(?:\\.|[^"\\])*"')
 
 
@@ -130,12 +130,10 @@ class Structured:
             raise GrammarError(f"choice has {len(options):,} strings; at most {MAX_OPTIONS:,} are compiled")
         if not all(map(_is_option, options)):
             raise GrammarError(f"choice={options!r:.200} is not usable; give strings with something in them")
-        half = next((option for option in options if HALF.search(option)), None)
-        if half is not None:
-            raise GrammarError(
-                f"choice has the string {half!a:.200}, in which half of a surrogate pair stands; no tokenizer can "
-                "spell it, decode its source as UTF-8"
-            )
+        try:
+            check_unicode(list(options), "choice")
+        except RequestError as error:
+            raise GrammarError(str(error)) from None
         longest = max(map(len, options))
         if longest > MAX_LITERAL:
             raise GrammarError(f"choice has a string of {longest:,} characters; at most {MAX_LITERAL:,} are compiled")
