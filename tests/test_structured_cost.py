@@ -5,7 +5,6 @@ import json
 import sys
 import threading
 
-import numpy as np
 import pytest
 
 from foredraft import LLM, SamplingParams, Structured
@@ -328,7 +327,7 @@ def test_a_guess_that_is_too_complex_is_an_error_only_if_the_text_gets_there(llm
     for text in ((a,), (b, a)):
         with pytest.raises(GrammarError, match="cannot be followed: too many expressions constructed"):
             constraint.allowed_after([(), (b,), (b, c)])
-        assert np.array_equal(constraint.allowed_after([(), (b,)]), calm.allowed_after([(), (b,)]))
+        assert constraint.allowed_after([(), (b,)]) == calm.allowed_after([(), (b,)])
         assert constraint.allowed((a, b)) == 2
         constraint.commit(text)
         calm.commit(text)

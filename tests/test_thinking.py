@@ -5,13 +5,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from foredraft import LLM, SamplingParams, Structured
 from foredraft.llm import BUNDLED
+from foredraft.structured.constraint import members
 from foredraft.structured.thinking import AfterThinking, Parting, Phase, Thinking
 from foredraft.text import render_chat
 
@@ -140,8 +140,7 @@ def test_what_is_asked_ahead_leaves_no_trace(llm):
     asked = AfterThinking(grammars.constraint(Structured.regex("[ab]{2,3}"), (end,)), thinking, (end,), 4096)
 
     def after(*path: int) -> set[int]:
-        bits = asked.allowed_after([path])[0]
-        return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
+        return set(members(asked.allowed_after([path])[0]))
 
     for _ in range(2):
         assert {OPENING, a, b} <= after() and newline not in after() and end not in after()

@@ -75,7 +75,7 @@ def follow(logits: torch.Tensor, tokens: Ids, request: Request) -> list[int] | N
         return targets
     targets = []
     for row, position in enumerate(range(start, start + len(tokens) + 1)):
-        allowed = constraint.allowed_after((tokens[:row],)).tobytes()
+        (allowed,) = constraint.allowed_after((tokens[:row],))
         targets += follower(logits[row : row + 1] if tokens else logits, request.seed, position, (), allowed)
         _check_last(follower, position + 1)
         if row < len(tokens) and targets[row] != tokens[row]:

@@ -103,6 +103,8 @@ class Steering:
         """
         if self.constraint is not None:
             self.constraint.commit(tokens)
+        if not self.stateful:
+            return
         self.ahead = [self.ahead[min(len(tokens), len(self.ahead) - 1)]]
         self._spot_check(ended)
 

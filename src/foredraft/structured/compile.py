@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from foredraft.errors import ForedraftError, GrammarError, LateError, RequestError, missing_extra
+from foredraft.structured.constraint import members
 from foredraft.structured.matcher import DeadEndError, GrammarConstraint
 from foredraft.structured.source import limits, literals, said, source_of
 from foredraft.structured.spec import Structured
@@ -206,11 +206,10 @@ def _check_ahead(form: Structured, follower: GrammarConstraint) -> None:
     path: list[int] = []
     try:
         for _ in range(LOOK_AHEAD):
-            allowed = np.unpackbits(follower.allowed_after([path])[0], bitorder="little")
-            allowed[follower.own_end] = 0
-            if not allowed.any():
+            going_on = [token for token in members(follower.allowed_after([path])[0]) if token != follower.own_end]
+            if not going_on:
                 return
-            path.append(int(allowed.argmax()))
+            path.append(going_on[0])
     except DeadEndError:
         return  # others may not be
     except GrammarError as error:

@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 Ids = Sequence[int]
-Bits = NDArray[np.uint8]  # sets of tokens: bit t % 8 of byte t // 8 stands for token t
+Bits = bytes  # a set of tokens: bit t % 8 of byte t // 8 stands for token t; ceil(V / 8) of them
+
+
+def members(allowed: Bits) -> list[int]:
+    """The tokens of a set, ascending."""
+    found: list[int] = np.flatnonzero(np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little")).tolist()
+    return found
 
 
 class Constraint(Protocol):
@@ -22,8 +27,8 @@ class Constraint(Protocol):
         """Whether looking ahead costs too much at the moment: the next token is decoded without a draft."""
         ...
 
-    def allowed_after(self, paths: Sequence[Ids]) -> Bits:
-        """The tokens that may follow the committed output and then `paths[i]`. # [n, ceil(V / 8)]
+    def allowed_after(self, paths: Sequence[Ids]) -> list[Bits]:
+        """The tokens that may follow the committed output and then `paths[i]`. # n
 
         All of them after a path that is itself not allowed: the text never gets there.
         """

@@ -6,8 +6,6 @@ One matcher serves all prefixes of a pass: it walks ahead along a draft and is r
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from foredraft.errors import GrammarError
 from foredraft.structured.constraint import Bits, Ids
 from foredraft.structured.meter import Meter
@@ -33,9 +31,11 @@ class GrammarConstraint:
         self.meter = meter or Meter()
         self.ends = ends
         self.own_end: int = tokens.eos_token  # the one that the matcher itself allows where the grammar is satisfied
-        self.all_ends = [(token // 8, 1 << token % 8) for token in (self.own_end, *ends)]  # byte and bit
+        self.marks = {self.own_end, *ends}
+        self.all_ends = [(token // 8, 1 << token % 8) for token in self.marks]  # byte and bit
         self.vocab_size = vocab_size
         self.size = -(-vocab_size // 8)  # of a set, in bytes
+        self.nothing = bytes(self.size)
         self.longer = tokens.vocab_size > vocab_size  # the matcher's vocabulary than the model's
         self.committed: list[int] = []
         self.ahead: list[int] = []
@@ -46,15 +46,13 @@ class GrammarConstraint:
     def dear(self) -> bool:
         return self.meter.low
 
-    def allowed_after(self, paths: Sequence[Ids]) -> Bits:
+    def allowed_after(self, paths: Sequence[Ids]) -> list[Bits]:
         """As `Constraint.allowed_after`.
 
         Raises:
             GrammarError: no token can come, or the grammar became too complex or too dear to follow.
         """
-        if len(paths) == 1:
-            return self._bits(tuple(paths[0]))[None]
-        return np.stack([self._bits(tuple(path)) for path in paths])
+        return [self._set(tuple(path)) for path in paths]
 
     def forced(self, limit: int) -> tuple[int, ...]:
         if self.ended or limit < 1:
@@ -67,12 +65,10 @@ class GrammarConstraint:
         return tuple(tokens)
 
     def allowed(self, tokens: Ids) -> int:
-        for i, token in enumerate(tokens):
-            if token in self.ends:
-                return i + contains(self._bits(tuple(tokens[:i])), token)
-            if not self._walk(tokens[: i + 1]):
-                return i
-        return len(tokens)
+        end = next((i for i, token in enumerate(tokens) if token in self.marks), len(tokens))
+        if not self._walk(tokens[:end]):
+            return len(self.ahead)
+        return end + (end < len(tokens) and contains(self._set(tuple(tokens[:end])), tokens[end]))
 
     def commit(self, tokens: Ids) -> None:
         text = tokens[:-1] if tokens and tokens[-1] in self.ends else tokens
@@ -80,31 +76,31 @@ class GrammarConstraint:
             raise GrammarError(f"tokens {list(tokens)} were kept although the grammar does not allow them")
         self.ended = len(text) < len(tokens)
         self.committed += text
-        self.ahead = []
-        self.known = {}
+        self.ahead.clear()
+        self.known.clear()
         self.meter.check()
         self.meter.allow(len(tokens))
 
-    def _bits(self, path: tuple[int, ...]) -> Bits:
+    def _set(self, path: tuple[int, ...]) -> Bits:
         found = self.known.get(path)
         if found is None:
             here = not self.ended and self._walk(path)
-            found = self._compute() if here else np.full(self.size, 0xFF, np.uint8)
-            self.known[path] = found
+            found = self.known[path] = self._compute() if here else b"\xff" * self.size
         return found
 
     def _walk(self, path: Ids) -> bool:
         """Bring the matcher to the committed output and `path`; False where the grammar does not allow that."""
-        if not path and not self.ahead:
-            return True
         shared = 0
-        while shared < min(len(path), len(self.ahead)) and path[shared] == self.ahead[shared]:
-            shared += 1
-        self._roll_back(len(self.ahead) - shared)
+        if self.ahead:
+            while shared < min(len(path), len(self.ahead)) and path[shared] == self.ahead[shared]:
+                shared += 1
+            self._roll_back(len(self.ahead) - shared)
+        if shared == len(path):
+            return True
         rest = list(path[shared:])
-        taken: int = self.meter.timed(self.matcher.try_consume_tokens, rest) if rest else 0
+        taken: int = self.meter.timed(self.matcher.try_consume_tokens, rest)
         self.ahead += rest[:taken]
-        if self.matcher.is_error():
+        if taken < len(rest) and self.matcher.is_error():
             raise self._lost()
         return taken == len(rest)
 
@@ -116,18 +112,20 @@ class GrammarConstraint:
     def _compute(self) -> Bits:
         """What may come where the matcher is. # [ceil(V / 8)]"""
         self.meter.check()
-        bits: bytes | bytearray = self.meter.timed(self.matcher.compute_bitmask)
-        if self.matcher.is_error():
-            raise self._lost()
+        bits: Bits = self.meter.timed(self.matcher.compute_bitmask)
         own = self.longer
         for byte, bit in self.all_ends:
             if bits[byte] & bit:
                 own = True
         if own:
+            if self.matcher.is_error():
+                raise self._lost()
             bits = self._own(bytearray(bits))
-        if bits == bytes(len(bits)):
+        if len(bits) > self.size:  # it comes in words of 32
+            bits = bits[: self.size]
+        if bits == self.nothing:
             raise _dead_end()
-        return np.frombuffer(bits, np.uint8, count=self.size)
+        return bits
 
     def _lost(self) -> GrammarError:
         """Why the matcher gave up, which it never gets over: another goes on from the committed output."""
@@ -139,7 +137,7 @@ class GrammarConstraint:
             return _dead_end()
         return GrammarError(f"the grammar cannot be followed: {followed(message)}")
 
-    def _own(self, bits: bytearray) -> bytearray:
+    def _own(self, bits: bytearray) -> Bits:
         """With the text's ends in place of the matcher's, and without tokens that the model does not have.
 
         A grammar may name the matcher's end as a token of the text; only where it is satisfied is it the end.
@@ -149,12 +147,12 @@ class GrammarConstraint:
             bits[byte] &= 0xFF ^ bit
         for token in self.ends if satisfied else ():
             bits[token // 8] |= 1 << token % 8
-        bits[self.size :] = bytes(len(bits) - self.size)
-        bits[self.size - 1] &= 0xFF >> -self.vocab_size % 8
-        return bits
+        del bits[self.size :]
+        bits[-1] &= 0xFF >> -self.vocab_size % 8
+        return bytes(bits)
 
 
-def contains(bits: Bits | bytes | bytearray, token: int) -> bool:
+def contains(bits: Bits | bytearray, token: int) -> bool:
     """Whether a token is in a set. # [ceil(V / 8)]"""
     return bool(bits[token // 8] >> token % 8 & 1)
 

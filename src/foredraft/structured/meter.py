@@ -28,19 +28,26 @@ class Meter:
 
     def timed(self, call: Callable[..., Result], *arguments: object) -> Result:
         """The call's result; its time is charged."""
-        watched = self.watched
-        clock = self.own if watched else self.wall
-        began = clock()
+        if self.watched:
+            return self._watch(call, arguments)
+        began = self.wall()
         try:
             return call(*arguments)
         finally:
-            seconds = clock() - began
+            seconds = self.wall() - began
             if seconds >= BRIEF:
-                self.watched = CALM
-                self.credit -= seconds if watched else BRIEF
-            else:
-                self.watched = max(0, watched - 1)
-                self.credit -= seconds
+                self.watched, seconds = CALM, BRIEF
+            self.credit -= seconds
+
+    def _watch(self, call: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
+        """`timed` by the thread's own time."""
+        began = self.own()
+        try:
+            return call(*arguments)
+        finally:
+            seconds = self.own() - began
+            self.watched = CALM if seconds >= BRIEF else self.watched - 1
+            self.credit -= seconds
 
     def allow(self, tokens: int) -> None:
         """So many tokens were kept."""

@@ -89,16 +89,16 @@ class AfterThinking:
         self.phase = thinking.phase
         free = np.full(8 * -(-vocab_size // 8), 1, np.uint8)
         free[list(ends)] = 0
-        self.free = np.packbits(free, bitorder="little")
+        self.free = np.packbits(free, bitorder="little").tobytes()
 
     @property
     def dear(self) -> bool:
         return self.answer.dear
 
-    def allowed_after(self, paths: Sequence[Ids]) -> Bits:
+    def allowed_after(self, paths: Sequence[Ids]) -> list[Bits]:
         if self.phase is Phase.ANSWER:
             return self.answer.allowed_after(paths)
-        return np.stack([self._row(path) for path in paths])
+        return [self._row(path) for path in paths]
 
     def forced(self, limit: int) -> tuple[int, ...]:
         return self.answer.forced(limit) if self.phase is Phase.ANSWER else ()
@@ -118,10 +118,10 @@ class AfterThinking:
         if phase is Phase.THINKING:
             return self.free
         also = {Phase.START: {self.thinking.opening}, Phase.CLOSED: self.thinking.gaps}.get(phase, ())
-        bits: Bits = self.answer.allowed_after([path[at:]])[0].copy()
+        bits = bytearray(self.answer.allowed_after([path[at:]])[0])
         for token in also:
             bits[token // 8] |= 1 << token % 8
-        return bits
+        return bytes(bits)
 
 
 @dataclass(slots=True)
