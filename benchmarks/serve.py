@@ -41,7 +41,7 @@ from foredraft.drafters.several import forget_outputs
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from servers import ServerProcess
 
-TURNS, TOKENS, STREAMS, LONG = 24, 128, 8, 1000
+TURNS, TOKENS, STREAMS, LONG = 48, 128, 8, 1000
 COMPARED = (
     ("drafting", "one stream"),
     ("drafting", "plain"),
@@ -51,6 +51,7 @@ COMPARED = (
     ("plain", "library, plain"),
 )
 SPARE = {"MiB": 8, "threads": 0, "files": 2}  # by which a process may differ that does not grow
+LENGTHS = [TOKENS // 2 + i * 29 % TURNS * TOKENS // (TURNS - 1) for i in range(TURNS)]  # on average TOKENS
 PROMPTS = [f"User: {OPENINGS[i % 8]} For {i} people.\nAssistant:" for i in range(TURNS)]
 
 
@@ -88,15 +89,20 @@ def main() -> int:
 
 
 async def served(url: str, streams: int, **extra: Any) -> float:
-    """Tokens a second of all turns, `streams` of them at once."""
-    gate, began = asyncio.Semaphore(streams), perf_counter()
+    """Tokens a second of all turns, `streams` clients asking for one after the other, each over one connection."""
+    turns, began = iter(zip(PROMPTS, LENGTHS, strict=True)), perf_counter()
 
-    async def turn(prompt: str) -> int:
-        async with gate:
-            return await streamed(url, body(prompt) | extra)
+    async def client() -> int:
+        count = 0
+        reader, writer = await connected(url)
+        for prompt, tokens in turns:
+            ask(writer, body(prompt, tokens) | extra, close=False)
+            count += used(await reader.readuntil(b"\r\n0\r\n\r\n"))
+        writer.close()
+        return count
 
-    counts = await asyncio.gather(*map(turn, PROMPTS))
-    assert sum(counts) == TURNS * TOKENS
+    counts = await asyncio.gather(*(client() for _ in range(streams)))
+    assert sum(counts) == sum(LENGTHS)
     return sum(counts) / (perf_counter() - began)
 
 
@@ -108,10 +114,15 @@ def body(prompt: str | list[int], tokens: int = TOKENS) -> dict[str, Any]:
 
 
 async def streamed(url: str, asked: dict[str, Any]) -> int:
-    """The tokens of one stream, as its usage tells."""
+    """The tokens of one stream."""
     reader, writer = await send(url, asked)
     answer = await reader.read()
     writer.close()
+    return used(answer)
+
+
+def used(answer: bytes) -> int:
+    """The tokens of a stream, as its last event tells."""
     last = next(line for line in reversed(answer.splitlines()) if line.startswith(b"data: {"))
     return int(json.loads(last.removeprefix(b"data: "))["usage"]["completion_tokens"])
 
@@ -124,26 +135,36 @@ async def left(url: str, asked: dict[str, Any]) -> None:
 
 
 async def send(url: str, asked: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, port = url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    content = json.dumps(asked).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    """Ask over a connection of its own, which the server closes."""
+    reader, writer = await connected(url)
+    ask(writer, asked, close=True)
     return reader, writer
 
 
-PARAMS = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
+async def connected(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = url.removeprefix("http://").split(":")
+    return await asyncio.open_connection(host, int(port), limit=2**20)
+
+
+def ask(writer: asyncio.StreamWriter, asked: dict[str, Any], *, close: bool) -> None:
+    content = json.dumps(asked).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += "Connection: close\r\n" if close else ""
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+
+
+PARAMS = [SamplingParams(max_new_tokens=tokens, ignore_eos=True) for tokens in LENGTHS]
 
 
 def by_threads(llm: LLM, num_draft_tokens: int | None) -> float:
     """Tokens a second of all turns, each of `STREAMS` threads asking for one after the other."""
 
-    def turn(prompt: str) -> int:
-        return len(llm.generate(prompt, PARAMS, num_draft_tokens=num_draft_tokens).token_ids)
+    def turn(prompt: str, params: SamplingParams) -> int:
+        return len(llm.generate(prompt, params, num_draft_tokens=num_draft_tokens).token_ids)
 
     with ThreadPoolExecutor(STREAMS) as pool:
         began = perf_counter()
-        return sum(pool.map(turn, PROMPTS)) / (perf_counter() - began)
+        return sum(pool.map(turn, PROMPTS, PARAMS)) / (perf_counter() - began)
 
 
 def at_once(llm: LLM) -> float:
