@@ -360,6 +360,8 @@ def test_a_form_is_told_in_words(server: ServerProcess) -> None:
     [
         ([], "the body is a list; send a JSON object"),
         ("x", 'the body is "x"; send a JSON object'),
+        ({"prompt": ["a", 5]}, 'prompt: it must be str or list[str] or list[int] or list[list[int]]; it was ["a", 5]'),
+        ({"prompt": "a", "seed": "7" * 99}, f'seed: Input should be a valid integer; it was "{"7" * 59}...'),
         ({"prompt": "a", "temperature": "hot"}, 'temperature: Input should be a valid number; it was "hot"'),
         ({"prompt": "a", "stop": {"a": 1}}, "stop: it must be str or list[constrained-str]; it was an object"),
         ({"prompt": "a", "max_token": 3}, "max_token: there is no such field here, and none is ignored; did you mean "

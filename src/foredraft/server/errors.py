@@ -36,6 +36,8 @@ TYPES = {
     504: "timeout_error",
     507: "unavailable_error",
 }
+SCALAR = str | int | float | None
+SHOWN = 60  # characters of a value
 FORM = re.compile(r"str|int|float|bool|constrained-str|(list|dict|literal|nullable)\[.*\]")  # pydantic's, of a union
 
 
@@ -126,7 +128,7 @@ def _told(error: Mapping[str, Any]) -> str:
     words, kind = str(error["msg"]), str(error["type"])
     if kind == "value_error":
         return words.removeprefix("Value error, ")
-    plain = isinstance(error.get("input"), str | int | float | None)
+    plain = isinstance(error.get("input"), SCALAR)
     return f"{words}; it was {_shown(error)}" if kind != "missing" and (plain or kind.endswith("_type")) else words
 
 
@@ -135,7 +137,10 @@ def _shown(error: Mapping[str, Any]) -> str:
     value = error.get("input")
     if isinstance(value, dict):
         return "an object"
-    return "a list" if isinstance(value, list) else json.dumps(value)[:60]
+    if isinstance(value, list) and not (0 < len(value) < 9 and all(isinstance(one, SCALAR) for one in value)):
+        return "a list"
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _fields(error: Mapping[str, Any]) -> list[object]:
