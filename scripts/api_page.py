@@ -35,6 +35,7 @@ def names() -> str:
         "foredraft": own,
         "foredraft.drafters.base and foredraft.policy": {"Drafter": Drafter, "DraftPolicy": DraftPolicy},
         "foredraft.integrations.transformers": {name: getattr(drop_in, name) for name in drop_in.__all__},
+        "foredraft.client": classes_of(Path(foredraft.__file__).with_name("client.py")),
         "foredraft.errors": {n: e for n, e in vars(errors).items() if getattr(e, "__module__", "") == errors.__name__},
     }
     return "\n\n".join(f"### {title}\n\n{table(found)}" for title, found in sections.items())
@@ -47,13 +48,21 @@ def table(objects: dict[str, Any]) -> str:
             rows.append(f"| `{name}` | a text |")
             continue
         rows.append(row(name, definition(found)))
-        if isinstance(found, type) and not issubclass(found, Exception):
+        if isinstance(found, ast.ClassDef) or (isinstance(found, type) and not issubclass(found, Exception)):
             rows += [row(f"{name}.{node.name}", node) for node in members(definition(found))]
     return "\n".join(rows)
 
 
+def classes_of(file: Path) -> dict[str, ast.ClassDef]:
+    """Of a module that cannot be imported everywhere."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")}
+
+
 def definition(found: Any) -> Definition:
     """Its source, parsed: written the same by every version of Python."""
+    if isinstance(found, Definition):
+        return found
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(found))).body
     assert isinstance(node, Definition)
     return node

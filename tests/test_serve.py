@@ -310,6 +310,15 @@ BAD = [
     ({"draft": "sufix"}, "draft"),
     ({"draft": "off", "gamma": 2}, "draft"),
     ({"processors": ["x"]}, "processors"),
+    ({"guided_regex": "a+"}, "guided_regex"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx"),
+    (
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+    ),
+    ({"structured_outputs": {"json": {"type": "nothing"}}}, None),
     ({"min_tokens": 3}, "min_tokens"),
     ({"frobnicate": 1}, "frobnicate"),
 ]
@@ -323,7 +332,11 @@ def test_refused_by_name(client: openai.OpenAI, extra: dict, param: str | None) 
         client.post("/chat/completions", body=body, cast_to=object)
     error = caught.value.body
     assert error["type"] == "invalid_request_error"
-    assert next(iter(extra)).split(".")[0] in error["message"] or next(iter(extra)) in ("stop", "response_format")
+    assert next(iter(extra)).split(".")[0] in error["message"] or next(iter(extra)) in (
+        "stop",
+        "response_format",
+        "structured_outputs",
+    )
     if param is not None:
         assert error["param"] == param
 
@@ -338,8 +351,42 @@ def test_prompts_that_are_none(server: ServerProcess, prompt: object) -> None:
 
 def test_a_form_is_told_in_words(server: ServerProcess) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": 5}).json()["error"]
-    assert answer["message"] == "prompt: it must be str or list[str] or list[int] or list[list[int]]"
+    assert answer["message"] == "prompt: it must be str or list[str] or list[int] or list[list[int]]; it was 5"
     assert answer["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ([], "the body is a list; send a JSON object"),
+        ("x", 'the body is "x"; send a JSON object'),
+        ({"prompt": ["a", 5]}, 'prompt: it must be str or list[str] or list[int] or list[list[int]]; it was ["a", 5]'),
+        ({"prompt": "a", "seed": "7" * 99}, f'seed: Input should be a valid integer; it was "{"7" * 59}...'),
+        ({"prompt": "a", "temperature": "hot"}, 'temperature: Input should be a valid number; it was "hot"'),
+        ({"prompt": "a", "stop": {"a": 1}}, "stop: it must be str or list[constrained-str]; it was an object"),
+        ({"prompt": "a", "max_token": 3}, "max_token: there is no such field here, and none is ignored; did you mean "
+         "'max_tokens'?"),
+        ({"prompt": "a", "\ud800": 3}, "\\ud800: there is no such field here, and none is ignored; leave it out"),
+        ({"prompt": "a", "guided_choice": ["a"]}, "guided_choice is not supported: use structured_outputs={'choice': "
+         "[...]}"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_its_value(server: ServerProcess, body: object, message: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=json.dumps(body), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
+def test_a_uid_that_is_none_is_told_in_words(server: ServerProcess) -> None:
+    error = httpx.post(f"{server.url}/v1/models", json={"uid": "a b/c"}).json()["error"]
+    form = "1 to 100 letters, digits, dots, dashes and underscores, the first a letter or a digit"
+    assert error["message"] == f"uid: 'a b/c' is not usable; give {form}"
+
+
+def test_a_tool_choice_without_tools_is_told_with_advice(server: ServerProcess) -> None:
+    body = {"messages": ASK, "tool_choice": "required"}
+    error = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["error"]
+    assert error["message"] == "tool_choice='required' needs tools; give tools too, or leave it out"
 
 
 def test_an_answer_may_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
@@ -515,12 +562,14 @@ def test_openapi_knows_the_fields(server: ServerProcess) -> None:
     assert {"num_draft_tokens", "return_draft_info", "verifier", "top_k"} <= set(fields)
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(server: ServerProcess, client: openai.OpenAI) -> None:
+def test_the_dashboard_and_the_page_name_metrics_that_there_are(server: ServerProcess, client: openai.OpenAI) -> None:
     client.chat.completions.create(model="bundled", messages=ASK, max_tokens=20)
     board = json.loads((Path(__file__).resolve().parents[1] / "deploy/grafana/foredraft.json").read_text())
+    page = (Path(__file__).resolve().parents[1] / "docs/serve.md").read_text(encoding="utf-8")
     asked = {
         name for panel in board["panels"] for t in panel["targets"] for name in re.findall(r"foredraft:\w+", t["expr"])
     }
     shown = httpx.get(f"{server.url}/metrics").text
     assert len(asked) > 12
+    asked |= set(re.findall(r"foredraft:\w+", page))
     assert [name for name in sorted(asked) if f"\n{name}" not in shown and f"TYPE {name} " not in shown] == []

@@ -4,7 +4,9 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +14,15 @@ import pytest
 pytest.importorskip("fastapi")
 
 import httpx
+from fake_model import FakeModel
 from servers import PATIENCE, ServerProcess
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from foredraft import LLM, SamplingParams
 from foredraft.cli.app import app
+from foredraft.cli.launch import show
+from foredraft.cli.remote import open_remote
 from foredraft.client import Client
 from foredraft.errors import RequestError, ServerError
 from foredraft.server import middleware
@@ -108,11 +113,69 @@ def test_command_line(server: ServerProcess, plain: tuple[str, str]) -> None:
     launched = run("launch", "foredraft-bundled", "--size", "0.01", "--draft", "ngram", "--uid", "small", *where)
     assert launched.exit_code == 0 and launched.stdout.split() == ["small"]
     assert json.loads(run("list", "--json", *where).stdout)["small"]["draft"] == "ngram"
-    assert "small" in run("list", *where).stdout
+    shown = run("list", *where).stdout.splitlines()
+    assert shown[0].split() == ["uid", "state", "context", "batch", "dtype", "device", "memory"]
+    assert [line.split()[:4] for line in shown[1::2]] == [
+        ["bundled", "ready", "1024", "8"],
+        ["small", "ready", "1024", "8"],
+    ]
+    assert shown[2::2] == ["    bundled, draft: suffix, model", "    foredraft-bundled, draft: ngram"]
     said = run("chat", "--model", "small", "--max-new-tokens", "24", *where, stdin="I need a taxi.\n/exit\n")
     assert said.exit_code == 0 and plain[1].strip() in said.stdout
     assert run("terminate", "small", *where).exit_code == 0
     assert "small" not in json.loads(run("list", "--json", *where).stdout)
+
+
+def test_a_list_of_models_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    ready = {"id": "foredraft-bundled-52979d", "model_name": "foredraft-bundled", "state": "ready", "error": None}
+    ready |= {"max_model_len": 131072, "max_batch_size": 256, "dtype": "bfloat16", "device": "cuda:0"}
+    ready |= {"memory": {"a": 2**37}, "progress": {"bytes": 0}, "draft": "suffix, int4+skip"}
+    empty = dict.fromkeys(("max_model_len", "max_batch_size", "dtype", "device", "memory", "draft"))
+    failed = (
+        ready | empty | {"id": "nope", "state": "failed", "model_name": "/models/\x1b[31mnope", "error": "no model"}
+    )
+    show([ready, failed])
+    heads, first, about, second, why = capsys.readouterr().out.splitlines()
+    assert max(map(len, (heads, first, second))) <= 80
+    assert first.split() == [
+        "foredraft-bundled-52979d",
+        "ready",
+        "131072",
+        "256",
+        "bfloat16",
+        "cuda:0",
+        "131,072",
+        "MiB",
+    ]
+    assert about == "    foredraft-bundled, draft: suffix, int4+skip"
+    assert second.split() == ["nope", "failed", "-", "-", "-", "-", "0", "MiB"]
+    assert why == "    /models/\ufffd[31mnope, failed: no model"
+
+
+def test_the_only_usable_model_is_talked_to() -> None:
+    def models(**states: str) -> Any:
+        described = {"draft": None, "model_ability": ["chat"]}
+        return SimpleNamespace(list_models=lambda: {uid: {**described, "state": it} for uid, it in states.items()})
+
+    assert open_remote(models(one="ready", other="failed", third="draining"), None).uid == "one"
+    with pytest.raises(RequestError, match="has one, two; name one"):
+        open_remote(models(one="ready", other="failed", two="ready"), None)
+
+
+def test_a_model_without_a_template_is_no_chat() -> None:
+    model = FakeModel()
+    model.info = replace(model.info, chat=False)
+    bare = create_app(Settings(), lambda *_: Loader(lambda spec: 0, lambda *_: model))
+    messages = [{"role": "user", "content": "x"}]
+    with TestClient(bare, base_url="http://localhost") as client:
+        client.post("/v1/models", json={"uid": "bare", "wait": True})
+        for path in ("/v1/chat/completions", "/tokenize"):
+            error = client.post(path, json={"messages": messages}).json()["error"]
+            assert error["message"].startswith(
+                "the model 'bare' has no chat template; send the text itself as 'prompt'"
+            )
+            assert "/v1/completions" in error["message"] and error["param"] == "messages"
+        assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200
 
 
 def test_chat_over_a_server_ignores_no_flag(server: ServerProcess, tmp_path: Path) -> None:

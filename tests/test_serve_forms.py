@@ -16,10 +16,11 @@ import openai
 from servers import ServerProcess
 from test_tool_calls import FIND, MESSAGES, TEMPLATE
 
-from foredraft import LLM, SamplingParams
+from foredraft import LLM, SamplingParams, Structured
 from foredraft.llm import BUNDLED
 
 NOW_TOOL = {"type": "function", "function": {"name": "now"}}
+LARK = 'start: "a" NUMBER\nNUMBER: /[0-9]{2}/'
 BOOKING = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "maximum": 9}},
@@ -92,6 +93,36 @@ def test_any_json_object(client: openai.OpenAI) -> None:
     ask = {"prompt": "A small object: ", "max_tokens": 60, "temperature": 0, "response_format": {"type": "json_object"}}
     text = client.post("/completions", body={"model": "caller", **ask}, cast_to=dict)["choices"][0]["text"]
     assert text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        ({"json": BOOKING}, Structured.of_schema(BOOKING)),
+        ({"json": json.dumps(BOOKING)}, Structured.of_schema(BOOKING)),
+        ({"regex": "[a-c]{3}"}, Structured.regex("[a-c]{3}")),
+        ({"choice": ["taxi", "train"]}, Structured.choice(["taxi", "train"])),
+        ({"grammar": LARK}, Structured.grammar(LARK)),
+    ],
+)
+def test_structured_outputs_are_the_librarys(client: openai.OpenAI, llm: LLM, asked: Any, form: Structured) -> None:
+    ask = {"model": "caller", "temperature": 0.8, "seed": 2, "structured_outputs": asked}
+    params = SamplingParams(temperature=0.8, seed=2, max_new_tokens=200, structured=form)
+    body = {**ask, "messages": MESSAGES, "max_tokens": 200}
+    answer = client.post("/chat/completions", body=body, cast_to=dict)["choices"][0]
+    assert answer["message"]["content"] == llm.chat(MESSAGES, params).text and answer["finish_reason"] == "stop"
+    body = {**ask, "prompt": "One: ", "max_tokens": 200}
+    text = client.post("/completions", body=body, cast_to=dict)["choices"][0]["text"]
+    assert text == llm.generate("One: ", params).text
+
+
+def test_a_form_beside_tools_is_refused_in_the_servers_words(client: openai.OpenAI) -> None:
+    ask = {"model": "caller", "messages": MESSAGES, "max_tokens": 60, "temperature": 0}
+    ask |= {"tools": [FIND], "response_format": {"type": "json_object"}}
+    with pytest.raises(openai.BadRequestError, match="response_format or structured_outputs"):
+        client.chat.completions.create(**ask)
+    answer = client.chat.completions.create(**ask, tool_choice="none")
+    assert (answer.choices[0].message.content or "").startswith("{")
 
 
 def test_a_forced_call(client: openai.OpenAI, llm: LLM) -> None:

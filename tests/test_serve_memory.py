@@ -72,7 +72,7 @@ def test_each_launch_is_told_what_the_others_leave() -> None:
     async def launches() -> list[int | None]:
         models = Models(Loader(lambda spec: spec.needs, load_model), Limits(), 100)
         for name, needs, took in (("a", 10, 40), ("b", 50, 55), ("c", 6, 6), ("d", 5, 5)):
-            entry = models.launch(SimpleNamespace(name=name, needs=needs, took=took), name)
+            entry = models.launch(SimpleNamespace(name=name, needs=needs, took=took, as_named=str), name)
             try:
                 await models.launched(entry)
             except ApiError as error:

@@ -1,8 +1,7 @@
 """schemathesis, in process and over a model that is not there: no request, however odd, makes a 500."""
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("schemathesis")
 
 import schemathesis
+from fake_model import FakeModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 from servers import until
@@ -19,60 +19,9 @@ from starlette.testclient import TestClient
 from foredraft.server.app import Launch, create_app
 from foredraft.server.launching import LaunchSpec
 from foredraft.server.models import Loader
-from foredraft.server.service import Ask, Delta, Figures, Finished, ModelInfo, TokenPiece
 from foredraft.server.settings import Limits, Settings
-from foredraft.stats import SpecStats
 
 CASES = int(os.environ.get("FOREDRAFT_TEST_CASES", "25"))  # of each operation
-
-
-class FakeAnswer:
-    def __init__(self, asks: Sequence[Ask]) -> None:
-        stats = SpecStats(prompt_tokens=3)
-        stats.count_pass(1, 1, 2)
-        pieces = (TokenPiece(1, "o", "accepted", "fake"), TokenPiece(2, "k", "bonus", ""))
-        one = Finished("ok", "stop", 3, 0, stats, 0.0, pieces)
-        self.finished: list[Finished | None] = [one] * len(asks)
-
-    async def deltas(self) -> AsyncIterator[Sequence[Delta]]:
-        yield []
-        yield [Delta(i, "ok", one.tokens, (), 1, 1, "stop") for i, one in enumerate(self.finished) if one is not None]
-
-    async def wait(self) -> list[Finished]:
-        await asyncio.sleep(0)
-        return [one for one in self.finished if one is not None]
-
-    def cancel(self) -> None: ...
-
-
-class FakeModel:
-    """Answers "ok" to everything."""
-
-    info = ModelInfo(100, 4, "fake", ("fake",), True, "float32", "cpu", True, {}, 1000)
-
-    async def prepare(self, asks: Sequence[Ask]) -> Sequence[Ask]:
-        return asks
-
-    def submit(self, asks: Sequence[Ask], *, stream: bool, details: bool) -> FakeAnswer:
-        return FakeAnswer(asks)
-
-    def encode(self, prompt: Any) -> list[int]:
-        return [1, 2]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "ok"
-
-    def token(self, token_id: int) -> tuple[str, list[int] | None]:
-        return "o", [111]
-
-    def figures(self) -> Figures:
-        return Figures(0, 0, 0.0)
-
-    def stop_all(self) -> None: ...
-
-    async def drained(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def fake_loader(settings: Settings, metrics: Any) -> Loader:

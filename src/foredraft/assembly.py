@@ -3,6 +3,7 @@
 Knows nothing of requests.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,19 @@ from foredraft.types import is_whole
 from foredraft.upstream.modules import unwrapped
 
 BUNDLED = Path(__file__).parent / "bundled"
+
+
+def bundled_draft(target: object) -> Path | None:
+    """The folder of the draft model that came with this target; None for any but the bundled one, however named."""
+    if target is None:
+        return BUNDLED / "draft"
+    if not isinstance(target, str | Path):
+        return None
+    try:
+        named = os.path.samefile(os.path.expanduser(target), BUNDLED / "target")
+    except (OSError, ValueError):  # a hub name, or no path at all
+        return None
+    return BUNDLED / "draft" if named else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +120,7 @@ def assemble(
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
     options = replace(options, max_model_len=room.max_model_len)
-    bundled = BUNDLED / "draft" if target is None else None
+    bundled = bundled_draft(target)
     source = model_or_name(BUNDLED / "target" if target is None else target)
     if isinstance(source, PreTrainedModel):
         options.check_object(source)

@@ -44,6 +44,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Close its connections; leaving a `with` block does."""
         self._http.close()
 
     def launch_speculative_llm(
@@ -85,7 +86,7 @@ class Client:
         return {model["id"]: model for model in self.call("GET", "/v1/models")["data"]}
 
     def describe_model(self, model_uid: str) -> Json:
-        """Raises ServerError where there is none."""
+        """One model's description. Raises ServerError where there is none."""
         return self.call("GET", f"/v1/models/{model_uid}")
 
     def terminate_model(self, model_uid: str) -> None:
@@ -93,11 +94,12 @@ class Client:
         self.call("DELETE", f"/v1/models/{model_uid}")
 
     def get_model(self, model_uid: str) -> "ModelHandle":
-        """Raises ServerError where there is none."""
+        """A model to generate and chat with. Raises ServerError where there is none."""
         self.describe_model(model_uid)
         return ModelHandle(self, model_uid)
 
     def call(self, method: str, path: str, body: Config | None = None) -> Json:
+        """Any address of the server. Raises ServerError."""
         try:
             response = self._http.request(method, path, json=body)
         except httpx.HTTPError as error:
@@ -108,6 +110,7 @@ class Client:
         return answer
 
     def stream(self, path: str, body: Config) -> Iterator[Json]:
+        """The payloads of a streamed answer. Raises ServerError."""
         try:
             with self._http.stream("POST", path, json=body) as response:
                 if response.is_error:

@@ -184,12 +184,13 @@ def own_settings(options: AuditFlags) -> "SamplingParams":
 
 
 def drafters(options: AuditFlags, llm: "LLM") -> "tuple[list[Audited], dict[str, str]]":
+    from foredraft.assembly import bundled_draft
     from foredraft.audit.subjects import find
     from foredraft.models.load import LoadOptions
 
     own = options.as_run_options()
     load = LoadOptions(options.dtype, own.target_device, None, options.trust_remote_code, options.runtime)
-    return find(llm, options.draft or [], load, bundled=options.model is None)
+    return find(llm, options.draft or [], load, bundled=bundled_draft(options.model) is not None)
 
 
 def run(

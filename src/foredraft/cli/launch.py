@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foredraft.cli.console import busy, interruptible, note, only_result, stdout_console, write_result
+from foredraft.cli.console import busy, interruptible, note, only_result, printing, write_result
 from foredraft.cli.options import MODEL, DeviceFlag, JsonFlag, flag, takes
 from foredraft.errors import RequestError, missing_extra
 
@@ -122,20 +122,28 @@ def connect(options: ServerOptions) -> "Client":
     return Client(options.server, options.api_key or os.environ.get("FOREDRAFT_API_KEY"))
 
 
-def show(models: list[dict[str, Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
+HEADINGS = ("uid", "state", "context", "batch", "dtype", "device", "memory")
 
-    uid = Column("uid", no_wrap=True, min_width=min(40, max((len(model["id"]) for model in models), default=0)))
-    names = ("model", "state", "draft", "context", "batch", "dtype", "device", "memory")
-    table = Table(uid, *(Column(name, overflow="fold") for name in names), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for model in models:
-        memory = sum((model["memory"] or {}).values()) or model["progress"]["bytes"]
-        keys = ("id", "model_name", "state", "draft", "max_model_len", "max_batch_size", "dtype", "device")
-        cells = [*(model[key] for key in keys), f"{memory / 2**20:,.0f} MiB"]
-        table.add_row(*("" if cell is None else str(cell) for cell in cells))
-    console = stdout_console(highlight=False)
-    console.print(table)
-    for model in models:
-        if model["error"]:
-            console.print(f"{model['id']}: {model['error']}", markup=False, soft_wrap=True)
+
+def show(models: list[dict[str, Any]]) -> None:
+    """A line for each model's figures, which fits 80 columns, and one for what may be longer."""
+    rows = [HEADINGS, *map(_cells, models)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    with printing():
+        print(lines[0])
+        for line, model in zip(lines[1:], models, strict=True):
+            print(f"{line}\n    {_about(model)}")
+
+
+def _cells(model: dict[str, Any]) -> tuple[str, ...]:
+    memory = sum((model["memory"] or {}).values()) or model["progress"]["bytes"]
+    keys = ("id", "state", "max_model_len", "max_batch_size", "dtype", "device")
+    return (*("-" if model[key] is None else str(model[key]) for key in keys), f"{memory / 2**20:,.0f} MiB")
+
+
+def _about(model: dict[str, Any]) -> str:
+    """What it is and who drafts, or why it failed. A client may have called it anything."""
+    more = f"failed: {model['error']}" if model["error"] else f"draft: {model['draft']}" if model["draft"] else ""
+    text = f"{model['model_name']}, {more}" if more else str(model["model_name"])
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)

@@ -187,6 +187,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         trust_remote_code=options.trust_remote_code,
         cache_bytes=None if options.cache_bytes is None else parse_bytes(options.cache_bytes),
         prefix_cache=not options.no_prefix_cache,
+        draft_name=Path(options.draft).name,
     )
     return (Launch(spec, options.uid or name),)
 

@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from foredraft.errors import ForedraftError
 from foredraft.server.auth import Keys, parse_keys, require_admin
-from foredraft.server.chat import chat
+from foredraft.server.chat import chat, check_template
 from foredraft.server.completions import complete
 from foredraft.server.errors import ApiError, as_api_error, invalid_body
 from foredraft.server.launching import LaunchSpec, from_launch, from_speculative_launch
@@ -138,7 +138,9 @@ def _generation_routes(app: FastAPI) -> None:
 
     @app.post("/tokenize", tags=["tokens"], summary="Token ids of a text or a chat")
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
-        _, model = services(request).models.ready(body.model)
+        uid, model = services(request).models.ready(body.model)
+        if body.messages is not None:
+            check_template(uid, model)
         messages = [message.for_template() for message in body.messages or ()]
         ids = await asyncio.to_thread(model.encode, messages if body.prompt is None else body.prompt)
         texts = {"token_strs": [model.token(token)[0] for token in ids]} if body.return_token_strs else {}

@@ -20,6 +20,7 @@ from foredraft.server.answers import (
     usage,
     whole,
 )
+from foredraft.server.errors import ApiError
 from foredraft.server.schemas import ChatRequest
 from foredraft.server.service import Answer, Delta, Finished, Model
 from foredraft.server.settings import Limits
@@ -30,6 +31,7 @@ from foredraft.types import TokenLogprobs
 
 async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limits: Limits) -> Response:
     """Answer a conversation. Raises ApiError, RequestError."""
+    check_template(uid, model)
     messages = [message.for_template() for message in body.messages]
     details = bool(body.return_draft_info)
     own = {**_tools(body), "memory": memory(request)}
@@ -43,6 +45,13 @@ async def chat(body: ChatRequest, request: Request, uid: str, model: Model, limi
     head = new_head("chatcmpl", "chat.completion", uid)
     choices = [_choice(i, one, model, details=details) for i, one in enumerate(finished)]
     return JSONResponse(head.payload(choices) | {"usage": usage(finished, len(wanted))})
+
+
+def check_template(uid: str, model: Model) -> None:
+    """Raises ApiError where a model cannot be given a chat."""
+    if not model.info.chat:
+        advice = "send the text itself as 'prompt' to /v1/completions, or launch a model that has one"
+        raise ApiError(400, f"the model {uid!r} has no chat template; {advice}", "messages")
 
 
 def _tools(body: ChatRequest) -> Json:

@@ -3,6 +3,7 @@
 Owns the mapping from our exceptions to answers. Knows nothing of handlers.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ TYPES = {
     504: "timeout_error",
     507: "unavailable_error",
 }
+SCALAR = str | int | float | None
+SHOWN = 60  # characters of a value
 FORM = re.compile(r"str|int|float|bool|constrained-str|(list|dict|literal|nullable)\[.*\]")  # pydantic's, of a union
 
 
@@ -86,7 +89,7 @@ def check_room(name: str, needed: int, room: int) -> None:
 
 
 def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiError:
-    """What is wrong with a body, in one sentence, from pydantic's list; never the body itself."""
+    """What is wrong with a body, in one sentence, from pydantic's list; of the body no more than a bad value."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
@@ -97,6 +100,8 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiE
     if tuple(first["loc"]) == ("body",) and "json" not in content_type:
         was = f"this was {content_type!r}" if content_type else "this had none"
         return ApiError(400, f"send the body with 'Content-Type: application/json'; {was}")
+    if tuple(first["loc"]) == ("body",) and str(first["type"]).endswith("_type"):
+        return ApiError(400, f"the body is {_shown(first)}; send a JSON object")
     at, message = _what(first, errors)
     param = ".".join(map(str, at)) or None
     return ApiError(400, f"{param}: {message}" if param else message, param)
@@ -110,12 +115,32 @@ def _what(first: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> tupl
     tried = [error for error in errors if _fields(error)[: len(place)] == place]
     forms = list(dict.fromkeys(form for error in tried if (form := _form(error, place))))
     if not forms:
-        return place, str(first["msg"]).removeprefix("Value error, ")
+        return place, _told(first)
     close = [error for error in tried if not str(error["type"]).endswith("_type")]
     if close:
         best = max(close, key=lambda error: len(error["loc"]))
-        return _fields(best), str(best["msg"])
-    return place, f"it must be {' or '.join(forms)}"
+        return _fields(best), _told(best)
+    return place, f"it must be {' or '.join(forms)}; it was {_shown(first)}"
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    """pydantic's words, and the value unless our own words have it."""
+    words, kind = str(error["msg"]), str(error["type"])
+    if kind == "value_error":
+        return words.removeprefix("Value error, ")
+    plain = isinstance(error.get("input"), SCALAR)
+    return f"{words}; it was {_shown(error)}" if kind != "missing" and (plain or kind.endswith("_type")) else words
+
+
+def _shown(error: Mapping[str, Any]) -> str:
+    """A value as JSON has it, or what kind of value it is."""
+    value = error.get("input")
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list) and not (0 < len(value) < 9 and all(isinstance(one, SCALAR) for one in value)):
+        return "a list"
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _fields(error: Mapping[str, Any]) -> list[object]:

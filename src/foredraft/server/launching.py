@@ -4,6 +4,7 @@ Knows checkpoints and LLM. Blocks; to be called off the event loop.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from foredraft.admission import CacheLimits
+from foredraft.assembly import BUNDLED, bundled_draft
 from foredraft.drafters import DRAFTERS
 from foredraft.errors import RequestError
-from foredraft.llm import BUNDLED, LLM
+from foredraft.llm import LLM
 from foredraft.models.options import DTYPES, LoadOptions, parse_device, parse_dtype
 from foredraft.server.errors import ApiError, check_room
 from foredraft.server.registry import Registry, Size
@@ -45,6 +47,15 @@ class LaunchSpec:
     trust_remote_code: bool = False  # an operator's word, never a client's
     cache_bytes: int | None = None  # None: what a batch of the longest texts takes, where there is room for that
     prefix_cache: bool | int = True
+    draft_name: str = ""  # as the client called it
+
+    def as_named(self, message: str) -> str:
+        """A message with names for folders: those of the registry and of the operator are not every client's to see."""
+        called = {str(self.draft): self.draft_name, str(self.target): self.name}
+        for path in sorted(called, key=len, reverse=True):
+            if "/" in path and called[path]:
+                message = message.replace(os.path.expanduser(path), called[path])
+        return message
 
 
 def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
@@ -72,6 +83,7 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
         weight_format,
         cache_bytes=body.cache_bytes,
         prefix_cache=True if body.prefix_cache is None else body.prefix_cache,
+        draft_name=body.draft,
     )
 
 
@@ -85,7 +97,15 @@ def from_speculative_launch(body: SpeculativeLaunchRequest, registry: Registry) 
     target = registry.resolve(body.model_name, body.model_size_in_billions, "model_name")
     draft = registry.resolve(body.draft_model_name, body.draft_model_size_in_billions, "draft_model_name")
     device, device_map = _placement(body.n_gpu, "auto")
-    return LaunchSpec(body.model_name, target, draft, device=device, device_map=device_map, weight_format=weight_format)
+    return LaunchSpec(
+        body.model_name,
+        target,
+        draft,
+        device=device,
+        device_map=device_map,
+        weight_format=weight_format,
+        draft_name=body.draft_model_name,
+    )
 
 
 def quantization(name: str | None) -> str | None:
@@ -130,8 +150,7 @@ def footprint(spec: LaunchSpec) -> int:
     target = Path(spec.target) if spec.target is not None else BUNDLED / "target"
     weights = _weights(target, "bfloat16" if spec.weight_format else spec.dtype)
     weights = int(weights * WEIGHT_SHARE.get(spec.weight_format or "", 1.0))
-    bundled = BUNDLED / "draft" if spec.target is None else None
-    draft = bundled if spec.draft == "auto" else spec.draft
+    draft = bundled_draft(spec.target) if spec.draft == "auto" else spec.draft
     if isinstance(draft, str) and draft in DRAFTERS:
         return weights + int(weights * DRAFT_SHARE.get(draft, 0.0)) + _caches(spec, target)
     if draft is None:
@@ -190,7 +209,8 @@ def _longest(llm: LLM, texts: int) -> int:
 
 
 def _weights(folder: Path, dtype: str) -> int:
-    files = [path for pattern in WEIGHTS for path in _local(folder).glob(pattern)]
+    local = _local(folder)
+    files = [path for pattern in WEIGHTS for path in local.glob(pattern)] if os.path.isdir(local) else []
     stored = parse_dtype(str(_config(folder).get("dtype") or _config(folder).get("torch_dtype") or "float32"))
     wanted = parse_dtype(dtype) or stored
     scale = (wanted.itemsize / stored.itemsize) if wanted is not None and stored is not None else 1.0
@@ -218,10 +238,11 @@ def _cache(folder: Path, spec: LaunchSpec) -> int:
 
 def _local(folder: Path) -> Path:
     """The folder itself, or where the hub's cache has it."""
-    if not folder.exists():
-        cached = try_to_load_from_cache(str(folder), "config.json")
-        return Path(cached).parent if isinstance(cached, str) else folder
-    return folder
+    try:
+        cached = None if os.path.exists(folder) else try_to_load_from_cache(str(folder), "config.json")
+    except ValueError:  # neither a path nor a hub name; loading it will say so
+        return folder
+    return Path(cached).parent if isinstance(cached, str) else folder
 
 
 def _config(folder: Path) -> dict[str, Any]:

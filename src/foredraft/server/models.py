@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,10 +22,14 @@ State = Literal["waiting", "loading", "ready", "failed", "draining"]
 
 
 class Spec(Protocol):
-    """Of a launch; all that is known of it here is its name."""
+    """Of a launch; all that is known of it here is what clients call it."""
 
     @property
     def name(self) -> str: ...
+
+    def as_named(self, message: str) -> str:
+        """With the names that clients use, where they may not see the paths behind these."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,10 @@ class Models:
         return list(self._entries.values())
 
     def entry(self, uid: str) -> Entry:
-        """Raises ApiError 404."""
+        """Whatever its state. Raises ApiError 404."""
         found = self._entries.get(uid)
         if found is None:
-            known = ", ".join(self._entries) or "none is launched"
+            known = ", ".join(entry.uid for entry in self._usable()) or "none"
             raise ApiError(404, f"no model {uid[:100]!r} here; there is {known}", "model", "model_not_found")
         return found
 
@@ -120,11 +124,21 @@ class Models:
             )
         return entry.uid, entry.model
 
+    def _usable(self) -> Sequence[Entry]:
+        """Those that serve, or may come to."""
+        return [entry for entry in self._entries.values() if entry.state not in ("failed", "draining")]
+
     def _only(self) -> Entry:
-        if len(self._entries) != 1:
-            known = ", ".join(self._entries) or "none is launched"
+        """The model of a request that names none."""
+        if not self._entries:
+            raise ApiError(400, "no model is launched; launch one by POST /v1/models or `foredraft launch`", "model")
+        usable = self._usable()
+        if not usable and len(self._entries) == 1:
+            return next(iter(self._entries.values()))  # why it is of no use is told
+        if len(usable) != 1:
+            known = ", ".join(entry.uid for entry in usable) or "none that is usable: GET /v1/models tells why"
             raise ApiError(400, f"name a model in the field 'model'; there is {known}", "model")
-        return next(iter(self._entries.values()))
+        return usable[0]
 
     @property
     def all_ready(self) -> bool:
@@ -185,11 +199,13 @@ class Models:
     def _failed(self, entry: Entry, error: Exception) -> None:
         entry.seconds, entry.state = time.monotonic() - entry.began, "failed"
         entry.error = as_api_error(error).with_traceback(None)  # which holds what was loaded
-        trace = None if isinstance(error, ApiError | ForedraftError) else error
-        if trace is not None:
-            why = f"it could not be loaded ({type(error).__name__}); the server's log has the reason"
-            entry.error = ApiError(500, why)
-        log("model failed", level=logging.ERROR, error=trace, model=entry.uid, why=entry.error.message)
+        trace, why = None, entry.error.message
+        if not isinstance(error, ApiError | ForedraftError):
+            trace, why = error, " ".join(str(error).split())[:1000]
+            told = f"it could not be loaded ({type(error).__name__}); the server's log has the reason"
+            entry.error = ApiError(500, told)
+        entry.error.message = entry.spec.as_named(entry.error.message)
+        log("model failed", level=logging.ERROR, error=trace, model=entry.uid, why=why)
 
     def _room(self, entry: Entry) -> int | None:
         """Bytes that the others leave of the budget."""

@@ -20,6 +20,12 @@ from foredraft.server.settings import Settings
 BUILT_IN = Path(__file__).parent / "registry.toml"
 FIELDS = {"name", "size_in_billions", "path"}
 Size = int | float | str | None
+SIZES = {  # the fields that say which size, by those that name the model
+    "target": "size_in_billions",
+    "draft": "draft_size_in_billions",
+    "model_name": "model_size_in_billions",
+    "draft_model_name": "draft_model_size_in_billions",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,8 @@ class Registry:
         known = ", ".join(f"{entry.size:g}" for entry in entries if entry.size is not None) or "none"
         if size is None:
             if len(entries) > 1:
-                raise ApiError(400, f"{field}={entries[0].name!r} has several sizes ({known}); say which", field)
+                message = f"{field}={entries[0].name!r} has several sizes ({known}); say which in {SIZES[field]!r}"
+                raise ApiError(400, message, SIZES[field])
             return entries[0]
         wanted = parse_size(size)
         found = next((entry for entry in entries if entry.size == wanted), None)

@@ -50,7 +50,19 @@ def sampling_params(body: Generate, limits: Limits, *, longest: int) -> Sampling
 
 def _form(body: Generate) -> Structured | None:
     schema = body.response_format.schema_asked if body.response_format else None
-    return None if schema is None else Structured.of_schema(schema)
+    asked = body.structured_outputs
+    if asked is None:
+        return None if schema is None else Structured.of_schema(schema)
+    if schema is not None:
+        raise ApiError(400, "structured_outputs contradicts response_format; drop one of them", "structured_outputs")
+    if asked.json_schema is not None:
+        return Structured.of_schema(asked.json_schema)
+    if asked.regex is not None:
+        return Structured.regex(asked.regex)
+    if asked.choice is not None:
+        return Structured.choice(asked.choice)
+    assert asked.grammar is not None  # the schema saw to it that one of them is there
+    return Structured.grammar(asked.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,8 @@ def _check_chat(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     if body.tool_choice not in (None, "none", "auto") and not body.tools:
-        raise ApiError(400, "tool_choice needs tools", "tool_choice")
+        message = f"tool_choice={body.tool_choice!r:.100} needs tools; give tools too, or leave it out"
+        raise ApiError(400, message, "tool_choice")
     both = body.max_tokens is not None and body.max_completion_tokens is not None
     if both and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "max_tokens contradicts max_completion_tokens; they mean the same, give one", "max_tokens")

@@ -4,10 +4,12 @@ A field that OpenAI knows and we cannot honour is refused by name, with the reas
 would change the answer (`user`, `metadata`, ...) are accepted and stay without effect; docs/serve.md lists them.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from foredraft.server.fields import Asked, Body, Name, Stop, Text, Uid
 
 REFUSED = {
     "audio": "this server generates text only",
@@ -22,19 +24,16 @@ REFUSED = {
     "modalities": "this server generates text only",
     "logits_processor": "code from clients is not run",
     "processors": "code from clients is not run",
+    "guided_json": "use structured_outputs={'json': ...}, or response_format",
+    "guided_regex": "use structured_outputs={'regex': ...}",
+    "guided_choice": "use structured_outputs={'choice': [...]}",
+    "guided_grammar": "use structured_outputs={'grammar': ...}",
+    "json_schema": "use structured_outputs={'json': ...}, or response_format",
+    "regex": "use structured_outputs={'regex': ...}",
+    "choice": "use structured_outputs={'choice': [...]}",
+    "grammar": "use structured_outputs={'grammar': ...}",
 }
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,), "suffix": ("",)}
-
-Uid = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Name = Annotated[str, Field(min_length=1, max_length=1000)]
-Stop = Annotated[str, Field(min_length=1)]
-Text = Annotated[str, Field(max_length=50_000_000)]  # the body's own limit is lower
-
-
-class Body(BaseModel):
-    """Strict: a number in quotes is no number, a field nobody knows is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class TextPart(Body):
@@ -117,10 +116,25 @@ class ResponseFormat(Body):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class Generate(Body):
+class StructuredOutputs(Body):
+    """The form of the answer, by one of these; vLLM's name for it."""
+
+    json_schema: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[str] | None = None
+    grammar: Text | None = Field(None, description="In llguidance's dialect of Lark.")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "StructuredOutputs":
+        if sum(form is not None for form in (self.json_schema, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("give exactly one of json, regex, choice and grammar")
+        return self
+
+
+class Generate(Asked):
     """What chats and completions have in common."""
 
-    model: Name | None = Field(None, description="A uid; may be left out where one model runs.")
+    model: Name | None = Field(None, description="A uid; may be left out where one model is usable.")
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -133,6 +147,7 @@ class Generate(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     # accepted, without effect
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -216,7 +231,7 @@ class CompletionRequest(Generate):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Asked):
     """`POST /tokenize`: text, or a chat as the model's template renders it."""
 
     model: Name | None = None
@@ -231,14 +246,14 @@ class TokenizeRequest(Body):
         return self
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(Asked):
     """`POST /detokenize`."""
 
     model: Name | None = None
     tokens: list[int]
 
 
-class LaunchRequest(Body):
+class LaunchRequest(Asked):
     """`POST /v1/models`. Names come from the registry; paths and hub names only as the operator allows."""
 
     target: Name | None = Field(None, description="A registry name, or an allowed path or hub name. None: the bundled.")
@@ -260,7 +275,7 @@ class LaunchRequest(Body):
     wait: bool = Field(False, description="Answer once it is ready or has failed.")
 
 
-class SpeculativeLaunchRequest(Body):
+class SpeculativeLaunchRequest(Asked):
     """`POST /experimental/speculative_llms`, with the fields of Xinference's client."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())

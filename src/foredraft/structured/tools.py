@@ -183,7 +183,10 @@ class Calling:
     def beside(self, structured: object) -> object:
         """The form to ask for. Raises RequestError where the user asked for one already."""
         if self.form is not None and structured is not None:
-            raise RequestError("structured contradicts tools: a call has its own form; use tool_choice='none'")
+            raise RequestError(
+                "structured contradicts tools (over HTTP: response_format or structured_outputs): a call has its own "
+                "form; drop one of them, or use tool_choice='none'"
+            )
         return structured if self.form is None else self.form
 
     @property

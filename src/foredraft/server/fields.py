@@ -1,0 +1,45 @@
+"""What all request bodies have in common: strictness, and the kinds of fields."""
+
+import re
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+UID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def _check_uid(uid: str) -> str:
+    if not re.fullmatch(UID, uid):
+        form = "1 to 100 letters, digits, dots, dashes and underscores, the first a letter or a digit"
+        raise ValueError(f"{uid!r:.120} is not usable; give {form}")
+    return uid
+
+
+Uid = Annotated[str, AfterValidator(_check_uid), Field(json_schema_extra={"pattern": UID})]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(max_length=50_000_000)]  # the body's own limit is lower
+
+
+class Body(BaseModel):
+    """Strict: a number in quotes is no number, a field nobody knows is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Asked(Body):
+    """A whole body: of a field that nobody knows it is told which one may have been meant."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all(cls, body: Any) -> Any:
+        for name in body if isinstance(body, dict) else ():
+            if name not in cls.model_fields:
+                shown = name[:100].encode("utf-8", "backslashreplace").decode()
+                near = get_close_matches(shown, cls.model_fields, n=1)
+                advice = f"did you mean {near[0]!r}?" if near else "leave it out"
+                message = "{name}: there is no such field here, and none is ignored; {advice}"
+                raise PydanticCustomError("refused", message, {"name": shown, "advice": advice})
+        return body

@@ -1,0 +1,145 @@
+"""Launches: what they draft with, why they fail, and what a failed one does to requests for others."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from fake_model import FakeModel
+from servers import until
+from starlette.testclient import TestClient
+
+from foredraft import LLM
+from foredraft.assembly import BUNDLED, bundled_draft
+from foredraft.errors import ModelError
+from foredraft.server.app import create_app
+from foredraft.server.launching import LaunchSpec, footprint, from_launch
+from foredraft.server.models import Loader
+from foredraft.server.registry import Registry, load_registry
+from foredraft.server.schemas import LaunchRequest
+from foredraft.server.settings import Settings
+
+ASK = {"prompt": "a", "max_tokens": 2}
+
+
+def loads_unless_bad(spec: LaunchSpec, *_: object) -> Any:
+    if "bad" in spec.name:
+        raise ValueError("torn pages")
+    return FakeModel()
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    """Of a server whose models are there at once, and fail where they are called so."""
+    rules = Settings(allowed_folders=(tmp_path,))
+    loader = Loader(lambda spec: 0, loads_unless_bad)
+    with TestClient(create_app(rules, lambda *_: loader), base_url="http://localhost") as client:
+        yield client
+
+
+def launch(client: TestClient, folder: Path, uid: str) -> None:
+    client.post("/v1/models", json={"target": str(folder), "uid": uid})
+    until(lambda: client.get(f"/v1/models/{uid}").json()["state"] in ("ready", "failed"))
+
+
+def told(client: TestClient, **more: object) -> str:
+    return str(client.post("/v1/completions", json={**ASK, **more}).json()["error"]["message"])
+
+
+def test_requests_without_a_model_mean_the_one_that_is_usable(client: TestClient, tmp_path: Path) -> None:
+    assert told(client).startswith("no model is launched")
+    launch(client, tmp_path / "bad", "broken")
+    assert told(client).startswith("the model 'broken' failed to load")
+    launch(client, tmp_path / "good", "first")
+    assert client.post("/v1/completions", json=ASK).json()["model"] == "first"
+    assert told(client, model="other") == "no model 'other' here; there is first"
+    launch(client, tmp_path / "good", "second")
+    assert told(client) == "name a model in the field 'model'; there is first, second"
+    for uid in ("first", "second"):
+        client.delete(f"/v1/models/{uid}")
+    launch(client, tmp_path / "bad", "broken-too")
+    assert "none that is usable" in told(client)
+
+
+def test_why_a_launch_failed_is_in_the_log(
+    client: TestClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "foredraft.server"):
+        launch(client, tmp_path / "bad", "broken")
+    assert "torn" not in client.get("/v1/models/broken").json()["error"]  # whatever a checkpoint's code says
+    assert "torn pages" in [getattr(record, "fields", {}).get("why") for record in caplog.records]
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_folder_that_is_not_there_is_told_in_the_librarys_words(tmp_path: Path, role: str) -> None:
+    missing = str(tmp_path / "nope")
+    with pytest.raises(ModelError, match="the path does not exist") as caught:
+        LLM(**{role: missing})
+    with TestClient(create_app(Settings(allowed_folders=(tmp_path,))), base_url="http://localhost") as client:
+        answer = client.post("/v1/models", json={role: missing, "wait": True})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == " ".join(str(caught.value).split())
+
+
+def test_paths_of_the_operators_registry_are_not_told(tmp_path: Path) -> None:
+    file = tmp_path / "registry.json"
+    file.write_text(f'{{"model": [{{"name": "ours", "path": "{tmp_path}/secret"}}]}}')
+    with TestClient(create_app(Settings(registry=file)), base_url="http://localhost") as client:
+        for body in ({"target": "ours"}, {"draft": "ours"}):
+            message = client.post("/v1/models", json={**body, "wait": True}).json()["error"]["message"]
+            assert "no model at ours: the path does not exist" in message and str(tmp_path) not in message
+
+
+def test_of_the_operators_own_folders_only_the_names_are_told() -> None:
+    spec = LaunchSpec("t", "~/models/t", "/home/x/models/t/d", draft_name="d")
+    home = str(Path("~/models/t").expanduser())
+    assert spec.as_named(f"{home}/config.json, /home/x/models/t/d: no") == "t/config.json, d: no"
+    assert LaunchSpec("bundled", draft="int4+skip").as_named("None of int4+skip") == "None of int4+skip"
+
+
+def test_the_bundled_target_has_its_draft_model_however_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(BUNDLED / "target")
+    for name in (None, BUNDLED / "target", str(BUNDLED / "target") + "/", tmp_path / "link"):
+        assert bundled_draft(name) == BUNDLED / "draft"
+    for other in (BUNDLED / "draft", "gpt2", "", "a\0b", "x" * 9000, object()):
+        assert bundled_draft(other) is None
+
+
+def test_a_launch_by_name_drafts_as_the_library_does() -> None:
+    registry = load_registry(Settings())
+    spec = from_launch(LaunchRequest(target="foredraft-bundled", size_in_billions=0.01), registry)
+    assert LLM(spec.target, spec.draft).drafter.name == LLM().drafter.name == "suffix, model"
+    assert footprint(spec) == footprint(LaunchSpec("bundled"))
+
+
+def test_what_is_no_model_takes_nothing_and_fails_when_it_is_loaded() -> None:
+    for name in ("/not/there", "a--b/c", "x" * 300 + "/y"):
+        assert footprint(LaunchSpec(name, name, "none")) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"target": "foredraft-bundled"}, "size_in_billions"),
+        ({"draft": "foredraft-bundled"}, "draft_size_in_billions"),
+    ],
+)
+def test_several_sizes_say_which_field_tells_them_apart(client: TestClient, body: Any, field: str) -> None:
+    error = client.post("/v1/models", json=body).json()["error"]
+    assert error["param"] == field
+    assert error["message"].endswith(f"'foredraft-bundled' has several sizes (0.01, 0.001); say which in '{field}'")
+
+
+def test_xinferences_fields_are_named_too() -> None:
+    registry: Registry = load_registry(Settings())
+    with pytest.raises(Exception, match="say which in 'draft_model_size_in_billions'"):
+        registry.resolve("foredraft-bundled", None, "draft_model_name")
+
+
+def test_the_page_tells_of_every_field_of_a_launch() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
+    assert [name for name in LaunchRequest.model_fields if f"`{name}`" not in page] == []
