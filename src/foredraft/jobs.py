@@ -98,7 +98,7 @@ class Jobs:
         num_draft_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         *,
-        draft: str | None = None,
+        draft: str | None = "auto",
         thinking: Thinking | None = None,
     ) -> Job:
         """The job of one prompt; with `thinking`, that of a chat's turn, a form is that of the answer alone.
@@ -110,6 +110,7 @@ class Jobs:
         params = params or SamplingParams()
         self._check_draft_length(num_draft_tokens)
         check_asked(self.engine.drafter, draft, num_draft_tokens)
+        draft = "none" if draft is None else draft
         self._check_ids(params)
         ids = self.encode(prompt)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
@@ -122,7 +123,7 @@ class Jobs:
             seed=secrets.randbits(63) if params.seed is None else int(params.seed),
             stop_rule=stream.push if stream else _never,
             num_draft_tokens=0 if draft == "none" else num_draft_tokens,
-            drafter=draft or self._steady_drafter(params, num_draft_tokens),
+            drafter=self._steady_drafter(params, num_draft_tokens) if draft == "auto" else draft,
             stop_token_ids=eos.union(params.stop_token_ids),
             constraint=self._constraint(params, (*stop_token_ids, *sorted(eos.difference(stop_token_ids))), thinking),
         )
