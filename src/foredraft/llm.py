@@ -50,6 +50,7 @@ class LLM:
         force_profile: take a skip profile that was found for another model, if it fits.
         device_map: as transformers takes it, instead of `device`.
         tokenizer: by default the target's own; needed for text with a model object.
+        chat_template: a Jinja file, or its text, in place of the tokenizer's own.
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
         max_batch_size: sequences that run at once; others wait.
         cache_bytes: what the caches of target and drafters may take together; a request that does not fit beside those
@@ -81,6 +82,7 @@ class LLM:
         force_profile: bool = False,
         device_map: str | dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | Path | None = None,
         trust_remote_code: bool = False,
         max_model_len: int | None = None,
         max_batch_size: int = 8,
@@ -97,6 +99,7 @@ class LLM:
             DraftWishes(draft, draft_dtype, draft_device, draft_profile, force_profile, policy),
             Room(max_model_len, max_batch_size, cache_bytes, prefix_cache),
             tokenizer=tokenizer,
+            chat_template=chat_template,
             require_exact=require_exact,
         )
         self.engine = parts.engine

@@ -91,6 +91,7 @@ def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":
         device=options.target_device,
         draft_device=options.draft_device,
         draft_profile=options.draft_profile,
+        chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
         policy=options.policy,
         max_batch_size=1,
