@@ -19,7 +19,7 @@ from foredraft.errors import PromptTooLongError, RequestError
 from foredraft.results import Job
 from foredraft.structured import Constraint, Structured
 from foredraft.structured.compile import Grammars
-from foredraft.structured.thinking import AfterThinking, Thinking
+from foredraft.structured.thinking import AfterThinking, Thinking, warn_of_spelled
 from foredraft.structured.tools import Calling, ToolChoice
 from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
 from foredraft.types import Request, SamplingParams, is_whole
@@ -87,6 +87,8 @@ class Jobs:
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
         ends = end_of_turn_ids(self.tokenizer)
         thinking = Thinking.of(self.tokenizer, prompt)
+        if thinking is None and params.structured is not None:
+            warn_of_spelled(self.tokenizer, prompt)
         with calling.blaming():
             job = self.one(prompt, params, num_draft_tokens, ends, draft=draft, thinking=thinking)
         return replace(job, read_calls=calling.read, call_mark=calling.mark)

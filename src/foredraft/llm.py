@@ -226,7 +226,7 @@ class LLM:
             messages: roles with content (text or text parts), tool calls and their results, as OpenAI has them.
             params: None decodes greedily.
             num_draft_tokens, draft: as for `generate`.
-            tools: what the model may call: JSON schemas, or functions that transformers can make one of.
+            tools: what the model may call: JSON schemas, or functions whose docstrings say each argument.
             tool_choice: "auto", "none", "required" or a tool's name; calls are in the result's `tool_calls`.
             template_arguments: further variables of the template, as `documents` or `enable_thinking`.
 
