@@ -33,10 +33,6 @@ def chat(options: ChatOptions) -> None:
             "this model's tokenizer has no chat template; use `foredraft generate` with plain text, or give "
             "one with --chat-template FILE"
         )
-    from foredraft import Structured
-
-    if isinstance(params.structured, Structured) and options.server is None and llm.grammars is not None:
-        llm.grammars.check(params.structured)  # an error of every turn is told once
     conversation = Conversation(llm, params, options.num_draft_tokens, options.system)
     if session.interactive():
         note(HELP)

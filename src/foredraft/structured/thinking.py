@@ -80,12 +80,12 @@ def warn_of_spelled(tokenizer: PreTrainedTokenizerBase, prompt_ids: Ids) -> None
     marks = (OPENING, CLOSING)
     if CLOSING not in str(tokenizer.chat_template or "") or None not in (_token(tokenizer, mark) for mark in marks):
         return
-    if str(tokenizer.decode(prompt_ids[-2 * len(CLOSING) :])).rstrip().endswith(CLOSING):
+    if str(tokenizer.decode(list(prompt_ids[-2 * len(CLOSING) :]))).rstrip().endswith(CLOSING):
         return
     warnings.warn(
         f"this model's chat template knows {OPENING} and {CLOSING}, which are no single tokens of its tokenizer: "
-        "thoughts cannot be told from the answer, so the form (or tool call) holds from the first token of the turn; turn "
-        "thinking off where the template can (template_arguments={'enable_thinking': False}), or ask for no form",
+        "thoughts cannot be told from the answer, so the form (or tool call) holds from the first token of the turn; "
+        "turn thinking off where the template can (template_arguments={'enable_thinking': False}), or ask for no form",
         RuntimeWarning,
         stacklevel=3,
     )

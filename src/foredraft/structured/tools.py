@@ -98,7 +98,7 @@ def _described(function: Callable[..., Any]) -> Mapping[str, Any]:
     """Raises RequestError for a function that does not say enough of itself."""
     name = getattr(function, "__name__", None) or repr(function)
     try:
-        return get_json_schema(function)  # type: ignore[no-any-return]  # transformers says only dict
+        return get_json_schema(function)
     except Exception as error:  # transformers and inspect have errors of their own for each thing that is missing
         why = " ".join(str(error).split()).removeprefix(f"Cannot generate JSON schema for {name} because ").rstrip(".!")
         raise RequestError(
