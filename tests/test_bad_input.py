@@ -122,6 +122,39 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path, checkpoint):
         mute.generate("w1 w2")
 
 
+def test_a_chat_template_of_the_users_own(checkpoint, tmp_path):
+    text = "{% for m in messages %}w1 {{ m.content }}{% endfor %}"
+    (tmp_path / "own.jinja").write_text(text)
+    for given in (tmp_path / "own.jinja", str(tmp_path / "own.jinja"), text):
+        llm = LLM(checkpoint, chat_template=given)
+        asked = llm.chat_job([{"role": "user", "content": "w2"}], SamplingParams(max_new_tokens=1)).request
+        assert llm.tokenizer.decode(asked.token_ids).split() == ["w1", "w2"]
+    tokenizer = llm.tokenizer
+    with pytest.raises(RequestError, match=r"chat_template contradicts tokenizer; set tokenizer\.chat_template"):
+        LLM(checkpoint, tokenizer=tokenizer, chat_template=text)
+    with pytest.raises(RequestError, match="chat_template needs a tokenizer, and this model has none"):
+        LLM(tiny("llama"), chat_template=text)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (None, r"own.jinja' cannot be read: No such file or directory; give a file with a Jinja template"),
+        (
+            "{% for m in messages %}\n{{ m.content }\n{% endfor %}",
+            r"own.jinja' is malformed in line 2: unexpected '}'; ",
+        ),
+        ("Hello", "own.jinja' is no chat template: nothing in it writes the messages"),
+        ('{"chat_template": "{{ messages }}"}', "own.jinja' is JSON; a template is Jinja: give what stands under its"),
+    ],
+)
+def test_a_chat_template_that_is_none(checkpoint, tmp_path, text, told):
+    if text is not None:
+        (tmp_path / "own.jinja").write_text(text)
+    with pytest.raises(RequestError, match=told):
+        LLM(checkpoint, chat_template=tmp_path / "own.jinja")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -111,6 +111,7 @@ def test_flags_reach_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
             gpu="1",
             policy="gain",
             draft_profile=Path("p.json"),
+            chat_template="t.jinja",
             trust_remote_code=True,
             weight_format="int8",
             runtime="torch",
@@ -118,7 +119,7 @@ def test_flags_reach_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert seen == {
         "target": "m", "draft": "ngram", "dtype": "fp32", "device": "cuda:1", "draft_device": None, "policy": "gain",
-        "max_batch_size": 1, "draft_profile": Path("p.json"), "trust_remote_code": True,
+        "max_batch_size": 1, "draft_profile": Path("p.json"), "chat_template": "t.jinja", "trust_remote_code": True,
         "weight_format": "int8", "runtime": "torch", "prefix_cache": True,
     }  # fmt: skip
 
@@ -273,13 +274,21 @@ def test_no_prompt_on_a_terminal_says_so() -> None:
         ("t", [], True),
         ("t", ["--raw"], False),
         ("", ["--chat"], True),
-        ("", ["--chat-template"], True),
     ],
 )
 def test_the_chat_template_is_used_where_there_is_one(run: Fake, template: str, flags: list[str], chats: bool) -> None:
     run.llm.tokenizer.chat_template = template
     assert run("generate", *flags, "Hello").exit_code == 0
     assert run.llm.asked[0][0] == ([{"role": "user", "content": "Hello"}] if chats else "Hello")
+
+
+def test_a_chat_template_is_a_file_and_never_the_prompt(run: Fake) -> None:
+    assert run("generate", "--chat-template", "my.jinja", "Hello").exit_code == 0
+    assert (run.options[0].chat_template, run.llm.asked[0][0]) == ("my.jinja", "Hello")
+    done = run("generate", "--raw", "--chat-template", "my.jinja", "Hello")
+    assert done.exit_code == 2 and "--raw contradicts --chat-template" in done.stderr
+    done = run("chat", "--server", "http://127.0.0.1:9", "--chat-template", "my.jinja")
+    assert done.exit_code == 2 and "--server contradicts --chat-template" in done.stderr
 
 
 def test_json_is_one_object_and_nothing_else(run: Fake) -> None:

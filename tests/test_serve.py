@@ -88,7 +88,7 @@ def test_completion_stream(client: openai.OpenAI) -> None:
 def test_drafting_off_is_the_same(client: openai.OpenAI) -> None:
     ask = {"model": "bundled", "prompt": PROMPT, "temperature": 1, "seed": 11, "max_tokens": 64}
     texts, drafted = [], []
-    for extra in ({}, {"num_draft_tokens": 0}, {"draft": "none"}, {"num_draft_tokens": 5}, {"gamma": 3}):
+    for extra in ({}, {"num_draft_tokens": 0}, {"draft": "none"}, {"num_draft_tokens": 5}, {"draft": None, "gamma": 3}):
         answer = client.completions.create(**ask, extra_body=extra)
         texts.append(answer.choices[0].text)
         drafted.append(answer.usage.speculative_decoding["num_draft_tokens"] > 0)

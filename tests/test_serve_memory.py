@@ -54,6 +54,10 @@ def test_flags_reach_the_launch() -> None:
     assert read_launches(ServeOptions(runtime="torch"))[0].spec.runtime == "torch"
     with pytest.raises(RequestError, match="runtime='x'"):
         read_launches(ServeOptions(runtime="x"))
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert read_launches(ServeOptions(chat_template=template))[0].spec.chat_template == template
+    with pytest.raises(RequestError, match=r"chat_template='nope\.jinja' cannot be read"):
+        read_launches(ServeOptions(chat_template="nope.jinja"))
     assert (read_launches(ServeOptions())[0].spec.cache_bytes, read_launches(ServeOptions())[0].spec.prefix_cache) == (
         None,
         True,

@@ -151,11 +151,12 @@ def test_under_rejection_a_given_length_keeps_to_one_drafter_so_that_a_seed_repe
 
 def test_requests_of_one_batch_may_draft_differently() -> None:
     llm = listed("suffix", "int8")
-    jobs = [llm.job(PROMPT, PARAMS, draft=name) for name in ("suffix", "int8", None, "none")]
+    jobs = [llm.job(PROMPT, PARAMS, draft=name) for name in ("suffix", "int8", "auto", "none", None)]
     results = run(llm.runner, jobs)
     assert len({tuple(result.token_ids) for result in results}) == 1
     used = [{who for who, it in r.stats.by_source.items() if it.drafted} for r in results]
-    assert used[0] <= {"suffix"} and used[1] == {"int8"} and used[3] == set()
+    assert used[0] <= {"suffix"} and used[1] == {"int8"} and used[3] == used[4] == set()
+    assert results[2].stats.drafted  # "auto" is the default, and None is plain as for LLM
 
 
 def test_drafts_of_one_model_are_computed_together() -> None:
@@ -310,6 +311,7 @@ def test_options_that_no_drafter_of_the_list_can_take(tmp_path: Path) -> None:
         ({"draft": "sufix"}, r"draft='sufix' is not among this LLM's drafters; did you mean 'suffix'\?"),
         ({"draft": "medusa"}, r"use one of suffix, int8, or name it in LLM\(draft=\[...\]\)"),
         ({"draft": "none", "num_draft_tokens": 3}, r"draft='none' contradicts num_draft_tokens=3"),
+        ({"draft": None, "num_draft_tokens": 3}, r"draft=None contradicts num_draft_tokens=3"),
     ],
 )
 def test_a_request_cannot_name_what_is_not_there(asked, message) -> None:

@@ -28,6 +28,7 @@ def folder(tmp_path_factory) -> Path:
         "person.json": json.dumps(PERSON, ensure_ascii=False),
         "sum.lark": GRAMMAR,
         "cut.json": '{"type": ',
+        "bad.lark": 'start: "a" (\nfoo: "b"\n',
         "wrong.json": '{"properties": {"a": {"type": "strng"}}}',
     }
     for name, text in files.items():
@@ -74,10 +75,17 @@ def test_a_comparison_under_a_grammar_finds_no_difference(folder):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (("--json-schema", "nowhere.json"), "nowhere.json"),
+        (
+            ("--json-schema", "nowhere.json"),
+            "--json-schema nowhere.json cannot be read as text: No such file or directory; ",
+        ),
+        (
+            ("--json-schema", '{"type": "integer"}'),
+            '--json-schema takes the name of a file; write \'{"type": "integer"}\' ',
+        ),
         (("--json-schema", "/dev/zero"), "more than 10 MiB"),
-        (("--json-schema", "cut.json"), "no JSON: Expecting value in line 1, column 10"),
-        (("--json-schema", "wrong.json"), "cannot be compiled at #/properties/a"),
+        (("--json-schema", "cut.json"), "cut.json: the schema is no JSON: Expecting value in line 1, column 10"),
+        (("--json-schema", "wrong.json"), "wrong.json: the JSON schema cannot be compiled at #/properties/a"),
         (("--regex", "a("), "unclosed group at '(' in 'a('"),
     ],
 )
@@ -86,6 +94,15 @@ def test_bad_forms_are_told_without_a_traceback(folder, flags, complaint):
     told = " ".join(done.stderr.split())
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert complaint in told and "Traceback" not in told
+
+
+def test_the_lines_of_a_bad_grammar_are_shown_with_the_mark_under_its_place(folder):
+    told = generate(folder, "--grammar", "bad.lark").stderr
+    assert told.startswith("foredraft: error: bad.lark: the grammar cannot be compiled: 1(13): Expected token ')'")
+    lines = told.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.endswith(' | start: "a" ('))
+    assert lines[at + 1].strip() == "^" and lines[at + 2].endswith(' | foo: "b"')
+    assert lines[at + 1].index("^") == len(lines[at])  # the line break after the bracket
 
 
 @pytest.mark.parametrize("command", ["chat", "audit"])

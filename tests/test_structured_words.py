@@ -95,6 +95,14 @@ def test_a_schema_may_be_nested_so_deep(grammars):
         (lambda: {"$ref": "http://example.com/x.json"}, "is another document, and none is fetched; put it into"),
         (lambda: {"type": "integer", "minimum": "3"}, 'minimum is "3"; give a number'),
         (lambda: Structured.regex(r"a\bb"), r"^the regular expression cannot be compiled: word boundaries .* in a\\bb"),
+        (lambda: Structured.regex("a$b"), r"compiled: \^ and \$ may stand at the ends of a pattern only, in a\$b; le"),
+        (lambda: Structured.grammar("start: /a^b/"),
+         r"\^ and \$ may stand at the ends .*, in a\^b; leave out the others, and \(\?m\)\n +1 \| start: /a\^b/\n +\^"),
+        (lambda: {"pattern": "a$b", "type": "string"}, r"at #: \^ and \$ may stand at the ends .*, in a\$b;"),
+        (lambda: pydantic.create_model("Tags", tags=(set[str], ...)),
+         r'"uniqueItems"; leave it out \(in pydantic: take list'),
+        (lambda: pydantic.create_model("Raw", raw=(bytes, ...)),
+         r"'binary' is not known; leave it out \(in pydantic: take str"),
         (lambda: {"multipleOf": 0}, "at #/multipleOf: 0 is not above 0"),
         (lambda: {"not": {}}, 'not supported: "not"; leave them out and check the answer'),
         (lambda: {"type": "string", "format": "nope"}, "the format 'nope' is not known; leave it out"),
@@ -108,6 +116,27 @@ def test_a_refusal_says_what_where_and_what_to_do(grammars, make, message):
     with pytest.raises(GrammarError, match=message) as caught:
         grammars.constraint(Structured.of(make()), (0,))
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("given", [list[int], pydantic.TypeAdapter(int), int | None, dict[str, int]], ids=str)
+def test_a_type_that_is_no_model_has_a_way_out(given):
+    for make in (Structured.json_schema, Structured.of):
+        with pytest.raises(GrammarError, match=r"pydantic\.TypeAdapter\(\.\.\.\)\.json_schema\(\) of another type"):
+            make(given)
+
+
+def test_the_name_of_a_file_is_not_its_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "form").write_text("{}")
+    for make in (Structured.json_schema, Structured.grammar):
+        for given in ("sch.json", "a/good.lark", "form", tmp_path / "form"):
+            with pytest.raises(
+                GrammarError, match=r"is the name of a file; give its text: Path\('.*'\)\.read_text\(\)"
+            ):
+                make(given)
+    assert Structured.grammar('start: "x.json"').kind == "grammar"
+    with pytest.raises(GrammarError, match="no JSON: Expecting value in line 1, column 1"):
+        Structured.json_schema("a schema in .json")
 
 
 def test_properties_that_are_required_somewhere_are_not_counted(grammars):

@@ -129,6 +129,22 @@ def test_where_a_turn_begins_to_think():
     assert Thinking.of(plain, [5]) is None  # marks that are no tokens
 
 
+def test_marks_that_are_no_tokens_are_told_where_a_form_is_asked():
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "target")
+    tokenizer.chat_template = TEMPLATE
+    llm = LLM(BUNDLED / "target", "none", tokenizer=tokenizer)
+    few, formed = SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=2, structured=SCHEMA)
+    for arguments in (None, {"enable_thinking": True}):
+        with pytest.warns(
+            RuntimeWarning, match=r"<think> and </think>, which are no single tokens .* from the first token"
+        ):
+            llm.chat_job(MESSAGES, formed, template_arguments=arguments)
+        with pytest.warns(RuntimeWarning, match="thoughts cannot be told from the answer"):
+            llm.chat_job(MESSAGES, few, tools=[FIND], tool_choice="required", template_arguments=arguments)
+        llm.chat_job(MESSAGES, few, template_arguments=arguments)  # nothing to hold
+    llm.chat_job(MESSAGES, formed, template_arguments={"enable_thinking": False})  # closed by the template
+
+
 def test_what_is_asked_ahead_leaves_no_trace(llm):
     """Drafts that go through the closing mark, an empty line and into the answer."""
     tokenizer = llm.tokenizer

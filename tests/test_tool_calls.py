@@ -3,6 +3,7 @@
 import copy
 import json
 from decimal import Decimal
+from functools import partial
 
 import pytest
 from tokenizers import AddedToken
@@ -64,6 +65,40 @@ def llm() -> LLM:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "target")
     tokenizer.chat_template = TEMPLATE
     return LLM(BUNDLED / "target", BUNDLED / "draft", tokenizer=tokenizer)
+
+
+def without_docstring(city: str): ...
+
+
+def without_entry(city: str):
+    """Find a restaurant."""
+
+
+def without_hint(city):
+    """Find a restaurant.
+
+    Args:
+        city: Where to look.
+    """
+
+
+@pytest.mark.parametrize(
+    "tool, why",
+    [
+        (without_docstring, "'without_docstring' cannot be described to the model: it has no docstring; give"),
+        (without_entry, "'without_entry' cannot be .* the docstring has no description for the argument 'city'; give"),
+        (
+            without_hint,
+            "'without_hint' cannot be .* Argument city is missing a type hint in function without_hint; give",
+        ),
+        (int, "'int' cannot be described to the model: no signature"),
+        (partial(without_hint), r"'functools\.partial.*or pass a JSON schema in its place"),
+    ],
+    ids=lambda it: getattr(it, "__name__", ""),
+)
+def test_a_function_that_says_too_little_of_itself(llm, tool, why):
+    with pytest.raises(RequestError, match=f"the tool {why}"):
+        llm.chat(MESSAGES, tools=[tool])
 
 
 @pytest.mark.parametrize("choice", ["required", "find_restaurant", {"type": "function", "function": {"name": "now"}}])

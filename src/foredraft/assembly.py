@@ -25,6 +25,7 @@ from foredraft.models.options import check_length
 from foredraft.models.pretrained import find_tokenizer
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
+from foredraft.text import read_template
 from foredraft.types import is_whole
 from foredraft.upstream.modules import unwrapped
 
@@ -112,6 +113,7 @@ def assemble(
     room: Room,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
+    chat_template: str | Path | None,
     require_exact: bool,
 ) -> Parts:
     """Check, then load. Arguments and errors as for `LLM`."""
@@ -119,6 +121,9 @@ def assemble(
     _check_switches(require_exact=require_exact, trust_remote_code=remote, force_profile=force)
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise RequestError(f"tokenizer={tokenizer!r} is not usable; pass one of transformers, or None")
+    template = None if chat_template is None else read_template(chat_template)
+    if template is not None and tokenizer is not None:
+        raise RequestError("chat_template contradicts tokenizer; set tokenizer.chat_template yourself instead")
     options = replace(options, max_model_len=room.max_model_len)
     bundled = bundled_draft(target)
     source = model_or_name(BUNDLED / "target" if target is None else target)
@@ -130,6 +135,12 @@ def assemble(
     check_exact(model, required=require_exact)
     if tokenizer is None and not isinstance(source, PreTrainedModel):
         tokenizer = find_tokenizer(source, options)
+    if template is not None:
+        if tokenizer is None:
+            raise RequestError(
+                "chat_template needs a tokenizer, and this model has none; set tokenizer.chat_template of your own"
+            )
+        tokenizer.chat_template = template
     length = room.context(model.max_positions)
     context = DraftContext(model, tokenizer, draft_options, wishes.profile, wishes.force_profile)
     drafts = wishes.drafts

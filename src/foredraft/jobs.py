@@ -19,7 +19,7 @@ from foredraft.errors import PromptTooLongError, RequestError
 from foredraft.results import Job
 from foredraft.structured import Constraint, Structured
 from foredraft.structured.compile import Grammars
-from foredraft.structured.thinking import AfterThinking, Thinking
+from foredraft.structured.thinking import AfterThinking, Thinking, warn_of_spelled
 from foredraft.structured.tools import Calling, ToolChoice
 from foredraft.text import Message, TextStream, Tool, encode_text, end_of_turn_ids, render_chat
 from foredraft.types import Request, SamplingParams, is_whole
@@ -87,6 +87,8 @@ class Jobs:
         params = replace(params, structured=calling.beside(params.structured))  # type: ignore[arg-type]  # checked there
         ends = end_of_turn_ids(self.tokenizer)
         thinking = Thinking.of(self.tokenizer, prompt)
+        if thinking is None and params.structured is not None:
+            warn_of_spelled(self.tokenizer, prompt)
         with calling.blaming():
             job = self.one(prompt, params, num_draft_tokens, ends, draft=draft, thinking=thinking)
         return replace(job, read_calls=calling.read, call_mark=calling.mark)
@@ -98,7 +100,7 @@ class Jobs:
         num_draft_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         *,
-        draft: str | None = None,
+        draft: str | None = "auto",
         thinking: Thinking | None = None,
     ) -> Job:
         """The job of one prompt; with `thinking`, that of a chat's turn, a form is that of the answer alone.
@@ -110,6 +112,7 @@ class Jobs:
         params = params or SamplingParams()
         self._check_draft_length(num_draft_tokens)
         check_asked(self.engine.drafter, draft, num_draft_tokens)
+        draft = "none" if draft is None else draft
         self._check_ids(params)
         ids = self.encode(prompt)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids.union(stop_token_ids)
@@ -122,7 +125,7 @@ class Jobs:
             seed=secrets.randbits(63) if params.seed is None else int(params.seed),
             stop_rule=stream.push if stream else _never,
             num_draft_tokens=0 if draft == "none" else num_draft_tokens,
-            drafter=draft or self._steady_drafter(params, num_draft_tokens),
+            drafter=self._steady_drafter(params, num_draft_tokens) if draft == "auto" else draft,
             stop_token_ids=eos.union(params.stop_token_ids),
             constraint=self._constraint(params, (*stop_token_ids, *sorted(eos.difference(stop_token_ids))), thinking),
         )

@@ -41,8 +41,8 @@ class LLM:
 
     Args:
         target: a folder, a hub name or a transformers model; None is the bundled pair.
-        draft: "auto", "none", a drafter's name, a draft model (folder, hub name, object), a Drafter, or a list of these
-            to choose among in each step.
+        draft: "auto", "none" (or None), a drafter's name, a draft model (folder, hub name, object), a Drafter, or a
+            list of these to choose among in each step.
         dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16, by name or torch's own.
         device: "auto" is CUDA where there is one; cpu, cuda, cuda:N.
         draft_device, draft_dtype: the drafter's own; by default the target's.
@@ -50,6 +50,7 @@ class LLM:
         force_profile: take a skip profile that was found for another model, if it fits.
         device_map: as transformers takes it, instead of `device`.
         tokenizer: by default the target's own; needed for text with a model object.
+        chat_template: a Jinja file, or its text, in place of the tokenizer's own.
         max_model_len: tokens of prompt and output together; by default what the model was trained for.
         max_batch_size: sequences that run at once; others wait.
         cache_bytes: what the caches of target and drafters may take together; a request that does not fit beside those
@@ -81,6 +82,7 @@ class LLM:
         force_profile: bool = False,
         device_map: str | dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | Path | None = None,
         trust_remote_code: bool = False,
         max_model_len: int | None = None,
         max_batch_size: int = 8,
@@ -97,6 +99,7 @@ class LLM:
             DraftWishes(draft, draft_dtype, draft_device, draft_profile, force_profile, policy),
             Room(max_model_len, max_batch_size, cache_bytes, prefix_cache),
             tokenizer=tokenizer,
+            chat_template=chat_template,
             require_exact=require_exact,
         )
         self.engine = parts.engine
@@ -165,7 +168,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         num_draft_tokens: int | None = None,
-        draft: str | None = None,
+        draft: str | None = "auto",
         on_error: OnError = "raise",
     ) -> GenerationResult | list[GenerationResult]:
         """Complete one prompt, or many at once; text or token ids.
@@ -174,7 +177,7 @@ class LLM:
             prompts: text, token ids, or a list of either.
             params: one for all, or one each; None decodes greedily.
             num_draft_tokens: draft exactly so many each step; 0 is plain decoding, None lets the policy decide.
-            draft: the name of one of this LLM's drafters to use alone, or "none"; None: as the policy chooses.
+            draft: "auto": as the policy chooses; the name of one of this LLM's drafters to use alone; "none" or None.
             on_error: what becomes of a request that fails while it runs. "return": its result has `finish_reason`
                 "error" and the `error`. "raise": the error is raised; of a list, when all the others have ended too.
 
@@ -197,7 +200,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         num_draft_tokens: int | None = None,
-        draft: str | None = None,
+        draft: str | None = "auto",
     ) -> Iterator[Chunk]:
         """Complete one prompt, a chunk for each step; the last one carries the result. Raises as `generate`.
 
@@ -212,7 +215,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         num_draft_tokens: int | None = None,
-        draft: str | None = None,
+        draft: str | None = "auto",
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
@@ -223,7 +226,7 @@ class LLM:
             messages: roles with content (text or text parts), tool calls and their results, as OpenAI has them.
             params: None decodes greedily.
             num_draft_tokens, draft: as for `generate`.
-            tools: what the model may call: JSON schemas, or functions that transformers can make one of.
+            tools: what the model may call: JSON schemas, or functions whose docstrings say each argument.
             tool_choice: "auto", "none", "required" or a tool's name; calls are in the result's `tool_calls`.
             template_arguments: further variables of the template, as `documents` or `enable_thinking`.
 
@@ -249,7 +252,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         num_draft_tokens: int | None = None,
-        draft: str | None = None,
+        draft: str | None = "auto",
         tools: Sequence[Tool] = (),
         tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
@@ -268,7 +271,7 @@ class LLM:
         tool_choice: ToolChoice = "auto",
         template_arguments: Mapping[str, Any] | None = None,
         *,
-        draft: str | None = None,
+        draft: str | None = "auto",
         parallel_tool_calls: bool = True,
     ) -> Job:
         """A checked chat, ready for the engine; without parallel calls, one at most. Raises as `chat`."""
@@ -285,7 +288,7 @@ class LLM:
         num_draft_tokens: int | None = None,
         stop_token_ids: Sequence[int] = (),
         *,
-        draft: str | None = None,
+        draft: str | None = "auto",
     ) -> Job:
         """A checked request, ready for the engine. Raises as `generate`."""
         return self.jobs.one(prompt, params, num_draft_tokens, stop_token_ids, draft=draft)

@@ -141,7 +141,7 @@ def check_finite(peaks: abc.Iterable[float], positions: Ids) -> None:
     for peak, position in zip(peaks, positions, strict=True):
         if not math.isfinite(peak):
             cause = "every token is masked" if peak < 0 else "the model overflowed, or a processor divided by zero"
-            advice = "relax logit_bias and processors" if peak < 0 else "load it in bfloat16 or float32"
+            advice = "relax logit_bias, processors or the form" if peak < 0 else "load it in bfloat16 or float32"
             kind = MaskedError if peak == -math.inf else NumericsError
             raise kind(f"the largest score at position {position} is {peak}: {cause}; {advice}")
 

@@ -20,7 +20,7 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends a
 HISTORY_LENGTH = 1000
 LOCAL = (
     "draft", "dtype", "weight_format", "runtime", "device", "draft_device", "draft_profile", "trust_remote_code", "gpu",
-    "policy",
+    "policy", "chat_template",
 )  # fmt: skip
 
 
@@ -29,11 +29,10 @@ def chat(options: ChatOptions) -> None:
     """Talk to the model, turn by turn; it needs a chat template. /reset, /exit, Ctrl-D."""
     llm, params = session.start(options) if options.server is None else connect(options, options.server)
     if not llm.tokenizer.chat_template:
-        raise RequestError("this model's tokenizer has no chat template; use `foredraft generate` with plain text")
-    from foredraft import Structured
-
-    if isinstance(params.structured, Structured) and options.server is None and llm.grammars is not None:
-        llm.grammars.check(params.structured)  # an error of every turn is told once
+        raise RequestError(
+            "this model's tokenizer has no chat template; use `foredraft generate` with plain text, or give "
+            "one with --chat-template FILE"
+        )
     conversation = Conversation(llm, params, options.num_draft_tokens, options.system)
     if session.interactive():
         note(HELP)

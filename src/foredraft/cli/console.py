@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from foredraft.errors import ForedraftError, RequestError
+from foredraft.errors import ForedraftError, GrammarError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,8 @@ def note(text: str) -> None:
 
 
 def _failed(error: Exception, code: int) -> typer.Exit:
-    note(f"foredraft: error: {' '.join(str(error).split())}")
+    told = str(error).rstrip() if isinstance(error, GrammarError) else " ".join(str(error).split())
+    note(f"foredraft: error: {told}")  # a form's faulty lines are shown as they are, with a mark below the place
     return typer.Exit(code)
 
 

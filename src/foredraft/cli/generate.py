@@ -22,6 +22,8 @@ BYTE_ORDER_MARK = "\ufeff"  # how some editors begin a file; no part of its text
 @takes(GenerateOptions)
 def generate(options: GenerateOptions) -> None:
     """Go on from PROMPT, or answer it where the model has a chat template; print the text as it comes."""
+    if options.chat is False and options.chat_template is not None:
+        raise RequestError("--raw contradicts --chat-template: nothing goes through it; drop one of them")
     prompt = read_prompt(options.prompt)
     if options.compare:
         check_comparable(options)

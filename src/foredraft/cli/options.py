@@ -41,6 +41,10 @@ DraftDeviceFlag = Annotated[
 RemoteCodeFlag = Annotated[
     bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
 ]
+ChatTemplateFlag = Annotated[
+    str | None,
+    flag("--chat-template", help="A file with a Jinja chat template, in place of the model's own.", panel=MODEL),
+]
 GpuFlag = Annotated[str | None, flag("--gpu", help="Index of a GPU; '0' is --device cuda:0.", panel=MODEL)]
 TopKFlag = Annotated[int, flag("--top-k", help="Sample from the k likeliest tokens; 0 is off.", panel=SAMPLING)]
 TopPFlag = Annotated[float, flag("--top-p", help="Sample from the likeliest share p; 1 is off.", panel=SAMPLING)]
@@ -74,6 +78,7 @@ class RunOptions:
         Path | None,
         flag("--draft-profile", help=f"What {' and '.join(with_profile())} leave out: a file.", panel=MODEL),
     ] = None
+    chat_template: ChatTemplateFlag = None
     trust_remote_code: RemoteCodeFlag = False
     gpu: GpuFlag = None
     num_draft_tokens: Annotated[
@@ -149,7 +154,6 @@ class GenerateOptions(RunOptions):
         bool | None,
         flag(
             "--chat/--raw",
-            "--chat-template/ ",
             help="Put the prompt through the model's chat template, or not. Default: where it has one.",
             panel=OUTPUT,
         ),

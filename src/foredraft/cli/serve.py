@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from foredraft.cli.console import busy, note
-from foredraft.cli.options import DRAFTING, MODEL, DeviceFlag, RuntimeFlag, WeightFormatFlag, flag, takes
+from foredraft.cli.options import (
+    DRAFTING,
+    MODEL,
+    ChatTemplateFlag,
+    DeviceFlag,
+    RuntimeFlag,
+    WeightFormatFlag,
+    flag,
+    takes,
+)
 from foredraft.errors import RequestError, missing_extra
 from foredraft.memory import memory
 
@@ -39,6 +48,7 @@ class ServeOptions:
     runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     draft_device: Annotated[str | None, flag("--draft-device", help="The draft model's device.", panel=MODEL)] = None
+    chat_template: ChatTemplateFlag = None
     trust_remote_code: Annotated[
         bool, flag("--trust-remote-code", help="Run Python code that comes with --model.", panel=MODEL)
     ] = False
@@ -162,6 +172,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     from foredraft.server.app import Launch
     from foredraft.server.launching import LaunchSpec
     from foredraft.server.settings import parse_bytes
+    from foredraft.text import read_template
     from foredraft.weights.checkpoint import check_source
 
     if options.no_model:
@@ -185,6 +196,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         weight_format=options.weight_format,
         runtime=options.runtime,
         trust_remote_code=options.trust_remote_code,
+        chat_template=None if options.chat_template is None else read_template(options.chat_template),
         cache_bytes=None if options.cache_bytes is None else parse_bytes(options.cache_bytes),
         prefix_cache=not options.no_prefix_cache,
         draft_name=Path(options.draft).name,

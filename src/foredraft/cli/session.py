@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from foredraft.cli.console import Printer, busy, interruptible, note
 from foredraft.cli.options import RunOptions
 from foredraft.drafters.registry import split
-from foredraft.errors import ForedraftError, RequestError
+from foredraft.errors import ForedraftError, GrammarError, RequestError
 
 if TYPE_CHECKING:
     from foredraft import LLM, Chunk, GenerationResult, SamplingParams, Structured
@@ -44,7 +45,8 @@ def checked_params(options: RunOptions) -> "SamplingParams":
     if isinstance(params.structured, Structured):
         from foredraft.structured.compile import check_form
 
-        check_form(params.structured)
+        with naming_file(options):
+            check_form(params.structured)
     return params
 
 
@@ -56,17 +58,30 @@ def structured(options: RunOptions) -> "Structured | None":
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise RequestError(f"{' and '.join(names)} contradict each other; give one of them")
-    if options.json_schema is not None:
-        return Structured.json_schema(read_text(options.json_schema))
-    if options.grammar is not None:
-        return Structured.grammar(read_text(options.grammar))
+    with naming_file(options):
+        if options.json_schema is not None:
+            return Structured.json_schema(read_text(options.json_schema, "--json-schema"))
+        if options.grammar is not None:
+            return Structured.grammar(read_text(options.grammar, "--grammar"))
     return None if options.regex is None else Structured.regex(options.regex)
+
+
+@contextmanager
+def naming_file(options: RunOptions) -> Iterator[None]:
+    """An error about a form that is in a file says in which."""
+    path = options.json_schema or options.grammar
+    try:
+        yield
+    except GrammarError as error:
+        if path is None:
+            raise
+        raise type(error)(f"{path}: {error}") from error
 
 
 MOST_BYTES = 10 * 2**20  # of a schema or a grammar
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, flag: str) -> str:
     """A file's text. Raises RequestError where it is none, or too long: a device may never end."""
     try:
         with path.open("rb") as file:
@@ -75,7 +90,10 @@ def read_text(path: Path) -> str:
             raise RequestError(f"{path} has more than {MOST_BYTES / 2**20:g} MiB; give a smaller schema or grammar")
         return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as text: {error}") from error
+        if str(path).lstrip().startswith("{"):
+            raise RequestError(f"{flag} takes the name of a file; write {str(path)!r:.200} into one") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{flag} {path} cannot be read as text: {why}; give the name of a file") from error
 
 
 def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":
@@ -91,6 +109,7 @@ def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":
         device=options.target_device,
         draft_device=options.draft_device,
         draft_profile=options.draft_profile,
+        chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
         policy=options.policy,
         max_batch_size=1,
@@ -107,7 +126,17 @@ def start(options: RunOptions, *, repeats: bool = False) -> "tuple[LLM, Sampling
     with busy(f"loading {options.model or 'the bundled pair'} ({device})"):
         llm = open_llm(options, repeats=repeats)
     interruptible()
+    _check_spelling(options, llm, params)
     return llm, params
+
+
+def _check_spelling(options: RunOptions, llm: "LLM", params: "SamplingParams") -> None:
+    """Raises GrammarError where the form is none in this model's vocabulary: told once, not in every turn of a chat."""
+    from foredraft import Structured
+
+    if isinstance(params.structured, Structured) and llm.grammars is not None:
+        with naming_file(options):
+            llm.grammars.check(params.structured)
 
 
 @dataclass(frozen=True, slots=True)

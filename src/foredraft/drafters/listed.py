@@ -162,10 +162,10 @@ def _loads(draft: object, bundled: Path | None) -> bool:
 
 def check_asked(drafter: Drafter, name: str | None, num_draft_tokens: int | None) -> None:
     """Raises RequestError where a request names a drafter that is not there, or wants drafts and none."""
-    if name == "none" and num_draft_tokens:
-        raise RequestError(f"draft='none' contradicts num_draft_tokens={num_draft_tokens}; drop one of them")
+    if name in (None, "none") and num_draft_tokens:
+        raise RequestError(f"draft={name!r} contradicts num_draft_tokens={num_draft_tokens}; drop one of them")
     names = [it.name for it in drafters_of(drafter)]
-    if name in (None, "none", *names):
+    if name in (None, "none", "auto", *names):
         return
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}, or name it in LLM(draft=[...])"

@@ -160,13 +160,14 @@ def _is_quick(ask: Ask) -> bool:
 
 
 def _job(llm: LLM, ask: Ask) -> Job:
+    draft = ask.draft or "auto"  # JSON's null is "not given", Python's None is plain decoding
     if ask.messages is None:
-        job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens, draft=ask.draft)
+        job = llm.job(ask.prompt, ask.params, ask.num_draft_tokens, draft=draft)
     else:
         choice = (ask.tools, ask.tool_choice, ask.template_arguments)
         several = ask.parallel_tool_calls
         job = llm.chat_job(
-            ask.messages, ask.params, ask.num_draft_tokens, *choice, draft=ask.draft, parallel_tool_calls=several
+            ask.messages, ask.params, ask.num_draft_tokens, *choice, draft=draft, parallel_tool_calls=several
         )
     job.request.memory = ask.memory
     return job

@@ -45,6 +45,7 @@ class LaunchSpec:
     weight_format: str | None = None
     runtime: str = "auto"
     trust_remote_code: bool = False  # an operator's word, never a client's
+    chat_template: str | None = None  # its text, in place of the tokenizer's own
     cache_bytes: int | None = None  # None: what a batch of the longest texts takes, where there is room for that
     prefix_cache: bool | int = True
     draft_name: str = ""  # as the client called it
@@ -174,6 +175,7 @@ def load(spec: LaunchSpec, room: int | None = None) -> LLM:
         draft_device=spec.draft_device,
         device_map=spec.device_map,
         trust_remote_code=spec.trust_remote_code,
+        chat_template=spec.chat_template,
         max_model_len=spec.max_model_len,
         max_batch_size=spec.max_batch_size,
         policy=spec.policy,

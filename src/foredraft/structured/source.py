@@ -21,6 +21,7 @@ JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 PATTERN_FAULT = re.compile(r"regex parse error:\n +(?P<pattern>.*)\n(?P<line> +)(?P<marks>\^+)\nerror: (?P<error>.*)")
 INDENT = 4  # of a pattern that is shown
 IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): invalid regex .* \(in regex\): ", re.DOTALL)
+REFUSED = r"/((?s:.*?))/(?=\s*$|\n +\d+ \| )"  # a pattern as llguidance quotes it, before lines of a grammar
 ADVICE = tuple(
     (re.compile(pattern), advice)
     for pattern, advice in (
@@ -28,6 +29,10 @@ ADVICE = tuple(
             r"^oneOf constraints are not supported.*",
             "oneOf whose parts overlap is not supported; write anyOf, or "
             '"x-guidance": {"coerce_one_of": true} at the root of the schema, which takes each oneOf for an anyOf',
+        ),
+        (
+            r'^Unimplemented keys: \["uniqueItems"\]',
+            'not supported: "uniqueItems"; leave it out (in pydantic: take list, not set) and check the answer for it',
         ),
         (r"^Unimplemented keys: \[(.*)\]", r"not supported: \1; leave them out and check the answer for them"),
         (
@@ -39,10 +44,18 @@ ADVICE = tuple(
             r"'\1' is another document, and none is fetched; put it into $defs and refer to it there",
         ),
         (r"^Expected f64 for '(.*)', got (.*)", r"\1 is \2; give a number"),
-        (r"^Unknown format: (.*)", r"the format '\1' is not known; leave it out, or write it as a pattern"),
         (
-            r"lookarounds not supported yet; Word(?:Unicode|Ascii)(Negate)? in regex /((?s:.*))/",
+            r"^Unknown format: (.*)",
+            r"the format '\1' is not known; leave it out (in pydantic: take str, not bytes or Path), or write it as a "
+            "pattern",
+        ),
+        (
+            r"lookarounds not supported yet; Word(?:Unicode|Ascii)(Negate)? in regex " + REFUSED,
             r"word boundaries (\\b, \\B) are not supported, in \2; leave them out",
+        ),
+        (
+            r"lookarounds not supported yet; (?:Start|End)\w* in regex " + REFUSED,
+            r"^ and $ may stand at the ends of a pattern only, in \1; leave out the others, and (?m)",
         ),
         (
             r"recursion limit exceeded at line.*",

@@ -1,10 +1,12 @@
 """Structured: what form an output must have, checked as far as that goes without a compiler."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from foredraft.errors import GrammarError, RequestError, SchemaWarning
@@ -18,6 +20,7 @@ MAX_LITERAL = 10_000  # characters of a text that is given letter by letter; eac
 WITHOUT_ROLLBACK = re.compile(
     r"^\s*[?!]*\w+\s*\[[^\]\n]*?\b(max_tokens|stop|stop_capture|suffix|temperature)\s*=", re.MULTILINE
 )
+MAX_NAME = 4096  # characters of a file's, with its folders
 MAX_DEPTH = 200  # nested brackets; compilers recurse
 JOINED = ("anyOf", "oneOf", "allOf")
 LISTING = ("properties", "patternProperties", "$ref", *JOINED)  # where a schema may name properties
@@ -100,6 +103,7 @@ class Structured:
     @classmethod
     def of_schema(cls, schema: str | Mapping[str, Any] | type) -> "Structured":
         """As `json_schema`, without a word about keywords that mean nothing: for schemas of strangers."""
+        _check_no_file(schema, "JSON schema")
         if isinstance(schema, str):
             parsed = _parse(schema)
         elif hasattr(schema, "model_json_schema"):
@@ -108,7 +112,8 @@ class Structured:
             parsed = schema
         if not isinstance(parsed, Mapping):
             raise GrammarError(
-                f"the JSON schema {parsed!r:.200} is no object; give a dict, its JSON, or a pydantic model"
+                f"the JSON schema {parsed!r:.200} is no object; give a dict, its JSON, a pydantic model, or "
+                "pydantic.TypeAdapter(...).json_schema() of another type"
             )
         try:
             source = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
@@ -142,6 +147,7 @@ class Structured:
     @classmethod
     def grammar(cls, lark: str) -> "Structured":
         """The output is derived from the rule `start`; rules may not count tokens or hide their ends."""
+        _check_no_file(lark, "grammar")
         found = WITHOUT_ROLLBACK.search(_text(lark, "grammar"))
         if found:
             raise GrammarError(
@@ -158,8 +164,9 @@ class Structured:
         if isinstance(value, Mapping) or hasattr(value, "model_json_schema"):
             return cls.json_schema(value)  # type: ignore[arg-type]  # a mapping or a pydantic class
         raise GrammarError(
-            f"structured={value!r:.200} is not usable; give a JSON schema (dict or pydantic model), Structured.regex, "
-            "Structured.choice, Structured.grammar or Structured.json_schema of something"
+            f"structured={value!r:.200} is not usable; give a JSON schema (a dict, a pydantic model, or "
+            "pydantic.TypeAdapter(...).json_schema() of another type), Structured.regex, Structured.choice, "
+            "Structured.grammar or Structured.json_schema of something"
         )
 
 
@@ -186,6 +193,21 @@ def _closed(schema: Any) -> Any:
         else:
             closed[key] = value if key in ("const", "enum", "default", "examples", *same) else _closed(value)
     return closed
+
+
+def _check_no_file(given: object, what: str) -> None:
+    """Raises GrammarError for the name of a file where its text is wanted."""
+    if isinstance(given, PurePath) or (isinstance(given, str) and _names_file(given)):
+        name = str(given)
+        raise GrammarError(
+            f"the {what} {name!r:.200} is the name of a file; give its text: Path({name!r:.200}).read_text()"
+        )
+
+
+def _names_file(text: str) -> bool:
+    if len(text) > MAX_NAME or any(mark in text for mark in "{}\n"):
+        return False
+    return (text.endswith((".json", ".lark")) and not re.search(r"\s", text)) or os.path.isfile(text)
 
 
 def _is_option(value: object) -> bool:

@@ -3,6 +3,7 @@
 Knows prompts and outputs as token ids, and what a chat template says. What is thought stays free.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -72,6 +73,22 @@ class Thinking:
     def answer_at(self, tokens: Ids) -> int:
         """How many tokens of an output stand before the answer; all where it never came to one."""
         return self.enter(self.phase, tokens)[1]
+
+
+def warn_of_spelled(tokenizer: PreTrainedTokenizerBase, prompt_ids: Ids) -> None:
+    """Before a form of a turn that may think between marks of several tokens each, where `of` finds no thinking."""
+    marks = (OPENING, CLOSING)
+    if CLOSING not in str(tokenizer.chat_template or "") or None not in (_token(tokenizer, mark) for mark in marks):
+        return
+    if str(tokenizer.decode(list(prompt_ids[-2 * len(CLOSING) :]))).rstrip().endswith(CLOSING):
+        return
+    warnings.warn(
+        f"this model's chat template knows {OPENING} and {CLOSING}, which are no single tokens of its tokenizer: "
+        "thoughts cannot be told from the answer, so the form (or tool call) holds from the first token of the turn; "
+        "turn thinking off where the template can (template_arguments={'enable_thinking': False}), or ask for no form",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, mark: str) -> int | None:

@@ -79,7 +79,7 @@ def _choice(choice: object) -> str:
 
 def _function(tool: Tool) -> Mapping[str, Any]:
     """Name and parameters, from OpenAI's form, from the function part of it, or from a documented Python function."""
-    schema: Any = get_json_schema(tool) if callable(tool) else tool
+    schema: Any = _described(tool) if callable(tool) else tool
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(
@@ -92,6 +92,19 @@ def _function(tool: Tool) -> Mapping[str, Any]:
     if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
         raise RequestError(f"the parameters of tool {function['name']!r} are of type {kinds!r}; they must be an object")
     return function
+
+
+def _described(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """Raises RequestError for a function that does not say enough of itself."""
+    name = getattr(function, "__name__", None) or repr(function)
+    try:
+        return get_json_schema(function)
+    except Exception as error:  # transformers and inspect have errors of their own for each thing that is missing
+        why = " ".join(str(error).split()).removeprefix(f"Cannot generate JSON schema for {name} because ").rstrip(".!")
+        raise RequestError(
+            f"the tool {name!r:.200} cannot be described to the model: {why}; give the function a docstring with a "
+            "line for each argument under 'Args:', and each argument a type hint, or pass a JSON schema in its place"
+        ) from error
 
 
 def _grammar(

@@ -36,7 +36,10 @@ def render_chat(
             template does not use, or the template refuses.
     """
     if not tokenizer.chat_template:
-        raise RequestError("this model's tokenizer has no chat template; pass the text itself to `generate` instead")
+        raise RequestError(
+            "this model's tokenizer has no chat template; pass the text itself to `generate`, or give a "
+            "template: LLM(chat_template=FILE), --chat-template FILE"
+        )
     if isinstance(messages, (str, Mapping)) or not messages:
         raise RequestError(
             f"messages={messages!r}: a chat needs at least one {{'role': ..., 'content': ...}} in a list"
@@ -137,7 +140,10 @@ def _variables(
     source = str(_refusing(lambda: tokenizer.get_chat_template(tools=variables.get("tools"))))
     for name in variables:
         if not re.search(rf"\b{re.escape(name)}\b", source):
-            raise RequestError(f"the model's chat template knows no {name!r}, so it cannot be honoured; leave it out")
+            raise RequestError(
+                f"the model's chat template knows no {name!r}, so it cannot be honoured; leave it out, "
+                "or give a template that does: LLM(chat_template=FILE), --chat-template FILE"
+            )
     return variables
 
 
