@@ -11,6 +11,7 @@ from foredraft.policy import Choice, DraftPolicy, Fixed, StepTimes
 from foredraft.types import Draft, Request, SamplingParams, Verdict
 
 MIN_ROWS = 4
+HELD = (0.0, 0.0, 0.0, 15.0, 60.0)  # what another process' turn adds to a pass
 RIGHT, WRONG = 1, 0  # the tokens of a draft
 
 
@@ -35,6 +36,7 @@ class World:
     thaw_decay: float = 0.5  # of that in each pass after it
     hard_share: float = 0.0  # of the requests, whose drafts are right only
     hard: float = 0.0  # times as often
+    busy_steps: int = 0  # so many at first in which other processes run now and then
 
     def shared(self, batch: int) -> float:
         return 1 + self.share_of_batch * (batch - 1)
@@ -233,6 +235,9 @@ def step(
     thaw = world.thaw_cost * world.shared(count) * clock.cold
     verifying = jitter * (world.shared(count) + thaw + world.row_cost * more)
     drafting = now[0] - began
+    if now[1] <= world.busy_steps:
+        drafting += source.choice(HELD) if wanting else 0.0
+        verifying += 1e-3 * source.choice(HELD)
     total = jitter * (drafting + world.fixed_cost) + verifying
     if not (rests and policy.rested(count, total)):  # type: ignore[attr-defined]
         policy.observe_times(StepTimes(count, drafted, rows, emitted, drafting * jitter, verifying, total))

@@ -275,6 +275,16 @@ def test_nor_where_a_draft_leaves_the_caches_cold(policy, batch, alpha):
     assert alpha < 0.9 or sum(rates) / len(rates) >= 1.4 * plain
 
 
+@pytest.mark.parametrize("policy", [Gain, Choice])
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_learned_while_others_computed_is_forgotten(policy, seed):
+    """Drafting was put off for thousands of tokens: its price stayed what it was, as hardly anything was drafted."""
+    world = replace(COLD, alphas=(0.9, 0.9, 0.9), busy_steps=40)
+    kinds = [Kind("model", world.alphas, world.draft_cost, begin=world.begin_cost, cold=world.cold_cost)]
+    *_, late = run_with(kinds, world, policy(), 1500, seed)
+    assert late.rate > 0.75 * run_with(kinds, replace(world, busy_steps=0), policy(), 1500, seed)[-1].rate
+
+
 def test_what_is_told_of_a_rest_in_brief_is_learned_when_it_ends():
     brief, whole = Costs(), Costs()
     for costs in (brief, whole):

@@ -65,8 +65,13 @@ class Line:
 
     def add(self, count: int, seconds: float, idle: int = 0, times: int = 1) -> None:
         """One more point, or the same so many times, after so many steps without any."""
+        known = self.at(count)
         if self.n >= FEW:
-            seconds = min(seconds, 2 * self.at(count))  # more is something else that ran
+            seconds = min(seconds, 2 * known)  # more is something else that ran
+        if known > 2 * seconds:  # and so it was until now
+            scale = 2 * seconds / known
+            self.y, self.xy, self.slope = scale * self.y, scale * self.xy, scale * self.slope
+            self.before = None if self.before is None else scale * self.before
         tells = self.n > 0 and abs(count - self.x / self.n) > 0.5
         decay, weight = self.decay ** (idle + times), 1.0
         if times > 1:
@@ -131,7 +136,8 @@ class BatchCosts:
     def _warm(self, seconds: float, run: int) -> float | None:
         """What a plain step would take with the target's weights in the caches; None where it does not tell."""
         if run <= WARM:
-            self.thawing = max(0.0, seconds - self.plain.value) + (self.thawing if run > 1 else 0.0)
+            longer = max(0.0, self.plain.believed(seconds) - self.plain.value)
+            self.thawing = longer + (self.thawing if run > 1 else 0.0)
             if run == WARM:
                 self.after.add_cost(self.thawing)
         if run > WARM:
@@ -153,8 +159,8 @@ class BatchCosts:
         self.seconds.add_all(seconds, steps)
 
     def _add_plain(self, seconds: float) -> None:
-        """The first steps of all warm caches up: a much faster one soon after makes them forgotten."""
-        if self.plain.count < 6 and seconds < 0.8 * self.plain.value:
+        """One that is much faster makes those before forgotten: caches had to warm up, or something else ran."""
+        if seconds < (0.8 if self.plain.count < 6 else 0.5) * self.plain.value:
             self.plain = Average()
         self.plain.add_cost(seconds)
 

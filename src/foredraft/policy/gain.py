@@ -71,6 +71,7 @@ class Gain:
         if costs.elapsed < self.source.trials.due:
             return 0
         self.step.trying.add(request)
+        self.source.probing |= self.source.trials.rare(costs.now.plain.value)
         return self._begin(request, TRIED)
 
     def _wake(self) -> None:
@@ -141,7 +142,7 @@ class Gain:
         step, self.step = self.step, Step()
         first = self.source.rested
         if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
-            self.gained[times.batch].add(times.emitted - self.costs.now.plain_rate * times.total)
+            self.gained[times.batch].add(times.emitted - self.costs.now.plain_rate * self._believed(step.longest, times))
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
@@ -150,6 +151,12 @@ class Gain:
         self._plan_trials(step, times, first)
         if step.asked and not step.drafting:
             self._rest(times.batch)
+
+    def _believed(self, longest: int, times: StepTimes) -> float:
+        """Seconds of a step; one far longer than it should be was held up by something else that ran."""
+        now = self.costs.now
+        expected = now.plain.value + self.source.line(times.batch).at(longest) + now.row * (times.rows - now.plain_rows)
+        return min(times.total, 2 * expected) if now.plain.count else times.total
 
     def _rest(self, batch: int) -> None:
         """Nothing pays: to work that out takes each request a while, so it stands for some steps.

@@ -14,6 +14,7 @@ MARGIN = 0.02  # tokens a step by which a draft has to beat plain decoding
 TOGETHER = 0.08  # the same for each of several requests
 SHARE = 0.01  # of the time that trials may take
 SOON = 4  # steps between the first trials
+RARE = 32  # steps from one trial to the next, and more
 TRIED = 3  # tokens of a trial, at most
 MUCH = 24  # tokens to read: more than one draft
 
@@ -90,6 +91,10 @@ class Trials:
         """Its first draft after a rest was right and cost so much: only another one tells what it costs in use."""
         self.due, self.spent = now, self.spent + cost
 
+    def rare(self, step: float) -> bool:
+        """Whether trials are so far apart that it hardly matters what one costs."""
+        return self.wait > RARE * step
+
     def made(self, now: float, step: float, cost: float, *, well: bool, reading: float = 0.0) -> None:
         """A trial took so many seconds, and some more to read the text since the last one.
 
@@ -126,6 +131,7 @@ class Source:
         self.trials = Trials()
         self.promised, self.gained = Average(), Average()  # tokens a step
         self.hope = Average(memory=3)  # acceptance in the latest trials
+        self.probing = False  # does this step try what a draft of some length costs?
         self.open: dict[int, int] = {}  # by length: how many drafts of this step go on after so many tokens
         self.kept: dict[int, Average] = {}  # by length: which share of those that came so far did in the latest steps
 
@@ -223,8 +229,11 @@ class Source:
     def _prices(self, costs: BatchCosts, depth: int) -> tuple[float, float]:
         """Tokens that one at this depth, not the first, costs: all that draft it together, and each of them.
 
-        Before anything is known of a drafter it gets no further than a trial would.
+        Before anything is known of a drafter it gets no further than a trial would. A rare trial has two tokens whatever
+        is known: from drafts of one nobody learns what one more costs.
         """
+        if self.probing and depth < 2:
+            return 0.0, 0.0
         if not self.drafting and depth >= TRIED:
             return math.inf, 0.0
         sharing, row = max(1, self.open.get(0, 1)), costs.row_price(depth, costs.batch)
@@ -236,6 +245,7 @@ class Source:
 
     def end_step(self) -> None:
         self.idle += 1
+        self.probing = False
         for depth, count in self.open.items():
             before = self.open.get(depth - 1)
             if before:
