@@ -19,8 +19,7 @@ Drafts = Mapping[str, Mapping[Request, Draft]]  # by who looked them up
 class Choice:
     """Take the drafter with the highest expected gain: the tokens its draft should bring, less what it costs.
 
-    Costs are the seconds that a step takes longer, times the current rate of tokens; drafting nothing costs and gains
-    nothing. A drafter that nobody chooses is tried now and then; all trials take about a hundredth of the time.
+    Costs are the seconds that a step takes longer, times a rate of tokens; drafting nothing costs and gains nothing. A drafter that nobody chooses is tried now and then; all trials take about a hundredth of the time.
     """
 
     def __init__(self, maximum: int = 16, plain_every: int = PLAIN_EVERY) -> None:
@@ -44,8 +43,12 @@ class Choice:
 
     @property
     def rate(self) -> float:
-        """What a second is worth, in tokens."""
-        return max(self.costs.now.rate, self.costs.now.plain_rate)
+        """What a second is worth, in tokens: between the rates of plain decoding and of the latest steps.
+
+        The latest would be right if acceptance were known. With what two refused drafts seem to say of a request, it
+        put drafting off for several steps.
+        """
+        return (self.costs.now.plain_rate * max(self.costs.now.rate, self.costs.now.plain_rate)) ** 0.5
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 

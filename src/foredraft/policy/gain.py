@@ -142,7 +142,9 @@ class Gain:
         step, self.step = self.step, Step()
         first = self.source.rested
         if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
-            self.gained[times.batch].add(times.emitted - self.costs.now.plain_rate * self._believed(step.longest, times))
+            self.gained[times.batch].add(
+                times.emitted - self.costs.now.plain_rate * self._believed(step.longest, times)
+            )
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
