@@ -4,6 +4,7 @@ Works with numbers alone. Drafters that look up are asked first and say how sure
 judged by what they brought before.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from foredraft.policy.base import StepTimes, StopRule
@@ -19,7 +20,8 @@ Drafts = Mapping[str, Mapping[Request, Draft]]  # by who looked them up
 class Choice:
     """Take the drafter with the highest expected gain: the tokens its draft should bring, less what it costs.
 
-    Costs are the seconds that a step takes longer, times a rate of tokens; drafting nothing costs and gains nothing. A drafter that nobody chooses is tried now and then; all trials take about a hundredth of the time.
+    Costs are the seconds that a step takes longer, times a rate of tokens; drafting nothing costs and gains nothing. A
+    drafter that nobody chooses is tried now and then; all trials take about a hundredth of the time.
     """
 
     def __init__(self, maximum: int = 16, plain_every: int = PLAIN_EVERY) -> None:
@@ -48,7 +50,8 @@ class Choice:
         The latest would be right if acceptance were known. With what two refused drafts seem to say of a request, it
         put drafting off for several steps.
         """
-        return (self.costs.now.plain_rate * max(self.costs.now.rate, self.costs.now.plain_rate)) ** 0.5
+        plain, latest = self.costs.now.plain_rate, self.costs.now.rate
+        return math.sqrt(plain * max(plain, latest))
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 

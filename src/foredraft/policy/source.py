@@ -229,8 +229,8 @@ class Source:
     def _prices(self, costs: BatchCosts, depth: int) -> tuple[float, float]:
         """Tokens that one at this depth, not the first, costs: all that draft it together, and each of them.
 
-        Before anything is known of a drafter it gets no further than a trial would. A rare trial has two tokens whatever
-        is known: from drafts of one nobody learns what one more costs.
+        Before anything is known of a drafter it gets no further than a trial would. A rare trial has two tokens
+        whatever is known: from drafts of one nobody learns what one more costs.
         """
         if self.probing and depth < 2:
             return 0.0, 0.0
