@@ -45,13 +45,14 @@ class Choice:
 
     @property
     def rate(self) -> float:
-        """What a second is worth, in tokens: between the rates of plain decoding and of the latest steps.
+        """What a second is worth, in tokens: the rate of plain decoding or of the latest steps, whichever is higher.
 
-        The latest would be right if acceptance were known. With what two refused drafts seem to say of a request, it
-        put drafting off for several steps.
+        The latest is right where acceptance is known. With what two refused drafts seem to say of a request that is
+        alone, it put drafting off for several steps; between both rates it does not.
         """
         plain, latest = self.costs.now.plain_rate, self.costs.now.rate
-        return math.sqrt(plain * max(plain, latest))
+        best = max(plain, latest)
+        return math.sqrt(plain * best) if self.costs.batch == 1 else best
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 
