@@ -1,7 +1,7 @@
 """A server under load: one stream against eight, drafting against plain, and what the web costs beside the library.
 
 `python benchmarks/serve.py [--rounds N] [--out FILE]` starts a real `foredraft serve` on the bundled pair and asks it,
-greedily, for 24 dialogue turns of 128 tokens, in turn by each arm:
+greedily, for 48 dialogue turns of 64 to 192 tokens, in turn by each arm:
 
 one stream      streamed, one after the other
 plain           the same eight at a time, "draft": "none"
@@ -10,8 +10,8 @@ library, plain  in this process, by eight threads that each ask for one turn aft
 library         the same, drafting
 all at once     the same in one call of `generate`, where no turn has to arrive
 
-Server and clients share the machine, so that what the clients cost counts against the server: they are sockets that
-read to the end and parse nothing but the last event. `--gap` instead measures how long seven plain streams wait while
+Server and clients share the machine, so that what the clients cost counts against the server: each is a connection
+that asks for one turn after the other and parses nothing but the last event. `--gap` instead measures how long seven plain streams wait while
 two prompts of 1,000 tokens arrive (the pair's context is 1,024). `--soak SECONDS` asks at random for so long, with
 clients that leave, and prints the server's memory, threads and open files as it goes.
 """
