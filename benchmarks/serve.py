@@ -11,9 +11,9 @@ library         the same, drafting
 all at once     the same in one call of `generate`, where no turn has to arrive
 
 Server and clients share the machine, so that what the clients cost counts against the server: each is a connection
-that asks for one turn after the other and parses nothing but the last event. `--gap` instead measures how long seven plain streams wait while
-two prompts of 1,000 tokens arrive (the pair's context is 1,024). `--soak SECONDS` asks at random for so long, with
-clients that leave, and prints the server's memory, threads and open files as it goes.
+that asks for one turn after the other and parses nothing but the last event. `--gap` instead measures how long seven
+plain streams wait while two prompts of 1,000 tokens arrive (the pair's context is 1,024). `--soak SECONDS` asks at
+random for so long, with clients that leave, and prints the server's memory, threads and open files as it goes.
 """
 
 import asyncio
