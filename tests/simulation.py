@@ -36,6 +36,7 @@ class World:
     thaw_decay: float = 0.5  # of that in each pass after it
     hard_share: float = 0.0  # of the requests, whose drafts are right only
     hard: float = 0.0  # times as often
+    quick_share: float = 0.0  # of the drafts, which take a tenth
     busy_steps: int = 0  # so many at first in which other processes run now and then
 
     def shared(self, batch: int) -> float:
@@ -235,6 +236,8 @@ def step(
     thaw = world.thaw_cost * world.shared(count) * clock.cold
     verifying = jitter * (world.shared(count) + thaw + world.row_cost * more)
     drafting = now[0] - began
+    if world.quick_share and source.random() < world.quick_share:
+        drafting *= 0.1
     if now[1] <= world.busy_steps:
         drafting += source.choice(HELD) if wanting else 0.0
         verifying += 1e-3 * source.choice(HELD)

@@ -285,6 +285,14 @@ def test_what_was_learned_while_others_computed_is_forgotten(policy, seed):
     assert late.rate > 0.75 * run_with(kinds, replace(world, busy_steps=0), policy(), 1500, seed)[-1].rate
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("world", [World(draft_cost=0.4, alphas=(0.6,)), World(0.3, alphas=(0.5,), batch=4)])
+def test_a_draft_that_was_quick_by_chance_does_not_say_what_the_next_takes(world, seed):
+    """One of twenty made all the others forgotten, and the price that was then too low made drafts look bad."""
+    plain = run(world, Fixed(0), 6000, seed)[0].rate
+    assert run(replace(world, quick_share=0.05), Gain(), 6000, seed)[0].rate > 1.06 * plain
+
+
 def test_what_is_told_of_a_rest_in_brief_is_learned_when_it_ends():
     brief, whole = Costs(), Costs()
     for costs in (brief, whole):

@@ -116,6 +116,17 @@ def test_structured_outputs_are_the_librarys(client: openai.OpenAI, llm: LLM, as
     assert text == llm.generate("One: ", params).text
 
 
+@pytest.mark.parametrize("kind", ["json", "grammar"])
+def test_a_form_does_not_tell_which_files_a_server_has(client: openai.OpenAI, folder: Path, kind: str) -> None:
+    told = []
+    for name in (folder / "config.json", folder / "nothing.json"):
+        body = {"model": "caller", "prompt": "a", "max_tokens": 2, "structured_outputs": {kind: str(name)}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.post("/completions", body=body, cast_to=dict)
+        told.append(str(caught.value).replace(str(name), "").replace(name.name, ""))
+    assert told[0] == told[1] and "file" not in told[0]
+
+
 def test_a_form_beside_tools_is_refused_in_the_servers_words(client: openai.OpenAI) -> None:
     ask = {"model": "caller", "messages": MESSAGES, "max_tokens": 60, "temperature": 0}
     ask |= {"tools": [FIND], "response_format": {"type": "json_object"}}

@@ -1,5 +1,6 @@
 """Launches: what they draft with, why they fail, and what a failed one does to requests for others."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,23 @@ def test_paths_of_the_operators_registry_are_not_told(tmp_path: Path) -> None:
         for body in ({"target": "ours"}, {"draft": "ours"}):
             message = client.post("/v1/models", json={**body, "wait": True}).json()["error"]["message"]
             assert "no model at ours: the path does not exist" in message and str(tmp_path) not in message
+
+
+@pytest.mark.parametrize("path", ["{}/secret", "{}/secret/", "{}//secret", "{}/./secret", "~/secret", "~/secret/"])
+@pytest.mark.parametrize("there", [False, True])
+def test_however_the_registry_writes_a_path_it_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, there: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if there:
+        (tmp_path / "secret").mkdir()
+        (tmp_path / "secret" / "config.json").write_text('{"model_type": "llama"}')
+    file = tmp_path / "registry.json"
+    file.write_text(json.dumps({"model": [{"name": "ours", "path": path.format(tmp_path)}]}))
+    with TestClient(create_app(Settings(registry=file)), base_url="http://localhost") as client:
+        for body in ({"target": "ours"}, {"draft": "ours"}):
+            message = client.post("/v1/models", json={**body, "wait": True}).json()["error"]["message"]
+            assert "ours" in message and "secret" not in message
 
 
 def test_of_the_operators_own_folders_only_the_names_are_told() -> None:

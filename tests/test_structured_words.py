@@ -3,6 +3,7 @@
 import json
 import traceback
 import warnings
+from contextlib import nullcontext
 
 import pydantic
 import pytest
@@ -134,6 +135,9 @@ def test_the_name_of_a_file_is_not_its_text(tmp_path, monkeypatch):
                 GrammarError, match=r"is the name of a file; give its text: Path\('.*'\)\.read_text\(\)"
             ):
                 make(given)
+    for make in (Structured.of_schema, Structured.of_grammar):  # strangers are not told which files there are
+        with pytest.raises(GrammarError, match="no JSON") if make == Structured.of_schema else nullcontext():
+            make("form")
     assert Structured.grammar('start: "x.json"').kind == "grammar"
     with pytest.raises(GrammarError, match="no JSON: Expecting value in line 1, column 1"):
         Structured.json_schema("a schema in .json")

@@ -10,6 +10,7 @@ from foredraft.policy.base import StepTimes
 PLAIN_EVERY = 192  # steps; of so many a few are plain, so that the price of plain decoding stays known
 PLAIN_FIRST = 64  # steps before it is measured again; each wait is twice the last
 FEW = 4  # measurements; from then on one that is far too long is not believed
+LOW = 3  # measurements in a row, each less than half of what is known, until that is forgotten: one may be chance
 LEAST = 0.01  # of what a unit costs on average: what one more costs at least
 PLAIN_RUN = 2  # of which the first is not counted: a drafter's weights have pushed the target's out of the caches
 WARM = 7  # plain steps after a draft, until they take what they take without any: the second up to a third more
@@ -59,6 +60,7 @@ class Line:
     xx: float = 0.0
     xy: float = 0.0
     slope: float = 0.0  # seconds that one more costs
+    low: int = 0  # the latest points in a row that took less than half of what is known
 
     def __post_init__(self) -> None:
         self.slope = self.before or 0.0
@@ -68,10 +70,9 @@ class Line:
         known = self.at(count)
         if self.n >= FEW:
             seconds = min(seconds, 2 * known)  # more is something else that ran
-        if known > 2 * seconds:  # and so it was until now
-            scale = 2 * seconds / known
-            self.y, self.xy, self.slope = scale * self.y, scale * self.xy, scale * self.slope
-            self.before = None if self.before is None else scale * self.before
+        self.low = self.low + 1 if known > 2 * seconds else 0
+        if self.low >= (LOW if self.n >= FEW else 1):
+            self._forget(2 * seconds / known)
         tells = self.n > 0 and abs(count - self.x / self.n) > 0.5
         decay, weight = self.decay ** (idle + times), 1.0
         if times > 1:
@@ -84,6 +85,13 @@ class Line:
         self.slope = self._fitted()
         if tells:
             self.before = self.slope
+
+    def _forget(self, scale: float) -> None:
+        """What is known was so many times too much: it is made less, and counts for two points."""
+        share = min(1.0, 2 / self.n)
+        self.n, self.x, self.xx = share * self.n, share * self.x, share * self.xx
+        self.y, self.xy, self.slope = share * scale * self.y, share * scale * self.xy, scale * self.slope
+        self.before = None if self.before is None else scale * self.before
 
     def _fitted(self) -> float:
         mean, unit = self.y / self.n, self.y / self.x
@@ -115,6 +123,7 @@ class BatchCosts:
     after: Average = field(default_factory=lambda: Average(memory=8))  # the same, of whole runs
     thaw: Average = field(default_factory=lambda: Average(memory=LONG_EVERY))  # such a step over the second one
     met_drafts: bool = False
+    low: int = 0  # the latest plain steps in a row that were much faster than what is known
     steps: int = 0
 
     def add(self, times: StepTimes, run: int) -> None:
@@ -159,9 +168,11 @@ class BatchCosts:
         self.seconds.add_all(seconds, steps)
 
     def _add_plain(self, seconds: float) -> None:
-        """One that is much faster makes those before forgotten: caches had to warm up, or something else ran."""
-        if seconds < (0.8 if self.plain.count < 6 else 0.5) * self.plain.value:
-            self.plain = Average()
+        """Some that are much faster make those before forgotten: caches had to warm up, or something else ran."""
+        early = self.plain.count < 6
+        self.low = self.low + 1 if seconds < (0.8 if early else 0.5) * self.plain.value else 0
+        if self.low >= (1 if early else LOW):
+            self.plain, self.low = Average(), 0
         self.plain.add_cost(seconds)
 
     def plain_is_due(self, every: int) -> bool:

@@ -53,10 +53,17 @@ class LaunchSpec:
     def as_named(self, message: str) -> str:
         """A message with names for folders: those of the registry and of the operator are not every client's to see."""
         called = {str(self.draft): self.draft_name, str(self.target): self.name}
-        for path in sorted(called, key=len, reverse=True):
-            if "/" in path and called[path]:
-                message = message.replace(os.path.expanduser(path), called[path])
+        names = {spelling: name for path, name in called.items() if name for spelling in _spellings(path)}
+        for spelling in sorted(names, key=len, reverse=True):
+            message = message.replace(spelling, names[spelling])
         return message
+
+
+def _spellings(path: str) -> set[str]:
+    """How messages may write a folder: as it was given, and as the libraries that open it make of it."""
+    home = os.path.expanduser(path)
+    ways = {path.rstrip("/"), home.rstrip("/"), str(Path(path)), str(Path(home)), os.path.realpath(home)}
+    return {way for way in ways if len(way) > 1} if "/" in path else set()
 
 
 def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:

@@ -62,7 +62,7 @@ def _form(body: Generate) -> Structured | None:
     if asked.choice is not None:
         return Structured.choice(asked.choice)
     assert asked.grammar is not None  # the schema saw to it that one of them is there
-    return Structured.grammar(asked.grammar)
+    return Structured.of_grammar(asked.grammar)
 
 
 @dataclass(frozen=True, slots=True)

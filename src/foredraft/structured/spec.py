@@ -94,6 +94,7 @@ class Structured:
         Of a pydantic model only its fields are generated, unless its configuration says extra="allow". Keywords that
         JSON schema does not know are ignored, with a `SchemaWarning`.
         """
+        _check_no_file(schema, "JSON schema")
         form = cls.of_schema(schema)
         told = ignored(json.loads(form.source))
         if told:
@@ -102,8 +103,7 @@ class Structured:
 
     @classmethod
     def of_schema(cls, schema: str | Mapping[str, Any] | type) -> "Structured":
-        """As `json_schema`, without a word about keywords that mean nothing: for schemas of strangers."""
-        _check_no_file(schema, "JSON schema")
+        """As `json_schema`, without a word about files or keywords that mean nothing: for schemas of strangers."""
         if isinstance(schema, str):
             parsed = _parse(schema)
         elif hasattr(schema, "model_json_schema"):
@@ -148,6 +148,11 @@ class Structured:
     def grammar(cls, lark: str) -> "Structured":
         """The output is derived from the rule `start`; rules may not count tokens or hide their ends."""
         _check_no_file(lark, "grammar")
+        return cls.of_grammar(lark)
+
+    @classmethod
+    def of_grammar(cls, lark: str) -> "Structured":
+        """As `grammar`, without a look at files: for grammars of strangers, who may not learn which ones there are."""
         found = WITHOUT_ROLLBACK.search(_text(lark, "grammar"))
         if found:
             raise GrammarError(
