@@ -176,6 +176,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     from foredraft.weights.checkpoint import check_source
 
     if options.no_model:
+        _check_empty(options)
         return ()
     if options.model:
         check_source(options.model)
@@ -202,6 +203,15 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         draft_name=Path(options.draft).name,
     )
     return (Launch(spec, options.uid or name),)
+
+
+def _check_empty(options: ServeOptions) -> None:
+    """Raises RequestError where something is said of the model that is not to be there."""
+    of_the_model = ("model", "draft", "uid", "dtype", "weight_format", "draft_device", "chat_template")
+    said = [name for name in of_the_model if getattr(options, name) != getattr(ServeOptions(), name)]
+    if said:
+        flags = ", ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in said)
+        raise RequestError(f"--no-model contradicts {flags}; leave one out: clients say it of the models they launch")
 
 
 def warn_if_open(host: str, settings: "Settings") -> None:

@@ -39,7 +39,11 @@ class Constraint(Protocol):
         ...
 
     def allowed(self, tokens: Ids) -> int:
-        """How many of these tokens, from the first, may come next."""
+        """How many of these tokens, from the first, the text could go on with.
+
+        Those in the set of `allowed_after` do. Others may, where the same text can be spelled in other tokens:
+        enough to cut a draft by, not to choose a token.
+        """
         ...
 
     def commit(self, tokens: Ids) -> None:
