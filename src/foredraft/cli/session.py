@@ -12,6 +12,7 @@ from foredraft.cli.console import Printer, busy, interruptible, note
 from foredraft.cli.options import RunOptions
 from foredraft.drafters.registry import split
 from foredraft.errors import ForedraftError, GrammarError, RequestError
+from foredraft.reading import read_up_to
 
 if TYPE_CHECKING:
     from foredraft import LLM, Chunk, GenerationResult, SamplingParams, Structured
@@ -82,18 +83,17 @@ MOST_BYTES = 10 * 2**20  # of a schema or a grammar
 
 
 def read_text(path: Path, flag: str) -> str:
-    """A file's text. Raises RequestError where it is none, or too long: a device may never end."""
+    """A file's text. Raises RequestError where it is none, or too long."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise RequestError(f"{path} has more than {MOST_BYTES / 2**20:g} MiB; give a smaller schema or grammar")
-        return content.decode("utf-8-sig")
+        text = read_up_to(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         if str(path).lstrip().startswith("{"):
             raise RequestError(f"{flag} takes the name of a file; write {str(path)!r:.200} into one") from error
         why = error.strerror if isinstance(error, OSError) else error
         raise RequestError(f"{flag} {path} cannot be read as text: {why}; give the name of a file") from error
+    if text is None:
+        raise RequestError(f"{path} has more than {MOST_BYTES / 2**20:g} MiB; give a smaller schema or grammar")
+    return text
 
 
 def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":

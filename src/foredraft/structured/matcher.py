@@ -31,8 +31,8 @@ class GrammarConstraint:
         self.meter = meter or Meter()
         self.ends = ends
         self.own_end: int = tokens.eos_token  # the one that the matcher itself allows where the grammar is satisfied
-        self.marks = {self.own_end, *ends}
-        self.all_ends = [(token // 8, 1 << token % 8) for token in self.marks]  # byte and bit
+        self.all_ends = {self.own_end, *ends}
+        self.end_bits = [(token // 8, 1 << token % 8) for token in self.all_ends]  # byte and bit
         self.vocab_size = vocab_size
         self.size = -(-vocab_size // 8)  # of a set, in bytes
         self.nothing = bytes(self.size)
@@ -65,7 +65,7 @@ class GrammarConstraint:
         return tuple(tokens)
 
     def allowed(self, tokens: Ids) -> int:
-        end = next((i for i, token in enumerate(tokens) if token in self.marks), len(tokens))
+        end = next((i for i, token in enumerate(tokens) if token in self.all_ends), len(tokens))
         if not self._walk(tokens[:end]):
             return len(self.ahead)
         return end + (end < len(tokens) and contains(self._set(tuple(tokens[:end])), tokens[end]))
@@ -114,7 +114,7 @@ class GrammarConstraint:
         self.meter.check()
         bits: Bits = self.meter.timed(self.matcher.compute_bitmask)
         own = self.longer
-        for byte, bit in self.all_ends:
+        for byte, bit in self.end_bits:
             if bits[byte] & bit:
                 own = True
         if own:
@@ -143,7 +143,7 @@ class GrammarConstraint:
         A grammar may name the matcher's end as a token of the text; only where it is satisfied is it the end.
         """
         satisfied = contains(bits, self.own_end) and self.matcher.is_accepting()
-        for byte, bit in self.all_ends:
+        for byte, bit in self.end_bits:
             bits[byte] &= 0xFF ^ bit
         for token in self.ends if satisfied else ():
             bits[token // 8] |= 1 << token % 8

@@ -7,6 +7,7 @@ from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from foredraft.errors import RequestError
+from foredraft.reading import read_up_to
 
 MOST_BYTES = 2**20
 HELLO = [[{"role": "user", "content": "Hello"}]]
@@ -36,14 +37,12 @@ def read_template(given: object) -> str:
 
 def _read(path: Path) -> str:
     try:
-        with path.expanduser().open("rb") as file:
-            content = file.read(MOST_BYTES + 1)  # a device may never end
-        text = content.decode("utf-8-sig")
+        text = read_up_to(path.expanduser(), MOST_BYTES)
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or "it is not UTF-8 text"
         advice = "give a file with a Jinja template"
         raise RequestError(f"chat_template={str(path)!r:.200} cannot be read: {told}; {advice}") from error
-    if len(content) > MOST_BYTES:
+    if text is None:
         raise RequestError(f"chat_template={str(path)!r} has more than {MOST_BYTES / 2**20:g} MiB; give a smaller one")
     return text
 
