@@ -28,10 +28,7 @@ typedef struct {
 } bundle;
 
 INLINE void convert(const int format, const float *x, int count, char *out) {
-  for (int i = 0; i < count; i += 16) {
-    if (format == F32) v_store((float *)out + i, v_load(x + i));
-    else v_to_bf16((bf16 *)out + i, v_load(x + i));
-  }
+  for (int i = 0; i < count; i += 16) v_put(format, out, i, v_load(x + i));
 }
 
 /* What meets keys or values of this format. */
@@ -39,13 +36,14 @@ INLINE void encode_row(const int format, const float *x, int count, char *out) {
   convert(PAIRS ? format : F32, x, count, out);
 }
 
-/* One row's scores of a page become weights; what it has summed so far is scaled to its new top. */
-INLINE void soften(const int format, bundle *b, int r, int base, float scale, int dim) {
+/* One row's scores of a page become weights; what it has summed so far is scaled to its new top. `whole`: the row sees
+ * all keys of the page. */
+INLINE void soften(const int format, const int whole, bundle *b, int r, int base, float scale, int dim) {
   const int first = b->first[r] - base, end = b->end[r] - base;
   vec score[PAGE / 16], largest = v_set(-INFINITY), total = v_set(0);
   UNROLL for (int v = 0; v < PAGE / 16; v++) {
-    vec scaled = v_mul(v_load(b->score[r] + v * 16), v_set(scale));
-    score[v] = v_between(v * 16, first, end, scaled, v_set(-INFINITY));
+    score[v] = v_mul(v_load(b->score[r] + v * 16), v_set(scale));
+    if (!whole) score[v] = v_between(v * 16, first, end, score[v], v_set(-INFINITY));
     largest = v_max(largest, score[v]);
   }
   float top = v_largest(largest), before = b->top[r];
@@ -61,11 +59,10 @@ INLINE void soften(const int format, bundle *b, int r, int base, float scale, in
   }
   UNROLL for (int v = 0; v < PAGE / 16; v++) {
     vec weight = v_exp(v_sub(score[v], v_set(b->top[r])));
-    weight = v_between(v * 16, first, end, weight, v_set(0));
+    if (!whole) weight = v_between(v * 16, first, end, weight, v_set(0));
     total = v_add(total, weight);
-    v_store(b->score[r] + v * 16, weight);
+    v_put(PAIRS ? format : F32, b->weight[r], v * 16, weight);
   }
-  encode_row(format, b->score[r], PAGE, b->weight[r]);
   b->total[r] += v_sum(total);
 }
 
@@ -78,7 +75,8 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
     tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
   int end = 0;
   for (int r = from; r < from + rows; r++) {
-    soften(format, b, r, base, scale, dim);
+    if (b->first[r] <= base && b->end[r] >= base + PAGE) soften(format, 1, b, r, base, scale, dim);
+    else soften(format, 0, b, r, base, scale, dim);
     end = b->end[r] - base > end ? b->end[r] - base : end;
   }
   const size_t column = PAGE / n * VEC; /* bytes of sixteen values of all tokens */
@@ -122,6 +120,18 @@ INLINE void turn(const model *m, const float *x, const float *norm, int position
   memset(out + 2 * half, 0, (size_t)(dim - 2 * half) * sizeof *out);
 }
 
+/* The first key that a token sees. */
+INLINE int first_key(const attention *a, int position) {
+  const int window = a->l->window;
+  return window && position >= window ? position + 1 - window : 0;
+}
+
+/* Have a head's page brought to the second-level cache meanwhile. */
+INLINE void fetch(const attention *a, const unit *u, int page) {
+  const char *at = (const char *)page_of(a, u, page);
+  for (size_t i = 0; i < 2 * half_page_bytes(a->m); i += CACHE_LINE) __builtin_prefetch(at + i, 0, 2);
+}
+
 /* A token's key and value at their place in a page. */
 INLINE void put(const int format, const model *m, const float *key, const float *value, unsigned char *page, int token) {
   const int n = inputs_per_lane(format), dim = m->dim;
@@ -141,6 +151,7 @@ INLINE void put(const int format, const model *m, const float *key, const float 
 void ISA(write)(const attention *a, const unit *u) {
   const model *m = a->m;
   const int width = a->l->qkv.outputs;
+  fetch(a, u, (a->spans[u->span].start + u->first) / PAGE);
   for (int i = u->first; i < u->first + u->count; i++) {
     const int position = a->spans[u->span].start + i;
     const float *of_row = a->qkv + (size_t)(a->first_row[u->span] + i) * width;
@@ -171,17 +182,19 @@ static void gather(const attention *a, const unit *u, int from, int rows, bundle
     turn(m, a->qkv + (size_t)p.row * a->l->qkv.outputs + p.head * m->dim, a->l->q_norm, p.position, query);
     encode_row(m->format, query, m->dim, b->query[r]);
     b->end[r] = p.position + 1;
-    b->first[r] = a->l->window && b->end[r] > a->l->window ? b->end[r] - a->l->window : 0;
+    b->first[r] = first_key(a, p.position);
     b->top[r] = -INFINITY;
     b->total[r] = 0;
     memset(b->sum[r], 0, (size_t)m->dim * sizeof(float));
   }
 }
 
-/* Rows of growing position, hence those that see a page are neighbours. */
-static void walk(const attention *a, const unit *u, int rows, bundle *b) {
-  for (int page = b->first[0] / PAGE; page <= (b->end[rows - 1] - 1) / PAGE; page++) {
+/* Rows of growing position, hence those that see a page are neighbours. Who walks first fetches the next page. */
+static void walk(const attention *a, const unit *u, int rows, bundle *b, bool first) {
+  const int last = (b->end[rows - 1] - 1) / PAGE;
+  for (int page = b->first[0] / PAGE; page <= last; page++) {
     int base = page * PAGE, from = 0, to = rows;
+    if (first && page < last) fetch(a, u, page + 1);
     while (b->end[from] <= base) from++;
     while (b->first[to - 1] >= base + PAGE) to--;
     throughs[a->m->format][to - from](a->m, b, from, (const char *)page_of(a, u, page), base);
@@ -192,9 +205,9 @@ static void scatter(const attention *a, const unit *u, int from, int rows, const
   const model *m = a->m;
   for (int r = 0; r < rows; r++) {
     place p = place_of(a, u, from + r);
-    float *out = a->out + ((size_t)p.row * m->heads + p.head) * m->dim;
+    const size_t at = (size_t)p.row * a->width + (size_t)p.head * m->dim;
     vec factor = v_set(1 / b->total[r]);
-    for (int i = 0; i < m->dim; i += 16) v_store(out + i, v_mul(v_load(b->sum[r] + i), factor));
+    for (int i = 0; i < m->dim; i += 16) v_put(a->out_format, a->out, at + i, v_mul(v_load(b->sum[r] + i), factor));
   }
 }
 
@@ -202,10 +215,11 @@ static void scatter(const attention *a, const unit *u, int from, int rows, const
 void ISA(attend)(const attention *a, const unit *u) {
   const int rows = u->count * (a->m->heads / a->m->kv_heads), bundles = (rows + ROWS - 1) / ROWS;
   bundle b;
+  fetch(a, u, first_key(a, place_of(a, u, 0).position) / PAGE);
   for (int i = 0; i < bundles; i++) {
     int from = (int)((long)rows * i / bundles), to = (int)((long)rows * (i + 1) / bundles);
     gather(a, u, from, to - from, &b);
-    walk(a, u, to - from, &b);
+    walk(a, u, to - from, &b, i == 0);
     scatter(a, u, from, to - from, &b);
   }
 }

@@ -175,13 +175,20 @@ INLINE vec biased(const linear *w, const float *sums, int column) {
   return w->bias ? v_add(v_load(sums), v_load(w->bias + column)) : v_load(sums);
 }
 
-static void finish(const linear *w, int epilogue, int block, int blocks, const float *sums, int rows, float *y, int width) {
-  for (int r = 0; r < rows; r++, y += width, sums += blocks * BLOCK) {
+INLINE size_t row_bytes(int epilogue, int width) {
+  return (size_t)width * (epilogue == SILU_BF16 ? sizeof(bf16) : sizeof(float));
+}
+
+static void finish(const linear *w, int epilogue, int block, int blocks, const float *sums, int rows, char *out, int width) {
+  for (int r = 0; r < rows; r++, out += row_bytes(epilogue, width), sums += blocks * BLOCK) {
+    float *y = (float *)out;
     for (int b = 0; b < blocks; b++) {
       int column = (block + b) * BLOCK;
       vec one = biased(w, sums + b * BLOCK, column), two = biased(w, sums + b * BLOCK + 16, column + 16);
       if (epilogue == SILU) {
         put(y, column / 2, width, v_mul(silu(one), two));
+      } else if (epilogue == SILU_BF16) {
+        v_to_bf16((bf16 *)out + column / 2, v_mul(silu(one), two));
       } else if (epilogue == ADD) {
         put(y, column, width, v_add(v_load(y + column), one));
         put(y, column + 16, width, v_add(v_load(y + column + 16), two));
@@ -194,7 +201,7 @@ static void finish(const linear *w, int epilogue, int block, int blocks, const f
 }
 
 /* As many rows as fit a tile, and `blocks` blocks. */
-static void strip(const linear *w, upcoming next, int epilogue, int block, int blocks, const char *x, int rows, float *y,
+static void strip(const linear *w, upcoming next, int epilogue, int block, int blocks, const char *x, int rows, char *out,
                   int width) {
   float sums[MOST_TILE_ROWS * MOST_TILE_VECS * 16];
   const int wide = w->format >= INT8 ? int_vecs[rows] : float_vecs[rows];
@@ -204,14 +211,14 @@ static void strip(const linear *w, upcoming next, int epilogue, int block, int b
     int taken = (vecs + 1) / 2;
     product(w, next, block, 0, x, sums, (size_t)taken * BLOCK);
     if (vecs == 1) product(w, (upcoming){0}, block, 1, x, sums + 16, (size_t)taken * BLOCK);
-    finish(w, epilogue, block, taken, sums, rows, y, width);
+    finish(w, epilogue, block, taken, sums, rows, out, width);
     if (next.start) next.start += taken * block_bytes(w);
   }
 }
 
 /* A strip of weights serves all rows while it is in the cache; rows are shared out evenly among tiles, each of which reads
  * a part of the next strip ahead. */
-void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
+void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, void *y,
                   int width) {
   const int most = w->format >= INT8 ? INT_ROWS : FLOAT_ROWS, tiles = (rows + most - 1) / most;
   const int blocks = tiles == 1 ? 4 : 2, strips = (last - first + blocks - 1) / blocks;
@@ -224,7 +231,8 @@ void ISA(product)(const linear *w, int epilogue, int first, int last, int onward
     for (int t = 0; t < tiles; t++) {
       int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles);
       upcoming next = {tiles == 1 ? own + NEAR : more ? after + bytes * t / tiles : NULL, 2 * VEC / tiles};
-      strip(w, next, epilogue, block, taken, x + from * encoded_bytes(w), to - from, y + (size_t)from * width, width);
+      char *out = (char *)y + from * row_bytes(epilogue, width);
+      strip(w, next, epilogue, block, taken, x + from * encoded_bytes(w), to - from, out, width);
     }
   }
 }

@@ -30,7 +30,7 @@ enum { MAX_DIM = 256 };   /* of a head */
 enum { MAX_GROUP = 256 }; /* inputs that share a scale */
 
 enum format { F32, BF16, INT8, INT4 };
-enum epilogue { STORE, ADD, SILU };
+enum epilogue { STORE, ADD, SILU, SILU_BF16 /* SiLU, as the next layer takes it */ };
 
 /* y = x W^T + b. The weights are [outputs / BLOCK][steps][BLOCK] lanes of 32 bits, a lane being the next 1 (F32), 2
  * (BF16), 4 (INT8) or 8 (INT4) inputs of an output. */
@@ -87,7 +87,9 @@ typedef struct {
   const unsigned char *const *pages; /* [slots][max_pages] */
   int32_t max_pages;
   const float *qkv; /* [rows][qkv.outputs] */
-  float *out;       /* [rows][heads * dim] */
+  void *out;        /* [rows][width], of which heads * dim are written */
+  int32_t width;
+  int32_t out_format; /* F32 or BF16 */
 } attention;
 
 /* How a token is drawn from logits. */
@@ -107,11 +109,12 @@ typedef struct {
 /* The kernels of one instruction set. */
 typedef struct {
   const char *name;
+  bool pairs; /* inputs of bf16 weights are bf16 */
   void (*embed)(const model *m, int32_t token, float *x, int width);
   /* x [count], normalised where there is a norm, as input of a linear layer: codes, scales and all. */
   void (*encode)(const linear *to, const float *x, int count, const float *norm, int size, float eps, char *out);
   /* Blocks first to last of y for rows of encoded x; if onward is -1 the last ones first. */
-  void (*product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, float *y,
+  void (*product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, void *y,
                   int width);
   void (*write)(const attention *a, const unit *u);
   void (*attend)(const attention *a, const unit *u);

@@ -8,7 +8,7 @@
 
 #include "native.h"
 
-enum { ROWS_A_CHUNK = 16, TOKENS_A_UNIT = 32, SHORT_SPAN = 8, MOST_CHUNKS = 64 };
+enum { ROWS_A_CHUNK = 4, TOKENS_A_UNIT = 32, SHORT_SPAN = 8, MOST_CHUNKS = 64 };
 
 /* Buffers of all passes, grown to what the largest needed; whoever is in the pool has them. */
 static struct {
@@ -22,7 +22,7 @@ typedef struct {
   const int32_t *tokens;
   int rows, width; /* of the residual stream: hidden, padded */
   float *x, *wide, *mixed;
-  char *encoded;
+  char *encoded, *inner; /* inputs of layers; inner: of those that take what attention and gates give */
   unit *units;
   int num_units;
   bool all_short;
@@ -71,7 +71,7 @@ typedef struct {
   const kernels *k;
   const linear *w;
   const char *x;
-  float *y;
+  void *y;
   int epilogue, rows, width, chunks;
 } product_job;
 
@@ -91,7 +91,7 @@ static int chunks_for(const linear *w, int rows) {
   return (int)(chunks < most ? chunks : most);
 }
 
-static void product(const kernels *k, const linear *w, int epilogue, const char *x, int rows, float *y, int width) {
+static void product(const kernels *k, const linear *w, int epilogue, const char *x, int rows, void *y, int width) {
   product_job job = {k, w, x, y, epilogue, rows, width, chunks_for(w, rows)};
   pool_run(product_chunk, &job, job.chunks);
 }
@@ -123,8 +123,24 @@ static void encode_normed(pass *p, const linear *to, const float *norm) {
   encode((encode_job){p, to, p->x, norm, NULL, p->encoded, p->rows, p->width, p->m->hidden});
 }
 
-static void encode_plain(pass *p, const linear *to, const float *x, int count) {
-  encode((encode_job){p, to, x, NULL, NULL, p->encoded, p->rows, count, count});
+/* Rows that attention or gates write, for a layer that takes them. */
+typedef struct {
+  void *at; /* [rows][width] */
+  int width, format;
+} rows_for;
+
+/* As the layer takes them, where elements are rounded one by one; else as floats, for `encode_inner`. */
+static rows_for inner_rows(const pass *p, const linear *to, float *floats, int count) {
+  if (to->format >= INT8) return (rows_for){floats, count, F32};
+  const int format = to->format == BF16 && p->k->pairs ? BF16 : F32, size = format == BF16 ? 2 : 4;
+  const size_t bytes = encoded_bytes(to);
+  for (int r = 0; r < p->rows && count < to->inputs; r++) /* what nobody writes */
+    memset(p->inner + r * bytes + (size_t)count * size, 0, (size_t)(to->inputs - count) * size);
+  return (rows_for){p->inner, (int)(bytes / size), format};
+}
+
+static void encode_inner(pass *p, const linear *to, const float *floats, int count) {
+  if (to->format >= INT8) encode((encode_job){p, to, floats, NULL, NULL, p->inner, p->rows, count, count});
 }
 
 /* --- the phases of a pass --- */
@@ -153,18 +169,22 @@ static void attend(pass *p, const layer *l) {
   const model *m = p->m;
   encode_normed(p, &l->qkv, l->attention_norm);
   product(p->k, &l->qkv, STORE, p->encoded, p->rows, p->wide, l->qkv.outputs);
-  p->attention.l = l;
+  const int count = m->heads * m->dim;
+  const rows_for mixed = inner_rows(p, &l->out, p->mixed, count);
+  p->attention.l = l, p->attention.out = mixed.at, p->attention.width = mixed.width, p->attention.out_format = mixed.format;
   if (!p->all_short) pool_run(write_chunk, p, p->num_units);
   pool_run(unit_chunk, p, p->num_units);
-  encode_plain(p, &l->out, p->mixed, m->heads * m->dim);
-  product(p->k, &l->out, ADD, p->encoded, p->rows, p->x, p->width);
+  encode_inner(p, &l->out, p->mixed, count);
+  product(p->k, &l->out, ADD, p->inner, p->rows, p->x, p->width);
 }
 
 static void feed_forward(pass *p, const layer *l) {
   encode_normed(p, &l->gate_up, l->mlp_norm);
-  product(p->k, &l->gate_up, SILU, p->encoded, p->rows, p->wide, l->gate_up.outputs / 2);
-  encode_plain(p, &l->down, p->wide, l->gate_up.outputs / 2);
-  product(p->k, &l->down, ADD, p->encoded, p->rows, p->x, p->width);
+  const int count = l->gate_up.outputs / 2;
+  const rows_for gated = inner_rows(p, &l->down, p->wide, count);
+  product(p->k, &l->gate_up, gated.format == BF16 ? SILU_BF16 : SILU, p->encoded, p->rows, gated.at, gated.width);
+  encode_inner(p, &l->down, p->wide, count);
+  product(p->k, &l->down, ADD, p->inner, p->rows, p->x, p->width);
 }
 
 /* --- laying out a pass --- */
@@ -175,14 +195,8 @@ static void *take(size_t bytes) {
   return found;
 }
 
-static size_t largest_encoded(const model *m, int rows, int wanted) {
-  size_t most = (size_t)wanted * encoded_bytes(&m->head);
-  for (int i = 0; i < m->layers; i++) {
-    const linear *all[] = {&m->layer[i].qkv, &m->layer[i].out, &m->layer[i].gate_up, &m->layer[i].down};
-    for (int j = 0; j < 4; j++)
-      if (all[j]->weights && rows * encoded_bytes(all[j]) > most) most = rows * encoded_bytes(all[j]);
-  }
-  return most;
+static size_t larger(size_t most, const linear *w, int rows) {
+  return w->weights && rows * encoded_bytes(w) > most ? rows * encoded_bytes(w) : most;
 }
 
 static int widest(const model *m) {
@@ -202,7 +216,13 @@ static void lay_out(pass *p, int32_t **first_row, int spans, int wanted) {
   p->x = take(sizeof(float) * p->rows * p->width);
   p->wide = take(sizeof(float) * p->rows * widest(m));
   p->mixed = take(sizeof(float) * p->rows * m->heads * m->dim);
-  p->encoded = take(largest_encoded(m, p->rows, wanted));
+  size_t normed = larger(0, &m->head, wanted), inner = 0;
+  for (int i = 0; i < m->layers; i++) {
+    normed = larger(larger(normed, &m->layer[i].qkv, p->rows), &m->layer[i].gate_up, p->rows);
+    inner = larger(larger(inner, &m->layer[i].out, p->rows), &m->layer[i].down, p->rows);
+  }
+  p->encoded = take(normed);
+  p->inner = take(inner);
 }
 
 static bool reserve(pass *p, int32_t **first_row, int spans, int wanted) {
@@ -259,7 +279,7 @@ int run_pass(const model *m, const int32_t *ints, int rows, int spans, int wante
   if (!all_known(m, ints, rows)) return 2;
   if (!reserve(&p, &first_row, spans, wanted)) return 1;
   cut_into_units(&p, all, spans, first_row);
-  p.attention = (attention){m, NULL, all, first_row, pages, max_pages, p.wide, p.mixed};
+  p.attention = (attention){.m = m, .spans = all, .first_row = first_row, .pages = pages, .max_pages = max_pages, .qkv = p.wide};
   run(&p, ints + rows + 3 * spans, wanted, logits, width);
   return 0;
 }

@@ -170,6 +170,25 @@ INLINE bool v_reaches(vec a, vec b) {
 }
 
 /* Sum and largest of sixteen, as a tree: halves, quarters, ... */
+#if defined(__AVX512F__)
+#define HALVED(op, a) op(_mm512_castps512_ps256((a).p[0]), _mm512_extractf32x8_ps((a).p[0], 1))
+#elif defined(__AVX2__)
+#define HALVED(op, a) op((a).p[0], (a).p[1])
+#endif
+#if defined(__AVX2__)
+INLINE float v_sum(vec a) {
+  __m256 eight = HALVED(_mm256_add_ps, a);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+INLINE float v_largest(vec a) {
+  __m256 eight = HALVED(_mm256_max_ps, a);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 INLINE float v_sum(vec a) {
   float x[16];
   v_store(x, a);
@@ -184,6 +203,7 @@ INLINE float v_largest(vec a) {
     for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
   return x[0];
 }
+#endif
 
 /* e^x to within 2 units of the last place, for x in [-87, 88]; outside it is that of the border, and what is no number
  * stays none. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]. */
@@ -230,6 +250,12 @@ INLINE void v_to_bf16(bf16 *p, vec a) {
     memcpy(p + i * WIDTH, &h, sizeof h);
   }
 #endif
+}
+
+/* a at place i of an array of this format: F32 or BF16. */
+INLINE void v_put(const int format, void *out, size_t i, vec a) {
+  if (format == BF16) v_to_bf16((bf16 *)out + i, a);
+  else v_store((float *)out + i, a);
 }
 
 INLINE lanes l_load(const void *p) {
