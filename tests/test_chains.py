@@ -161,7 +161,7 @@ def test_processed_scores_are_drawn_one_by_one(params, monkeypatch):
 
 
 def test_no_token_of_a_text_changes_and_passes_are_saved():
-    llm = LLM(tiny("llama"), tiny("llama"), runtime="native", max_batch_size=4)
+    llm = LLM(tiny("llama"), tiny("llama"), runtime="native", max_batch_size=4, draft_weight_format="none")
     prompts = [draws(20 + seed, seed) for seed in range(4)]
     for params in (SamplingParams(max_new_tokens=40), SamplingParams(max_new_tokens=40, temperature=0.8, seed=3)):
         plain = llm.generate(prompts, params, num_draft_tokens=0)

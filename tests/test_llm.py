@@ -204,6 +204,11 @@ OPTIONS = [
     ({"draft_dtype": "bfloat16"}, r"draft='ngram' has no model to load, so draft_dtype='bfloat16' cannot be honoured"),
     ({"draft": "int4", "draft_device": "cpu"}, r"drafts with the target's own weights, so draft_device='cpu' cannot"),
     ({"draft": "copy", "draft_dtype": "bfloat16"}, r"draft_dtype='bfloat16' cannot be honoured: the model object"),
+    ({"draft_weight_format": "int4"}, r"no model to load, so draft_weight_format='int4' cannot be honoured"),
+    (
+        {"draft": "copy", "draft_weight_format": "int3"},
+        r"draft_weight_format='int3' is not known; use none, int8, int4",
+    ),
 ]
 
 

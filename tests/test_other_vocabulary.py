@@ -170,7 +170,7 @@ def test_the_real_pair_the_other_way_and_in_a_list(shared):
 
 @pytest.mark.parametrize("policy", ("gain", "fixed"))
 def test_it_can_be_one_of_several(shuffled, policy):
-    llm = LLM(shuffled[0], ["suffix", shuffled[1]], policy=policy, max_batch_size=2)
+    llm = LLM(shuffled[0], ["suffix", shuffled[1]], policy=policy, max_batch_size=2, draft_weight_format="none")
     assert isinstance(llm.drafter, Several) and list(llm.drafter.drafters) == ["suffix", "model"]
     asked = [replace(PARAMS, temperature=temperature, seed=i) for i, temperature in enumerate((0, 0.8, 1.0, 0.8))]
     prompts = [[7, 200, 65 + i] for i in range(len(asked))]
@@ -224,7 +224,7 @@ def test_shared_pages_change_no_draft(folders, monkeypatch):
 @pytest.mark.parametrize("temperature", (0.0, 0.7, 1.0))
 def test_the_same_tokens_in_another_order_lose_nothing(shuffled, temperature):
     """Greedy and coupled: with noise keyed by the target's ids a model agrees with itself, also inside characters."""
-    llm = LLM(*shuffled, policy="fixed")
+    llm = LLM(*shuffled, policy="fixed", draft_weight_format="none")
     assert translating(llm).overlap == Overlap(256, 256, 256)
     result = llm.generate([7, 200, 65], replace(PARAMS, temperature=temperature, seed=3))
     assert result.stats.drafted > 20

@@ -13,11 +13,11 @@ from foredraft.weights.linear import PlainLinear, linear
 from foredraft.weights.quantize import (
     FORMATS,
     DynamicInt8Linear,
+    ForDrafting,
     Int4Linear,
     Int8Linear,
     Quantizer,
     dense,
-    for_drafting,
     quant_linear,
 )
 from foredraft.weights.rounding import GROUPS, pick_group, round_int4, round_int8, values_int4
@@ -199,11 +199,11 @@ def test_clipping_never_loses_to_the_whole_range():
 
 def test_layers_that_are_not_packed_stay_as_they_are():
     plain = PlainLinear(weight(16, 16))
-    assert for_drafting(plain) is plain
+    assert ForDrafting("int4")(plain) is plain
 
 
 def test_drafts_take_the_kernel_that_is_fastest_for_the_size():
     small, large = linear(weight(512, 512)), linear(weight(544, 512))
-    assert [type(for_drafting(layer)) for layer in (small, large)] == [Int8Linear, DynamicInt8Linear]
+    assert [type(ForDrafting("int4")(layer)) for layer in (small, large)] == [Int8Linear, DynamicInt8Linear]
     kinds = [type(quant_linear(dense(layer), None, "int8-dynamic")) for layer in (small, large)]
     assert kinds == [Int8Linear, DynamicInt8Linear]

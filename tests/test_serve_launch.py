@@ -18,10 +18,11 @@ from foredraft import LLM
 from foredraft.assembly import BUNDLED, bundled_draft
 from foredraft.errors import ModelError
 from foredraft.server.app import create_app
-from foredraft.server.launching import LaunchSpec, footprint, from_launch
+from foredraft.server.errors import ApiError
+from foredraft.server.launching import LaunchSpec, footprint, from_launch, from_speculative_launch
 from foredraft.server.models import Loader
 from foredraft.server.registry import Registry, load_registry
-from foredraft.server.schemas import LaunchRequest
+from foredraft.server.schemas import LaunchRequest, SpeculativeLaunchRequest
 from foredraft.server.settings import Settings
 
 ASK = {"prompt": "a", "max_tokens": 2}
@@ -132,6 +133,23 @@ def test_a_launch_by_name_drafts_as_the_library_does() -> None:
     spec = from_launch(LaunchRequest(target="foredraft-bundled", size_in_billions=0.01), registry)
     assert LLM(spec.target, spec.draft).drafter.name == LLM().drafter.name == "suffix, model"
     assert footprint(spec) == footprint(LaunchSpec("bundled"))
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, None), ("none", "none"), ("8-bit", "int8"), ("int4", "int4")])
+def test_bits_of_the_draft_model(asked: str | None, found: str | None) -> None:
+    registry = load_registry(Settings())
+    ours = LaunchRequest(draft_quantization=asked)
+    assert from_launch(ours, registry).draft_weight_format == found
+    sizes = {"model_size_in_billions": 0.01, "draft_model_size_in_billions": 0.001}
+    names = {"model_name": "foredraft-bundled", "draft_model_name": "foredraft-bundled"}
+    xinference = SpeculativeLaunchRequest(**names, **sizes, draft_quantization=asked)
+    assert from_speculative_launch(xinference, registry).draft_weight_format == found
+
+
+def test_bits_of_the_draft_model_that_are_not_known() -> None:
+    body = LaunchRequest(draft_quantization="3-bit")
+    with pytest.raises(ApiError, match="draft_quantization='3-bit' is not known; use none, int8, 8-bit, int4, 4-bit"):
+        from_launch(body, load_registry(Settings()))
 
 
 def test_what_is_no_model_takes_nothing_and_fails_when_it_is_loaded() -> None:

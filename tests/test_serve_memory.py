@@ -58,11 +58,12 @@ def test_flags_reach_the_launch() -> None:
     assert read_launches(ServeOptions(chat_template=template))[0].spec.chat_template == template
     with pytest.raises(RequestError, match=r"chat_template='nope\.jinja' cannot be read"):
         read_launches(ServeOptions(chat_template="nope.jinja"))
-    assert read_launches(ServeOptions(no_model=True, max_model_len=64)) == ()
+    assert read_launches(ServeOptions(no_model=True)) == ()
     with pytest.raises(
-        RequestError, match=r"--no-model contradicts --draft int4, --chat-template x\.jinja; leave one out"
+        RequestError,
+        match=r"--no-model contradicts --draft int4, --trust-remote-code, --max-model-len 64; leave one out",
     ):
-        read_launches(ServeOptions(no_model=True, draft="int4", chat_template="x.jinja"))
+        read_launches(ServeOptions(no_model=True, draft="int4", trust_remote_code=True, max_model_len=64))
     assert (read_launches(ServeOptions())[0].spec.cache_bytes, read_launches(ServeOptions())[0].spec.prefix_cache) == (
         None,
         True,

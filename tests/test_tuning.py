@@ -571,7 +571,7 @@ def test_tune_end_to_end(checkpoint: Path, brief: Path) -> None:
     answer = json.loads(done.stdout)
     rows = {row["name"]: row for row in answer["rows"]}
     assert set(rows) == {*drafting(), str(checkpoint)}
-    assert rows[str(checkpoint)]["alpha"] >= 0.9  # itself, in eight bits
+    assert rows[str(checkpoint)]["alpha"] > 0.1  # itself, in four bits, of random weights
     assert answer["trials"] == {"skip": 5, "int4+skip": 5}
     assert (answer["calibration_prompts"], answer["held_out_prompts"]) == (4, 2)
     assert answer["profile"] == str(out) and picture.exists()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foredraft.admission import CacheLimits, check_limits
 from foredraft.drafters.listed import automatic, check_listed, check_place, check_profile, make_drafters
-from foredraft.drafters.make import DraftContext, DraftSpec
+from foredraft.drafters.make import DraftContext, DraftSpec, check_format
 from foredraft.drafters.several import Several
 from foredraft.engine import Engine
 from foredraft.errors import RequestError
@@ -77,6 +77,7 @@ class DraftWishes:
     profile: str | Path | None = None
     force_profile: bool = False
     policy: str | DraftPolicy | None = None
+    weight_format: str | None = None
 
     @property
     def drafts(self) -> list[DraftSpec]:
@@ -92,7 +93,14 @@ class DraftWishes:
         make_policy(self.policy)
         check_listed(self.drafts)
         check_profile(self.drafts, self.profile, force=self.force_profile)
-        check_place(self.drafts, bundled, draft_dtype=self.dtype, draft_device=self.device)
+        check_format(self.weight_format)
+        check_place(
+            self.drafts,
+            bundled,
+            draft_dtype=self.dtype,
+            draft_device=self.device,
+            draft_weight_format=self.weight_format,
+        )
 
 
 class Parts(NamedTuple):
@@ -142,7 +150,14 @@ def assemble(
             )
         tokenizer.chat_template = template
     length = room.context(model.max_positions)
-    context = DraftContext(model, tokenizer, draft_options, wishes.profile, wishes.force_profile)
+    context = DraftContext(
+        model,
+        tokenizer,
+        draft_options,
+        wishes.profile,
+        wishes.force_profile,
+        weight_format=wishes.weight_format,
+    )
     drafts = wishes.drafts
     drafter = automatic(context, bundled) if drafts == ["auto"] else make_drafters(drafts, context)
     model.cache.max_slots = room.max_batch_size

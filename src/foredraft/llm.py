@@ -46,6 +46,8 @@ class LLM:
         dtype: "auto" keeps the checkpoint's; or float32, bfloat16, float16, by name or torch's own.
         device: "auto" is CUDA where there is one; cpu, cuda, cuda:N.
         draft_device, draft_dtype: the drafter's own; by default the target's.
+        draft_weight_format: bits of a draft model, which change no text: "int8", "int4", "none" (as it is). None: four
+            where it has more than a tenth of the target's bytes, else eight; on torch always eight, where that is fast.
         draft_profile: the skip profile of "skip" and "int4+skip"; by default the one that is kept for this model.
         force_profile: take a skip profile that was found for another model, if it fits.
         device_map: as transformers takes it, instead of `device`.
@@ -78,6 +80,7 @@ class LLM:
         device: str = "auto",
         draft_dtype: str | torch.dtype | None = None,
         draft_device: str | None = None,
+        draft_weight_format: str | None = None,
         draft_profile: str | Path | None = None,
         force_profile: bool = False,
         device_map: str | dict[str, Any] | None = None,
@@ -96,7 +99,7 @@ class LLM:
         parts = assemble(
             target,
             LoadOptions(dtype, device, device_map, trust_remote_code, runtime, weight_format),
-            DraftWishes(draft, draft_dtype, draft_device, draft_profile, force_profile, policy),
+            DraftWishes(draft, draft_dtype, draft_device, draft_profile, force_profile, policy, draft_weight_format),
             Room(max_model_len, max_batch_size, cache_bytes, prefix_cache),
             tokenizer=tokenizer,
             chat_template=chat_template,

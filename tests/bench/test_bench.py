@@ -184,7 +184,7 @@ def test_figures_are_those_of_the_runs(found: Bench) -> None:
 
 
 def test_prediction_of_a_perfect_draft_is_one_minus_nothing(llm: LLM) -> None:
-    own = LLM(tiny("llama"), tiny("llama"), tokenizer=words(), max_batch_size=1)
+    own = LLM(tiny("llama"), tiny("llama"), tokenizer=words(), max_batch_size=1, draft_weight_format="none")
     result = bench(own, TASKS[:2], replace(OPTIONS, lengths=(2,), rounds=1, predict=True))
     assert result.prediction is not None and result.prediction.alpha == 1.0
     assert result.drafting[0].stats.draft_acceptance_rate == 1.0

@@ -29,6 +29,7 @@ from foredraft.cli.options import (
     SAMPLING,
     DeviceFlag,
     DraftDeviceFlag,
+    DraftWeightFormatFlag,
     DtypeFlag,
     GpuFlag,
     JsonFlag,
@@ -71,6 +72,7 @@ class BenchFlags:
     runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     draft_device: DraftDeviceFlag = None
+    draft_weight_format: DraftWeightFormatFlag = None
     draft_profile: Annotated[
         Path | None,
         flag("--draft-profile", help=f"What {' and '.join(with_profile())} leave out: a file.", panel=MODEL),

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
 HISTORY_LENGTH = 1000
 LOCAL = (
-    "draft", "dtype", "weight_format", "runtime", "device", "draft_device", "draft_profile", "trust_remote_code", "gpu",
-    "policy", "chat_template",
+    "draft", "dtype", "weight_format", "runtime", "device", "draft_device", "draft_weight_format", "draft_profile",
+    "trust_remote_code", "gpu", "policy", "chat_template",
 )  # fmt: skip
 
 

@@ -47,6 +47,9 @@ class LaunchOptions(ServerOptions):
     quantization: Annotated[
         str | None, flag("--quantization", help="int4 or int8: round the target's weights.", panel=MODEL)
     ] = None
+    draft_quantization: Annotated[
+        str | None, flag("--draft-quantization", help="int4, int8 or none: of the draft model.", panel=MODEL)
+    ] = None
     dtype: Annotated[str, flag("--dtype", help="fp32, bf16, fp16, or auto.", panel=MODEL)] = "auto"
     device: DeviceFlag = "auto"
     max_model_len: Annotated[int | None, flag("--max-model-len", help="Tokens in all.", panel=MODEL)] = None
@@ -77,6 +80,7 @@ def launch(options: LaunchOptions) -> None:
         "draft_size_in_billions": options.draft_size,
         "uid": options.uid,
         "quantization": options.quantization,
+        "draft_quantization": options.draft_quantization,
         "dtype": options.dtype,
         "device": options.device,
         "max_model_len": options.max_model_len,

@@ -38,6 +38,14 @@ DeviceFlag = Annotated[str, flag("--device", help="cpu, cuda, cuda:N, or auto.",
 DraftDeviceFlag = Annotated[
     str | None, flag("--draft-device", help="The draft model's device. Default: the target's.", panel=MODEL)
 ]
+DraftWeightFormatFlag = Annotated[
+    str | None,
+    flag(
+        "--draft-weight-format",
+        help="Bits of the draft model, which change no text: int4, int8, none. Default: what suits its size.",
+        panel=MODEL,
+    ),
+]
 RemoteCodeFlag = Annotated[
     bool, flag("--trust-remote-code", help="Run Python code that comes with the model.", panel=MODEL)
 ]
@@ -74,6 +82,7 @@ class RunOptions:
     runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     draft_device: DraftDeviceFlag = None
+    draft_weight_format: DraftWeightFormatFlag = None
     draft_profile: Annotated[
         Path | None,
         flag("--draft-profile", help=f"What {' and '.join(with_profile())} leave out: a file.", panel=MODEL),

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 from foredraft.cli.console import busy, note
 from foredraft.cli.options import (
@@ -12,6 +12,7 @@ from foredraft.cli.options import (
     MODEL,
     ChatTemplateFlag,
     DeviceFlag,
+    DraftWeightFormatFlag,
     RuntimeFlag,
     WeightFormatFlag,
     flag,
@@ -48,6 +49,7 @@ class ServeOptions:
     runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
     draft_device: Annotated[str | None, flag("--draft-device", help="The draft model's device.", panel=MODEL)] = None
+    draft_weight_format: DraftWeightFormatFlag = None
     chat_template: ChatTemplateFlag = None
     trust_remote_code: Annotated[
         bool, flag("--trust-remote-code", help="Run Python code that comes with --model.", panel=MODEL)
@@ -191,6 +193,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         options.dtype,
         options.device,
         draft_device=options.draft_device,
+        draft_weight_format=options.draft_weight_format,
         policy=options.policy,
         max_model_len=options.max_model_len,
         max_batch_size=options.max_batch_size,
@@ -207,11 +210,19 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
 
 def _check_empty(options: ServeOptions) -> None:
     """Raises RequestError where something is said of the model that is not to be there."""
-    of_the_model = ("model", "draft", "uid", "dtype", "weight_format", "draft_device", "chat_template")
-    said = [name for name in of_the_model if getattr(options, name) != getattr(ServeOptions(), name)]
+    values = {name: getattr(options, name) for name in _of_the_model()}
+    said = {name: value for name, value in values.items() if value != getattr(ServeOptions(), name)}
     if said:
-        flags = ", ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in said)
+        words = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in said.items())
+        flags = ", ".join(words)
         raise RequestError(f"--no-model contradicts {flags}; leave one out: clients say it of the models they launch")
+
+
+def _of_the_model() -> list[str]:
+    """The flags that are listed with the model and its drafting, but for the one that there is none."""
+    hints = get_type_hints(ServeOptions, include_extras=True)
+    panels = {name: hint.__metadata__[0].rich_help_panel for name, hint in hints.items()}
+    return [name for name, panel in panels.items() if panel in (MODEL, DRAFTING) and name != "no_model"]
 
 
 def warn_if_open(host: str, settings: "Settings") -> None:

@@ -108,6 +108,7 @@ def open_llm(options: RunOptions, *, repeats: bool = False) -> "LLM":
         runtime=options.runtime,
         device=options.target_device,
         draft_device=options.draft_device,
+        draft_weight_format=options.draft_weight_format,
         draft_profile=options.draft_profile,
         chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,

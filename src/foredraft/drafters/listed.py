@@ -139,7 +139,7 @@ def _word(spec: DraftSpec) -> str:
 
 
 def check_place(drafts: Sequence[DraftSpec], bundled: Path | None, **place: str | torch.dtype | None) -> None:
-    """Raises RequestError where `draft_dtype` or `draft_device` is given and says nothing to any of these drafters."""
+    """Raises RequestError where one of these is given and says nothing to any of the drafters."""
     given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
     for draft in drafts:
         if isinstance(draft, PreTrainedModel):

@@ -19,7 +19,7 @@ from foredraft.models.load import LoadOptions, load_model
 from foredraft.models.pretrained import load_tokenizer
 from foredraft.upstream.modules import unwrapped
 from foredraft.weights.checkpoint import looks_like_path
-from foredraft.weights.quantize import for_drafting
+from foredraft.weights.quantize import ForDrafting, Quantizer, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,12 @@ class DraftContext:
     profile: str | Path | None = None  # which sub-layers a self-drafter skips; None: as kept for this model
     force_profile: bool = False  # take a profile that was found for another model
     remember: bool = True  # may it draft from outputs of earlier requests?
+    weight_format: str | None = None  # of a draft model: none (as it is), int8, int4; None: the best for its size
 
 
 DraftSpec = str | Path | PreTrainedModel | Drafter | None
+DRAFT_FORMATS: dict[str, WeightFormat] = {"int8": "int8-dynamic", "int4": "int4"}
+HEAVY = 0.1  # of the target's weights; from there on four bits save more time than their worse guesses cost
 
 
 def make_drafter(spec: DraftSpec, context: DraftContext) -> Drafter:
@@ -87,6 +90,12 @@ def _check_made(drafter: Drafter, vocab_size: int) -> None:
             )
 
 
+def check_format(name: str | None) -> None:
+    """Raises RequestError where a draft model cannot have its weights so."""
+    if name not in (None, "none", *DRAFT_FORMATS):
+        raise RequestError(f"draft_weight_format={name!r} is not known; use none, {', '.join(DRAFT_FORMATS)}")
+
+
 def check_name(spec: DraftSpec) -> None:
     """Raises RequestError where this looks like a drafter's name misspelt, rather than like a model."""
     if isinstance(spec, str) and spec not in DRAFTERS and not looks_like_path(spec) and "/" not in spec:
@@ -129,7 +138,7 @@ def _translating(
     logging.getLogger("foredraft").warning(
         "the draft model has another vocabulary, so drafts are translated by way of text: %s", by.overlap
     )
-    return TranslatingDrafter(model.variant(for_drafting), by)
+    return TranslatingDrafter(_for_drafting(model, context), by)
 
 
 def _from_object(model: PreTrainedModel, context: DraftContext) -> Drafter:
@@ -148,4 +157,13 @@ def _check_size(size: int, context: DraftContext, advice: str) -> None:
 
 
 def _drafting_with(model: CausalModel, context: DraftContext) -> Drafter:
-    return ModelDrafter(model.variant(for_drafting), context.target.vocab_size)
+    return ModelDrafter(_for_drafting(model, context), context.target.vocab_size)
+
+
+def _for_drafting(model: CausalModel, context: DraftContext) -> CausalModel:
+    """A draft model in fewer bits: its guesses change no text, and in eight bits they are hardly worse."""
+    asked = context.weight_format
+    if asked is None:
+        heavy = model.weight_bytes > HEAVY * context.target.weight_bytes
+        return model.variant(ForDrafting("int4" if heavy else "int8"))
+    return model if asked == "none" else model.variant(Quantizer(DRAFT_FORMATS[asked]))

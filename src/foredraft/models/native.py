@@ -25,7 +25,7 @@ from foredraft.native import library as native
 from foredraft.native.library import MOST_DIM, Library
 from foredraft.policy import StopRule
 from foredraft.weights.packed import FORMATS, Packed, pack, quantized, stacked, vector
-from foredraft.weights.quantize import Quantizer, for_drafting
+from foredraft.weights.quantize import ForDrafting, Quantizer
 from foredraft.weights.stored import StoredLinear
 
 EXACT = RowInvariance(min_rows=1, key_multiple=1, row_multiple=1, max_rows=129, exact=True, prefill=True)
@@ -138,12 +138,14 @@ class NativeModel:
         skip.check(self.num_layers)
         other = copy.copy(self)
         other.blocks = [block.without(skip) for block in self.blocks]
+        if isinstance(convert, ForDrafting):
+            convert = Quantizer(convert.weight_format)
         if isinstance(convert, Quantizer):
             other.blocks = [
                 block.converted(partial(quantized, self.library, quantizer=convert)) for block in other.blocks
             ]
             other.head = quantized(self.library, self.head, convert)
-        elif convert not in (unchanged, for_drafting):  # a draft model's own weights are as fast as any
+        elif convert is not unchanged:
             raise ModelError(f"the native runtime cannot convert its layers by {convert!r}; use runtime='torch'")
         other.call = other.prepared()
         return other

@@ -38,6 +38,7 @@ class LaunchSpec:
     device: str = "auto"
     draft_dtype: str | None = None
     draft_device: str | None = None
+    draft_weight_format: str | None = None
     device_map: str | None = None
     policy: str | None = None
     max_model_len: int | None = None
@@ -84,6 +85,7 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
         device,
         body.draft_dtype,
         body.draft_device,
+        draft_quantization(body.draft_quantization),
         device_map,
         body.policy,
         body.max_model_len,
@@ -98,10 +100,6 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
 def from_speculative_launch(body: SpeculativeLaunchRequest, registry: Registry) -> LaunchSpec:
     """Xinference's request. Raises ApiError, RequestError."""
     weight_format = quantization(body.quantization)
-    if body.draft_quantization not in (None, "none"):
-        advice = "leave it out, or name a converted draft model"
-        message = f"draft_quantization={body.draft_quantization!r} is not supported: {advice}"
-        raise ApiError(400, message, "draft_quantization")
     target = registry.resolve(body.model_name, body.model_size_in_billions, "model_name")
     draft = registry.resolve(body.draft_model_name, body.draft_model_size_in_billions, "draft_model_name")
     device, device_map = _placement(body.n_gpu, "auto")
@@ -110,18 +108,23 @@ def from_speculative_launch(body: SpeculativeLaunchRequest, registry: Registry) 
         target,
         draft,
         device=device,
+        draft_weight_format=draft_quantization(body.draft_quantization),
         device_map=device_map,
         weight_format=weight_format,
         draft_name=body.draft_model_name,
     )
 
 
-def quantization(name: str | None) -> str | None:
+def quantization(name: str | None, field: str = "quantization") -> str | None:
     """The weight format of a name as Xinference has it, or ours. Raises ApiError."""
     if name is None or name in QUANTIZATIONS:
         return QUANTIZATIONS[name or "none"]
-    message = f"quantization={name!r} is not known; use {', '.join(QUANTIZATIONS)}"
-    raise ApiError(400, message, "quantization")
+    raise ApiError(400, f"{field}={name!r} is not known; use {', '.join(QUANTIZATIONS)}", field)
+
+
+def draft_quantization(name: str | None) -> str | None:
+    """The same of a draft model, where saying nothing leaves the choice to us."""
+    return None if name is None else quantization(name, "draft_quantization") or "none"
 
 
 def _draft(name: str, size: Size, registry: Registry) -> str | Path:
@@ -180,6 +183,7 @@ def load(spec: LaunchSpec, room: int | None = None) -> LLM:
         device=spec.device,
         draft_dtype=spec.draft_dtype,
         draft_device=spec.draft_device,
+        draft_weight_format=spec.draft_weight_format,
         device_map=spec.device_map,
         trust_remote_code=spec.trust_remote_code,
         chat_template=spec.chat_template,

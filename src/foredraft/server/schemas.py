@@ -266,6 +266,7 @@ class LaunchRequest(Asked):
     draft_dtype: str | None = Field(None, max_length=20)
     draft_device: str | None = Field(None, max_length=20)
     quantization: str | None = Field(None, max_length=20)
+    draft_quantization: str | None = Field(None, max_length=20, description="None: what suits the draft's size.")
     n_gpu: int | Literal["auto"] | None = "auto"
     policy: Literal["gain", "fixed", "heuristic", "threshold"] | None = None
     max_model_len: int | None = Field(None, ge=2)

@@ -156,11 +156,20 @@ class DynamicInt8Linear(QuantLinear):
         return kernels.unpack_int8_dynamic(self.packed)
 
 
-def for_drafting(layer: Any) -> Any:
-    """A packed layer of a draft model in the eight bits that are fastest for its size; others stay as they are."""
-    if not isinstance(layer, PackedLinear) or layer.read is not None:
-        return layer
-    return quant_linear(layer.dense(), layer.bias, "int8-dynamic")
+@dataclass(frozen=True, slots=True)
+class ForDrafting:
+    """Rounds a draft model: on the native runtime to `weight_format`.
+
+    On torch a packed layer gets the eight bits that are fastest for its size, for fewer are slower there; other layers
+    stay as they are.
+    """
+
+    weight_format: WeightFormat
+
+    def __call__(self, layer: Any) -> Any:
+        if not isinstance(layer, PackedLinear) or layer.read is not None:
+            return layer
+        return quant_linear(layer.dense(), layer.bias, "int8-dynamic")
 
 
 FORMATS: dict[WeightFormat, Callable[[torch.Tensor, torch.Tensor | None], QuantLinear]] = {
