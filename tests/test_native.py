@@ -29,6 +29,7 @@ from foredraft.models.rows import RowBatch, Span, plan
 from foredraft.native import library
 from foredraft.structured import mask
 from foredraft.weights.choice import quantise
+from foredraft.weights.memory import WeightMemory
 from foredraft.weights.packed import Packed, Part, pack, quantized, stacked
 from foredraft.weights.quantize import Quantizer
 
@@ -89,12 +90,12 @@ def test_a_mask_leaves_what_is_allowed_and_what_is_no_number(isa, count):
 
 def packed(form: str, weight: torch.Tensor, bias: torch.Tensor) -> Packed:
     rows = stacked([Part(weight.bfloat16() if form == "bfloat16" else weight, bias)])
-    made = pack(library.load(), rows, weight.shape[1])
+    made = pack(library.load(), rows, weight.shape[1], WeightMemory())
     if form in ("float32", "bfloat16"):
         return made
     kind, _, group = form.partition("-")
     quantizer = Quantizer("int4", int(group)) if kind == "int4" else Quantizer("int8-dynamic")
-    return quantized(library.load(), made, quantizer)
+    return quantized(library.load(), made, quantizer, WeightMemory())
 
 
 def product(layer: Packed, x: torch.Tensor, isa: str, threads: int = 2) -> torch.Tensor:

@@ -24,6 +24,7 @@ from foredraft.models.rows import RowBatch, RowInvariance, Span
 from foredraft.native import library as native
 from foredraft.native.library import MOST_DIM, Library
 from foredraft.policy import StopRule
+from foredraft.weights.memory import WeightMemory
 from foredraft.weights.packed import FORMATS, Packed, pack, quantized, stacked, vector
 from foredraft.weights.quantize import ForDrafting, Quantizer
 from foredraft.weights.stored import StoredLinear
@@ -94,11 +95,12 @@ class NativeModel:
         self.eps: float = base.norm.variance_epsilon
         self.embedding = base.embed_tokens.weight.detach().contiguous()
         self.norm = vector(base.norm.weight, self.sizes.width)
+        memory = WeightMemory()
         self.blocks = [
-            block_of(library, layer, i, window(config, i) or 0, self.sizes, consume=consume)
+            block_of(library, layer, i, window(config, i) or 0, self.sizes, memory, consume=consume)
             for i, layer in enumerate(base.layers)
         ]
-        self.head = pack(library, stacked([part_of(model.get_output_embeddings())]), self.sizes.hidden)
+        self.head = pack(library, stacked([part_of(model.get_output_embeddings())]), self.sizes.hidden, memory)
         self.rope = Rope(base.rotary_emb)
         s = self.sizes
         self.cache = PageCache(PageShape(self.num_layers, s.kv_heads, s.dim, self.dtype))
@@ -141,10 +143,9 @@ class NativeModel:
         if isinstance(convert, ForDrafting):
             convert = Quantizer(convert.weight_format)
         if isinstance(convert, Quantizer):
-            other.blocks = [
-                block.converted(partial(quantized, self.library, quantizer=convert)) for block in other.blocks
-            ]
-            other.head = quantized(self.library, self.head, convert)
+            rounded = partial(quantized, self.library, quantizer=convert, memory=WeightMemory())
+            other.blocks = [block.converted(rounded) for block in other.blocks]
+            other.head = rounded(self.head)
         elif convert is not unchanged:
             raise ModelError(f"the native runtime cannot convert its layers by {convert!r}; use runtime='torch'")
         other.call = other.prepared()

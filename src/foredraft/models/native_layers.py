@@ -16,6 +16,7 @@ from foredraft.models.base import SkipSet
 from foredraft.models.family import linears
 from foredraft.native import library as native
 from foredraft.native.library import BLOCK, Library
+from foredraft.weights.memory import WeightMemory
 from foredraft.weights.packed import Packed, Part, interleaved, of_stored, pack, round_up, stacked, vector
 from foredraft.weights.stored import StoredLinear
 
@@ -84,7 +85,9 @@ def head_norms(attention: Any) -> tuple[Any, ...]:
     return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
 
 
-def block_of(library: Library, layer: Any, index: int, seen: int, sizes: Sizes, *, consume: bool) -> Block:
+def block_of(
+    library: Library, layer: Any, index: int, seen: int, sizes: Sizes, memory: WeightMemory, *, consume: bool
+) -> Block:
     """A transformers layer packed; `seen`: the tokens of its window, 0 for all. `consume` empties what was packed."""
     s, a, m = sizes, layer.self_attn, layer.mlp
     qkv, out, gate_up, down = ([part_of(linear) for linear in products] for products in linears(layer))
@@ -93,10 +96,10 @@ def block_of(library: Library, layer: Any, index: int, seen: int, sizes: Sizes, 
         seen,
         [vector(n.weight, s.width) for n in (layer.input_layernorm, layer.post_attention_layernorm)],
         [vector(n.weight, s.dim) for n in head_norms(a)],
-        pack(library, stacked([_padded_heads(part, s) for part in qkv]), s.hidden),
-        pack(library, stacked([_padded_inputs(part, s) for part in out]), s.heads * s.dim),
-        pack(library, interleaved(*gate_up), s.hidden),
-        pack(library, stacked(down), m.down_proj.in_features),
+        pack(library, stacked([_padded_heads(part, s) for part in qkv]), s.hidden, memory),
+        pack(library, stacked([_padded_inputs(part, s) for part in out]), s.heads * s.dim, memory),
+        pack(library, interleaved(*gate_up), s.hidden, memory),
+        pack(library, stacked(down), m.down_proj.in_features, memory),
     )
     for linear in chain(*linears(layer)) if consume else ():
         _empty(linear)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from foredraft.native.library import BLOCK, Format, Library, Linear
+from foredraft.weights.memory import WeightMemory
 from foredraft.weights.quantize import Quantizer
 from foredraft.weights.rounding import check_group, pick_group, round_int4, round_int8
 from foredraft.weights.stored import StoredLinear
@@ -165,18 +166,18 @@ def vector(values: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(values.detach().float(), (0, size - len(values))).contiguous()
 
 
-def pack(library: Library, rows: Rows, inputs: int) -> Packed:
+def pack(library: Library, rows: Rows, inputs: int, memory: WeightMemory) -> Packed:
     """A layer of fp32 or bf16 weights, or of codes."""
     if rows.grid is not None:
-        return _pack_codes(library, rows, rows.grid)
+        return _pack_codes(library, rows, rows.grid, memory)
     form = FORMATS[rows.dtype]
     padded = round_up(inputs, BLOCK)
-    out = torch.empty(len(rows.addresses), padded, dtype=rows.dtype)
+    out = memory.empty((len(rows.addresses), padded), rows.dtype)
     library.pack(form, rows.addresses, inputs, padded, out.data_ptr(), torch.get_num_threads())
     return Packed(out, rows.bias, form, len(rows.addresses), padded)
 
 
-def quantized(library: Library, layer: Packed, quantizer: Quantizer) -> Packed:
+def quantized(library: Library, layer: Packed, quantizer: Quantizer, memory: WeightMemory) -> Packed:
     """The same layer in four or eight bits; one that has them stays as it is.
 
     Raises:
@@ -185,7 +186,7 @@ def quantized(library: Library, layer: Packed, quantizer: Quantizer) -> Packed:
     if layer.form not in FORMATS.values():
         return layer
     part = _int4(layer.dense(), quantizer.group) if quantizer.weight_format == "int4" else _int8(layer.dense())
-    made = replace(pack(library, stacked([part]), part.weight.shape[1]), bias=layer.bias)
+    made = replace(pack(library, stacked([part]), part.weight.shape[1], memory), bias=layer.bias)
     quantizer.nbytes += made.nbytes
     return made
 
@@ -205,11 +206,12 @@ def _int8(weight: torch.Tensor) -> Part:
     return Part((codes.view_as(weight).int() + 128).to(torch.uint8), grid=grid)
 
 
-def _pack_codes(library: Library, rows: Rows, grid: torch.Tensor) -> Packed:
+def _pack_codes(library: Library, rows: Rows, grid: torch.Tensor, memory: WeightMemory) -> Packed:
     """Of codes in whole groups; `grid` is [outputs, groups, 1 or 2]."""
     form = Format.INT4 if grid.shape[2] == 2 else Format.INT8
     outputs, inputs = len(rows.addresses), rows.owners[0].shape[1]
-    lanes = torch.empty(outputs, inputs // form.inputs_per_lane, dtype=torch.int32)
+    lanes = memory.empty((outputs, inputs // form.inputs_per_lane), torch.int32)
     library.pack(form, rows.addresses, inputs, inputs, lanes.data_ptr(), torch.get_num_threads())
-    by_block = grid.view(-1, BLOCK, *grid.shape[1:]).permute(0, 2, 3, 1).contiguous()
-    return Packed(lanes, rows.bias, form, outputs, inputs, by_block, inputs // grid.shape[1])
+    by_block = grid.view(-1, BLOCK, *grid.shape[1:]).permute(0, 2, 3, 1)
+    kept = memory.empty(by_block.shape, grid.dtype).copy_(by_block)
+    return Packed(lanes, rows.bias, form, outputs, inputs, kept, inputs // grid.shape[1])
