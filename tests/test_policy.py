@@ -193,11 +193,22 @@ def test_one_disturbed_pass_among_the_first_is_forgotten():
     assert rows.slope < 0.25
 
 
+def test_so_many_of_the_same_are_as_one_by_one():
+    for memory, before, times in ((30, 0, 5), (30, 28, 7), (8, 40, 3), (200, 1, 0)):
+        one, all_ = Average(0.6, 8, memory), Average(0.6, 8, memory)
+        for _ in range(before):
+            one.add(0.25), all_.add(0.25)
+        for _ in range(times):
+            one.add(1.0)
+        all_.add_same(1.0, times)
+        assert (all_.count, all_.value) == (one.count, pytest.approx(one.value, abs=1e-12))
+
+
 def test_calibration_learns_what_a_confidence_is_worth():
     calibration = ConfidenceBins()
     assert calibration.probability(0.95) == pytest.approx(0.95)
     for i in range(400):
-        calibration.add(0.95, i % 2 == 0)
+        calibration.add([0.95], i % 2)
     assert calibration.probability(0.95) == pytest.approx(0.5, abs=0.02)
     assert calibration.probability(0.05) == pytest.approx(0.05)
     assert calibration.probability(1.0) == calibration.probability(0.95)

@@ -31,6 +31,14 @@ class Average:
         self.count += 1
         self.value += (value - self.value) / min(self.count, self.memory)
 
+    def add_same(self, value: float, times: int) -> None:
+        """`add`, so many times."""
+        young = max(0, min(times, self.memory - self.count))  # of these it takes the plain mean
+        share = self.count / (self.count + young) if young else 1.0
+        share *= (1 - 1 / self.memory) ** (times - young)
+        self.count += times
+        self.value = value + (self.value - value) * share
+
     def add_all(self, mean: float, times: int) -> None:
         """So many values of this mean, at once."""
         self.count += times

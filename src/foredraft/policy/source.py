@@ -32,16 +32,16 @@ class ConfidenceBins:
         self.accepted = [2 * (i + 0.5) / self.bins for i in range(self.bins)]
         self.seen = [2.0] * self.bins
 
-    def _bin(self, confidence: float) -> int:
-        return min(self.bins - 1, max(0, int(confidence * self.bins)))
-
-    def add(self, confidence: float, accepted: bool) -> None:
-        i = self._bin(confidence)
-        self.accepted[i] = self.memory * self.accepted[i] + accepted
-        self.seen[i] = self.memory * self.seen[i] + 1
+    def add(self, confidences: Sequence[float], kept: int) -> None:
+        """Of tokens that were verified, of which the first so many were accepted."""
+        bins, memory, accepted, seen = self.bins, self.memory, self.accepted, self.seen
+        for place, confidence in enumerate(confidences):
+            i = min(bins - 1, max(0, int(confidence * bins)))
+            accepted[i] = memory * accepted[i] + (place < kept)
+            seen[i] = memory * seen[i] + 1
 
     def probability(self, confidence: float) -> float:
-        i = self._bin(confidence)
+        i = min(self.bins - 1, max(0, int(confidence * self.bins)))
         return self.accepted[i] / self.seen[i]
 
 
@@ -57,9 +57,9 @@ class Blend:
     def __post_init__(self) -> None:
         self.own = defaultdict(partial(Average, memory=self.memory))
 
-    def add(self, request: Request, value: float) -> None:
-        self.all.add(value)
-        self.own[request].add(value)
+    def add(self, request: Request, value: float, times: int = 1) -> None:
+        self.all.add_same(value, times)
+        self.own[request].add_same(value, times)
 
     def of(self, request: Request) -> float:
         own = self.own.get(request)
@@ -213,9 +213,9 @@ class Source:
     def go_on(self, request: Request, confidences: tuple[float, ...], costs: BatchCosts) -> bool:
         """Whether the next token's expected gain exceeds its price, part of it shared with those likely to draft it."""
         depth = len(confidences)
-        shared, own = self._prices(costs, depth)
+        shared, own = self._prices(costs, depth + 1)
         going = max(1, self.open.get(depth - 1, 1))  # not all ask at every depth
-        go_on = self.survival(request, confidences) > shared / going + own
+        go_on = self.survival(request, confidences) > shared[depth] / going + own[depth]
         self.open[depth] = self.open.get(depth, 0) + go_on
         return go_on
 
@@ -223,25 +223,27 @@ class Source:
         """`go_on` in numbers."""
         chances = [accepted / seen for accepted, seen in zip(self.bins.accepted, self.bins.seen, strict=True)]
         survivals: list[float | None] = [self.alpha.of(request) for request in requests]
-        prices = [self._prices(costs, depth) for depth in range(most)]
-        return StopRule(survivals, chances, [it[0] for it in prices], [it[1] for it in prices], self.open.get(0, 1))
+        return StopRule(survivals, chances, *self._prices(costs, most), self.open.get(0, 1))
 
-    def _prices(self, costs: BatchCosts, depth: int) -> tuple[float, float]:
-        """Tokens that one at this depth, not the first, costs: all that draft it together, and each of them.
+    def _prices(self, costs: BatchCosts, most: int) -> tuple[list[float], list[float]]:
+        """Tokens that one at each depth costs: all that draft it together, and each of them. The first is always made.
 
         Before anything is known of a drafter it gets no further than a trial would. A rare trial has two tokens
         whatever is known: from drafts of one nobody learns what one more costs.
         """
-        if self.probing and depth < 2:
-            return 0.0, 0.0
-        if not self.drafting and depth >= TRIED:
-            return math.inf, 0.0
-        sharing, row = max(1, self.open.get(0, 1)), costs.row_price(depth, costs.batch)
-        shared = self.line(sharing).slope
+        sharing, free = max(1, self.open.get(0, 1)), min(costs.free_rows - 1, most)
+        own = [0.0] * free + [costs.rate * costs.row] * (most - free)
+        shared = [costs.rate * self.line(sharing).slope] * most
         if costs.padded:
-            shared, row = shared + costs.batch * row, 0.0
-        stay = 0.75 + 0.25 * self.kept[depth].value if sharing > 1 and depth in self.kept else 1.0
-        return costs.rate * shared / stay, costs.rate * row
+            shared, own = [price + costs.batch * row for price, row in zip(shared, own, strict=True)], [0.0] * most
+        for depth, kept in self.kept.items() if sharing > 1 else ():
+            if depth < most:
+                shared[depth] /= 0.75 + 0.25 * kept.value
+        if not self.drafting:
+            shared[TRIED:] = [math.inf] * (most - TRIED)
+        if self.probing:
+            shared[:2] = own[:2] = [0.0] * min(2, most)
+        return shared, own
 
     def end_step(self) -> None:
         self.idle += 1
@@ -254,10 +256,12 @@ class Source:
 
     def learn(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         kept = len(verdict.accepted)
-        for i in range(min(kept + 1, len(draft))):
-            self.alpha.add(request, i < kept)
-            if draft.confidences:
-                self.bins.add(draft.confidences[i], i < kept)
+        if kept:
+            self.alpha.add(request, 1.0, kept)
+        if kept < len(draft):
+            self.alpha.add(request, 0.0)
+        if draft.confidences:
+            self.bins.add(draft.confidences[: kept + 1], kept)
 
     def forget(self, request: Request) -> None:
         self.alpha.own.pop(request, None)
