@@ -13,6 +13,7 @@ from foredraft.types import Draft, Request, SamplingParams, Verdict
 MIN_ROWS = 4
 HELD = (0.0, 0.0, 0.0, 15.0, 60.0)  # what another process' turn adds to a pass
 RIGHT, WRONG = 1, 0  # the tokens of a draft
+LENGTH = 300  # tokens of a text
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class World:
     hard: float = 0.0  # times as often
     quick_share: float = 0.0  # of the drafts, which take a tenth
     busy_steps: int = 0  # so many at first in which other processes run now and then
+    prompt: int = 1  # tokens that a text begins with
 
     def shared(self, batch: int) -> float:
         return 1 + self.share_of_batch * (batch - 1)
@@ -145,7 +147,7 @@ class Guesser:
         self.eases.pop(request, None)
 
 
-def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300) -> list[Clock]:
+def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = LENGTH) -> list[Clock]:
     """Decode so many tokens per request of the batch with one drafter; a clock for each of the world's phases."""
     return run_with(
         [
@@ -168,14 +170,14 @@ def run(world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, le
 
 
 def run_with(
-    kinds: Sequence[Kind], world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = 300
+    kinds: Sequence[Kind], world: World, policy: DraftPolicy, tokens: int = 6000, seed: int = 0, length: int = LENGTH
 ) -> list[Clock]:
     """The same with these drafters."""
     source, now = Random(seed), [0.0, 0]  # seconds of drafting, steps
     guessers = [Guesser(world, kind, source, now) for kind in kinds]
     drafter = guessers[0] if len(guessers) == 1 else Several(guessers, clock=lambda: now[0] * 1e-3)
     clocks = []
-    requests = [fresh() for _ in range(world.batch)]
+    requests = [fresh(length, world.prompt) for _ in range(world.batch)]
     phases = max(len(kind.alphas) for kind in kinds)
     for phase in range(phases):
         clock = Clock()
@@ -187,13 +189,13 @@ def run_with(
                 if request.num_output > length:
                     policy.forget(request)
                     drafter.forget(request)
-                    requests[i] = fresh()
+                    requests[i] = fresh(length, world.prompt)
         clocks.append(clock)
     return clocks
 
 
-def fresh() -> Request:
-    return Request([1], SamplingParams(), seed=0, stop_rule=lambda token: False)
+def fresh(length: int = LENGTH, prompt: int = 1) -> Request:
+    return Request([1] * prompt, SamplingParams(max_new_tokens=length), seed=0, stop_rule=lambda token: False)
 
 
 def step(

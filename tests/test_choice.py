@@ -88,6 +88,19 @@ def test_a_drafter_that_never_pays_costs_nothing_after_a_short_trial() -> None:
     assert late.rate >= 0.98 * run_with([WRONG], World(), Fixed(0), 2000)[0].rate
 
 
+@pytest.mark.parametrize("batch", (1, 4))
+@pytest.mark.parametrize("policy", (Gain, Choice))
+def test_a_long_prompt_is_not_read_where_a_short_answer_gains_less(policy: type[Gain | Choice], batch: int) -> None:
+    """Drafting pays here for whoever has read the text, and reading it takes ten steps."""
+    reader, world = Kind("reader", (0.8,), 0.1, catch_up=0.025), World(batch=batch, padded=False, prompt=400)
+    kinds = [reader] if policy is Gain else [look(0.02, finds=0.1), reader]
+    plain = run_with(kinds, world, Fixed(0), 500, length=24)[0]
+    drafted = run_with(kinds, world, policy(), 3000, length=24)[0]
+    assert drafted.rate >= 0.97 * plain.rate
+    long = run_with(kinds, world, policy(), 6000, length=400)[0]
+    assert long.rate >= 1.2 * run_with(kinds, world, Fixed(0), 1000, length=400)[0].rate
+
+
 def test_trials_wait_longer_and_longer_up_to_their_share_of_the_time() -> None:
     trials, waits, now = Trials(share=0.01), [], 0.0
     for _ in range(12):

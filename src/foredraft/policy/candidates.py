@@ -42,14 +42,14 @@ class Candidate(Source):
         """Drafting for these took so long, the longest so many tokens."""
         length = max(1, longest)
         known = self.line(len(requests)).at(length)
-        behind = max(self.reads(request) for request in requests)
+        unread = [self.reads(request) for request in requests]
         if self.round is not None:  # twice what is usual is something else that ran
             self.round.seconds, self.round.longest = min(seconds, 2 * known) if known else seconds, longest
             self.round.first = self.rested
-            if behind > MUCH:
+            if max(unread) > MUCH:
                 self.round.cold, self.round.seconds = True, seconds
                 self.round.reading = max(0.0, seconds - known)
-        self.took(length, seconds, len(requests), behind=behind)
+        self.took(length, seconds, len(requests), unread=unread)
 
     def learn(self, request: Request, draft: Draft, verdict: Verdict) -> None:
         super().learn(request, draft, verdict)

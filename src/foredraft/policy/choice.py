@@ -184,10 +184,17 @@ class Choice:
             if not others:
                 source.trials.paid(elapsed, step)
             elif elapsed >= source.trials.due and not tried:
+                others = [request for request in others if not self._too_long(source, request)]
+                if not others:
+                    continue
                 displaced = sum(self.picks.get(request, PLAIN).gain for request in others)
                 source.round = Round(frozenset(others), 0.0, True, displaced)
                 self.picks.update(dict.fromkeys(others, Pick(name)))
                 tried = True
+
+    def _too_long(self, source: Candidate, request: Request) -> bool:
+        gain, _ = source.worth([source.alpha.of(request)] * self.costs.batch, self.costs.now, self.rate)
+        return source.too_long(request, gain / self.costs.batch, self.rate)
 
     def took(self, name: str, seconds: float, requests: Sequence[Request], longest: int) -> None:
         """What it took a drafter to draft for these requests, the longest so many tokens."""

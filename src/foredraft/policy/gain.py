@@ -25,7 +25,7 @@ class Step:
     trying: set[Request] = field(default_factory=set)
     right: int = 0
     made: int = 0
-    behind: int = 0  # tokens of a text that the drafter has to read first, the most of any
+    unread: list[int] = field(default_factory=list)  # tokens that the drafter has to read first, of each of these
 
 
 class Gain:
@@ -65,10 +65,12 @@ class Gain:
         if costs.plain_is_due:
             return 0
         self.step.asked.append(request)
-        if self._pays(request):
+        gain = self._gains(request)
+        too_long = self.source.too_long(request, gain, costs.now.plain_rate)
+        if gain > 0 and not too_long:
             self.fruitless = 0
             return self._begin(request, self.num_draft_tokens)
-        if costs.elapsed < self.source.trials.due:
+        if too_long or costs.elapsed < self.source.trials.due:
             return 0
         self.step.trying.add(request)
         self.source.probing |= self.source.trials.rare(costs.now.plain.value)
@@ -79,17 +81,17 @@ class Gain:
 
     def _begin(self, request: Request, most: int) -> int:
         self.step.drafting.add(request)
-        self.step.behind = max(self.step.behind, self.source.reads(request))
+        self.step.unread.append(self.source.reads(request))
         return self.source.begin(most)
 
-    def _pays(self, request: Request) -> bool:
-        """Whether drafting pays for this request and those of the step before together, and for it at all.
+    def _gains(self, request: Request) -> float:
+        """Tokens that this request gains where it and those of the step before draft together; 0: it does not pay.
 
-        Also for the times that it is asked and there is no draft.
+        Less what the times cost that it is asked and there is no draft.
         """
         alpha, found, now = self.source.alpha.of(request), self.found.of(request), self.costs.now
         gain = found * self._gain_of(request) - (1 - found) * now.plain_rate * self.asking.value
-        return gain > 0 and alpha > now.rate * now.row_price(0, now.batch)
+        return gain if alpha > now.rate * now.row_price(0, now.batch) else 0.0
 
     def _gain_of(self, request: Request) -> float:
         """Tokens that each gains where this request and those of the step before draft together; 0: it does not pay."""
@@ -141,7 +143,7 @@ class Gain:
             return
         step, self.step = self.step, Step()
         first = self.source.rested
-        if step.longest and self.source.took(step.longest, times.drafting, times.batch, behind=step.behind):
+        if step.longest and self.source.took(step.longest, times.drafting, times.batch, unread=step.unread):
             self.gained[times.batch].add(
                 times.emitted - self.costs.now.plain_rate * self._believed(step.longest, times)
             )

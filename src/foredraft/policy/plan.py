@@ -101,7 +101,8 @@ def _promises(
     alphas = {r: source.alpha.of(r) for r in requests if r.drafter in (None, name)}
     _, depth = source.worth(list(alphas.values()), costs, rate)
     row = 0.0 if costs.padded else rate * costs.row
-    return {request: Pick(name, _geometric(alpha, depth) - row * depth) for request, alpha in alphas.items() if depth}
+    gains = {request: _geometric(alpha, depth) - row * depth for request, alpha in alphas.items() if depth}
+    return {request: Pick(name, gain - source.entry(request, gain, rate)) for request, gain in gains.items()}
 
 
 def _geometric(ratio: float, count: int) -> float:
@@ -119,6 +120,8 @@ def _total(picks: Mapping[Request, Pick], sources: Mapping[str, Source], costs: 
             total, paid = total + pick.gain, max(paid, pick.length)
     for name, group in groups.items():
         if group:
-            gain, _ = sources[name].worth([sources[name].alpha.of(request) for request in group], costs, rate, paid)
-            total += gain * sources[name].trust()
+            source = sources[name]
+            gain, _ = source.worth([source.alpha.of(request) for request in group], costs, rate, paid)
+            entries = [source.entry(request, gain / len(group), rate) for request in group]
+            total += gain * source.trust() - sum(entries)
     return total

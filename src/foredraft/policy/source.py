@@ -128,6 +128,7 @@ class Source:
         self.drafting: dict[int, Line] = {}  # seconds over the tokens of a draft, by the requests that draft together
         self.idle = SOON  # steps since it drafted last
         self.read: dict[Request, int] = {}  # tokens of a text when it drafted for it last
+        self.reading = Average()  # seconds that a token takes which it has to read first
         self.trials = Trials()
         self.promised, self.gained = Average(), Average()  # tokens a step
         self.hope = Average(memory=3)  # acceptance in the latest trials
@@ -137,23 +138,41 @@ class Source:
 
     # --- what it costs ----------------------------------------------------------------------------------------------
 
+    def unread(self, request: Request) -> int:
+        """How many tokens of a text are new to the drafter."""
+        return len(request.token_ids) - self.read.get(request, 0)
+
     def reads(self, request: Request) -> int:
-        """How many tokens of a text are new to the drafter, which reads them now."""
-        before, now = self.read.get(request, 0), len(request.token_ids)
-        self.read[request] = now
-        return now - before
+        """`unread`; it reads them now."""
+        count = self.unread(request)
+        self.read[request] = len(request.token_ids)
+        return count
+
+    def entry(self, request: Request, gain: float, rate: float) -> float:
+        """Tokens a step that it costs to read the text first, over the steps left if each gains so many."""
+        unread = self.unread(request)
+        if unread <= MUCH or self.reading.value <= 0:
+            return 0.0
+        return rate * self.reading.value * unread * (1 + gain) / max(1, request.remaining)
 
     @property
     def rested(self) -> bool:
         """Whether so many steps went by without it that the processor's caches hold little of it."""
         return self.idle >= SOON
 
-    def took(self, length: int, seconds: float, sharing: int, *, behind: int = 0) -> bool:
-        """What a draft took, the longest of its step. Returns whether that is typical.
+    def too_long(self, request: Request, gain: float, rate: float) -> bool:
+        """Whether it would pay but for what it has to read first: then there is nothing to try."""
+        return 0 < gain <= self.entry(request, gain, rate)
 
-        After a rest, or with much text to read first, it says little: it can only lower the price.
+    def took(self, length: int, seconds: float, sharing: int, *, unread: Sequence[int] = ()) -> bool:
+        """What a draft took, the longest of its step, with so many tokens of each text to read first.
+
+        Returns whether that is typical. After a rest, or with much to read, it says little: it can only lower the price.
         """
-        typical = not self.rested and behind <= MUCH
+        much = max(unread, default=0) > MUCH
+        typical = not self.rested and not much
+        if much and self.drafting:
+            self.reading.add((seconds - self.line(sharing).at(length)) / sum(unread))
         if typical:
             self.drafting.setdefault(sharing, Line(decay=0.97))
         line = self.drafting.get(sharing)
