@@ -13,7 +13,7 @@ from foredraft.drafters.base import NoDrafter
 from foredraft.engine import Engine
 from foredraft.models.rows import PREFILL_CHUNK, RowInvariance
 from foredraft.policy import Fixed
-from foredraft.scheduler import LEAST, PIECE, PREFILL_BUDGET
+from foredraft.scheduler import LEAST, PIECE, PREFILL_BUDGET, SHORT
 from foredraft.types import Request
 
 VOCAB, LONG, STREAMS = 8, 2000, 3
@@ -46,7 +46,7 @@ def crowded(invariance: RowInvariance, budget: int | None = None) -> tuple[Engin
     engine.keep_pace()
     if budget is not None:
         engine.pace = Steady(budget)  # type: ignore[assignment]
-    streams = [new_request(Ask([1, 2, i], SamplingParams(max_new_tokens=1000), seed=i)) for i in range(STREAMS)]
+    streams = [new_request(Ask([1, 2, i], SamplingParams(max_new_tokens=2000), seed=i)) for i in range(STREAMS)]
     for request in streams:
         engine.add(request)
     engine.step()
@@ -68,7 +68,7 @@ def test_every_stream_gets_a_token_in_every_step_beside_long_prompts(invariance,
     assert max(model.passes[begun:]) <= PREFILL_BUDGET + 8 * invariance.min_rows
 
 
-@pytest.mark.parametrize(("budget", "chunk"), [(1, LEAST), (40, 32), (100, 96), (10_000, PREFILL_CHUNK)])
+@pytest.mark.parametrize(("budget", "chunk"), [(1, LEAST), (42, 40), (103, 100), (10_000, PREFILL_CHUNK)])
 def test_chunks_beside_streams_are_as_small_as_the_pace_says(budget, chunk):
     engine, _, model = crowded(ANYWHERE, budget)
     late = new_request(Ask(draws(LONG, 1), SamplingParams(max_new_tokens=2)))
@@ -81,6 +81,19 @@ def test_chunks_beside_streams_are_as_small_as_the_pace_says(budget, chunk):
         assert late.cached % PIECE == 0 or late.cached == LONG
         assert late.cached // PREFILL_CHUNK == reach // PREFILL_CHUNK or late.cached % PREFILL_CHUNK == 0
     assert max(model.passes[begun:]) == chunk + STREAMS
+
+
+def test_short_prompts_are_read_at_once_and_the_rest_of_a_long_one_is_not():
+    engine, _, _ = crowded(ANYWHERE, 1)
+    short = new_request(Ask(draws(SHORT, 1), SamplingParams(max_new_tokens=2)))
+    long = new_request(Ask(draws(SHORT + LEAST, 2), SamplingParams(max_new_tokens=2)))
+    engine.add(short)
+    engine.add(long)
+    engine.step()
+    assert (short.cached, long.cached) == (SHORT, 0)
+    for steps in range(1, 2 + SHORT // LEAST):
+        engine.step()
+        assert long.cached == steps * LEAST
 
 
 def test_chunks_are_whole_where_cuts_might_change_bits():

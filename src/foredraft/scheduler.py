@@ -12,8 +12,9 @@ from foredraft.models.rows import PREFILL_CHUNK
 from foredraft.types import Phase, Request
 
 PREFILL_BUDGET = 2 * PREFILL_CHUNK  # tokens of prompts in one step, so that newcomers do not stall those that decode
-PIECE = 16  # tokens of which a cut chunk ends at a multiple
-LEAST = 32  # tokens that chunks are cut to: with less, prompts that come together begin one after the other
+PIECE = 4  # tokens of which a cut chunk ends at a multiple
+LEAST = 8  # tokens that a chunk is cut to
+SHORT = 32  # tokens that are read at once: in pieces, prompts that come together would begin one after the other
 
 
 class Scheduler:
@@ -66,7 +67,7 @@ class Scheduler:
         """
         chosen: set[Request] = set()
         beside = any(request.decoding for request in self.running)
-        left = max(LEAST, self.budget_beside) if beside else self.prefill_budget
+        left = self.prefill_budget if not beside else max(self.budget_beside, self._least())
         for request in self.running:
             if request.decoding or any(self._computes_for(other, request) for other in chosen):
                 continue
@@ -79,6 +80,13 @@ class Scheduler:
             chosen.add(request)
             left -= count
         return chosen
+
+    def _least(self) -> int:
+        """Tokens of prompts that a step computes at least: as many as a short one has, where such a one is next."""
+        first = next((request for request in self.running if not request.decoding), None)
+        if first is None or first.reach > 0 or len(first.token_ids) - first.cached > SHORT:
+            return LEAST
+        return SHORT
 
     def _computes_for(self, other: Request, request: Request) -> bool:
         """Whether another's next chunk has the next page of a request's prompt."""
