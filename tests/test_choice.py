@@ -101,6 +101,20 @@ def test_a_long_prompt_is_not_read_where_a_short_answer_gains_less(policy: type[
     assert long.rate >= 1.2 * run_with(kinds, world, Fixed(0), 1000, length=400)[0].rate
 
 
+@pytest.mark.parametrize("policy", (Gain, Choice))
+def test_a_reading_that_was_held_up_once_is_forgotten(policy: type[Gain | Choice]) -> None:
+    """What it took to read was learned by drafting alone, and one slow reading kept drafts of such texts off for good."""
+    reader, world = Kind("reader", (0.8,), 0.1, catch_up=0.002), World(batch=4, padded=False, prompt=400)
+    made = policy()
+    kinds = [reader] if policy is Gain else [look(0.02, finds=0.1), reader]
+    run_with(kinds, world, made, 200, length=64)
+    source = made.source if isinstance(made, Gain) else made.candidates["reader"]
+    source.reading.value = 1e-3  # of a pass each: reading takes as long as all of the answer
+    late = run_with(kinds, world, made, 4000, length=64)[0]
+    assert late.by["reader"] > late.by["none"]
+    assert late.rate >= 1.3 * run_with(kinds, world, Fixed(0), 1000, length=64)[0].rate
+
+
 def test_trials_wait_longer_and_longer_up_to_their_share_of_the_time() -> None:
     trials, waits, now = Trials(share=0.01), [], 0.0
     for _ in range(12):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from models import tiny
 
-from foredraft import LLM, SamplingParams
+from foredraft import LLM, SamplingParams, convert
 from foredraft.drafters import make
+from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED
 
 PARAMS = SamplingParams(max_new_tokens=48, temperature=0.8, seed=4, ignore_eos=True)
@@ -39,3 +40,10 @@ def test_torch_does_what_is_asked_for_too():
     assert sizes[0] > sizes[1] > sizes[2]
     texts = {tuple(llm.generate([1, 2, 3], PARAMS, num_draft_tokens=3).token_ids) for llm in made}
     assert len(texts) == 1
+
+
+def test_what_is_in_few_bits_already_is_not_rounded_again(tmp_path):
+    convert(BUNDLED / "draft", tmp_path / "low", weight_format="int8")
+    assert LLM(draft=str(tmp_path / "low")).generate(PROMPTS[0], PARAMS).token_ids
+    with pytest.raises(RequestError, match="draft_weight_format='int4' cannot be honoured: .*low is in few bits already"):
+        LLM(draft=str(tmp_path / "low"), draft_weight_format="int4")

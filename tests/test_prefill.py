@@ -96,6 +96,18 @@ def test_short_prompts_are_read_at_once_and_the_rest_of_a_long_one_is_not():
         assert long.cached == steps * LEAST
 
 
+def test_a_short_prompt_is_not_begun_on_what_a_long_one_leaves():
+    engine, _, _ = crowded(ANYWHERE, 1)
+    long, short = (new_request(Ask(draws(n, n), SamplingParams(max_new_tokens=2))) for n in (5 * LEAST + 4, 30))
+    engine.add(long)
+    engine.add(short)
+    while long.cached < len(long.token_ids) - long.num_output:
+        engine.step()
+        assert short.cached == 0
+    engine.step()
+    assert short.cached == 30
+
+
 def test_chunks_are_whole_where_cuts_might_change_bits():
     engine, _, _ = crowded(NOWHERE, 40)
     late = new_request(Ask(draws(LONG, 1), SamplingParams(max_new_tokens=2)))

@@ -71,12 +71,13 @@ class Scheduler:
         for request in self.running:
             if request.decoding or any(self._computes_for(other, request) for other in chosen):
                 continue
-            request.reach = chunk_end(request)
+            reach = chunk_end(request)
             if beside and self.cuts:
-                request.reach = min(request.reach, (request.cached + left) // PIECE * PIECE)
-            count = request.reach - request.cached
-            if chosen and not 0 < count <= left:
+                reach = min(reach, (request.cached + left) // PIECE * PIECE)
+            count, rest = reach - request.cached, len(request.token_ids) - request.cached
+            if chosen and (not 0 < count <= left or count < rest <= SHORT):
                 break
+            request.reach = reach
             chosen.add(request)
             left -= count
         return chosen

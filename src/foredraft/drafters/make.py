@@ -19,6 +19,7 @@ from foredraft.models.load import LoadOptions, load_model
 from foredraft.models.pretrained import load_tokenizer
 from foredraft.upstream.modules import unwrapped
 from foredraft.weights.checkpoint import looks_like_path
+from foredraft.weights.lowbit import is_low_bit
 from foredraft.weights.quantize import ForDrafting, Quantizer, WeightFormat
 
 
@@ -111,6 +112,11 @@ def check_name(spec: DraftSpec) -> None:
 
 def _from_checkpoint(source: str | Path, context: DraftContext) -> Drafter:
     check_name(source)
+    if context.weight_format in DRAFT_FORMATS and is_low_bit(source):
+        raise RequestError(
+            f"draft_weight_format={context.weight_format!r} cannot be honoured: {source} is in few bits already; "
+            "leave it out"
+        )
     try:
         model = load_model(source, context.options)
     except ModelError as error:

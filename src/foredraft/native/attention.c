@@ -70,14 +70,18 @@ INLINE void soften(const int format, const int whole, bundle *b, int r, int base
 INLINE void through(const int format, const int rows, const model *m, bundle *b, int from, const char *page, int base) {
   const int n = inputs_per_lane(format), dim = m->dim;
   const float scale = 1 / sqrtf((float)m->head_dim);
+  int end = 0; /* of the keys that any row sees; the scores of others are left as they are, and masked */
+  for (int r = from; r < from + rows; r++) end = b->end[r] - base > end ? b->end[r] - base : end;
   weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n, NULL, 0};
-  for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC)
-    tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
-  int end = 0;
+  if (VECS == 4 && end <= 32)
+    tile(format, rows, 2, 0, keys, b->query[from], sizeof b->query[0], b->score[from], PAGE);
+  else
+    UNROLL for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC)
+      if (v * 16 < end)
+        tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
   for (int r = from; r < from + rows; r++) {
     if (b->first[r] <= base && b->end[r] >= base + PAGE) soften(format, 1, b, r, base, scale, dim);
     else soften(format, 0, b, r, base, scale, dim);
-    end = b->end[r] - base > end ? b->end[r] - base : end;
   }
   const size_t column = PAGE / n * VEC; /* bytes of sixteen values of all tokens */
   weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n, NULL, 0};
@@ -126,10 +130,22 @@ INLINE int first_key(const attention *a, int position) {
   return window && position >= window ? position + 1 - window : 0;
 }
 
-/* Have a head's page brought to the second-level cache meanwhile. */
+INLINE void fetch_lines(const char *at, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(at + i, 0, 2);
+}
+
+/* Have what a head's page holds of a text brought to the second-level cache meanwhile. */
 INLINE void fetch(const attention *a, const unit *u, int page) {
+  const span *s = a->spans + u->span;
+  const int tokens = s->start + s->count - page * PAGE;
+  const size_t half = half_page_bytes(a->m), key_row = PAGE * LANE, column = half / (a->m->dim / 16);
   const char *at = (const char *)page_of(a, u, page);
-  for (size_t i = 0; i < 2 * half_page_bytes(a->m); i += CACHE_LINE) __builtin_prefetch(at + i, 0, 2);
+  if (tokens > PAGE / 2) {
+    fetch_lines(at, 2 * half);
+    return;
+  }
+  for (size_t row = 0; row < half; row += key_row) fetch_lines(at + row, (size_t)tokens * LANE);
+  for (size_t start = half; start < 2 * half; start += column) fetch_lines(at + start, column * tokens / PAGE);
 }
 
 /* A token's key and value at their place in a page. */
@@ -214,7 +230,7 @@ static void scatter(const attention *a, const unit *u, int from, int rows, const
 /* The outputs of a unit's rows; their keys are written. */
 void ISA(attend)(const attention *a, const unit *u) {
   const int rows = u->count * (a->m->heads / a->m->kv_heads), bundles = (rows + ROWS - 1) / ROWS;
-  bundle b;
+  _Alignas(4096) bundle b; /* wherever the stack is: lines of it that alias those of a page cost a fifth of the time */
   fetch(a, u, first_key(a, place_of(a, u, 0).position) / PAGE);
   for (int i = 0; i < bundles; i++) {
     int from = (int)((long)rows * i / bundles), to = (int)((long)rows * (i + 1) / bundles);

@@ -140,7 +140,8 @@ class Choice:
             self.lookups[name].charge(gains, self.costs, rate)
         sources = (*self.candidates.values(), *self.lookups.values())
         paying = self.picks or any(lookup.pays for lookup in self.lookups.values())
-        self.rests_until = 0.0 if paying else min(source.trials.due for source in sources)
+        elapsed, step = self.costs.elapsed, now.plain.value
+        self.rests_until = 0.0 if paying else min(source.due(elapsed, step) for source in sources)
         return self.picks
 
     def _begin(self, rate: float) -> None:
@@ -194,7 +195,7 @@ class Choice:
 
     def _too_long(self, source: Candidate, request: Request) -> bool:
         gain, _ = source.worth([source.alpha.of(request)] * self.costs.batch, self.costs.now, self.rate)
-        return source.too_long(request, gain / self.costs.batch, self.rate)
+        return source.too_long(request, gain / self.costs.batch, self.rate, self.costs.elapsed)
 
     def took(self, name: str, seconds: float, requests: Sequence[Request], longest: int) -> None:
         """What it took a drafter to draft for these requests, the longest so many tokens."""

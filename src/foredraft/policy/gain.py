@@ -66,11 +66,12 @@ class Gain:
             return 0
         self.step.asked.append(request)
         gain = self._gains(request)
-        too_long = self.source.too_long(request, gain, costs.now.plain_rate)
-        if gain > 0 and not too_long:
+        if self.source.too_long(request, gain, costs.now.plain_rate, costs.elapsed):
+            return 0
+        if gain > 0:
             self.fruitless = 0
             return self._begin(request, self.num_draft_tokens)
-        if too_long or costs.elapsed < self.source.trials.due:
+        if costs.elapsed < self.source.trials.due:
             return 0
         self.step.trying.add(request)
         self.source.probing |= self.source.trials.rare(costs.now.plain.value)
@@ -132,7 +133,9 @@ class Gain:
             self.step.right += bool(verdict.accepted)
 
     def observe_times(self, times: StepTimes) -> None:
-        if times.read:
+        if times.read:  # what such a step took tells nothing of decoding
+            self.step = Step()
+            self.source.end_step()
             return
         if times.batch != self.costs.batch:
             self.rests_until = 0.0
@@ -170,7 +173,8 @@ class Gain:
         costs = self.costs
         self.fruitless += 1
         steps = max(batch - 1, min(self.fruitless // PATIENCE, MOST_REST))
-        self.rests_until = min(self.source.trials.due, costs.elapsed + steps * costs.now.plain.value)
+        due = self.source.due(costs.elapsed, costs.now.plain.value)
+        self.rests_until = min(due, costs.elapsed + steps * costs.now.plain.value)
 
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials

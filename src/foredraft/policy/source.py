@@ -16,6 +16,7 @@ SHARE = 0.01  # of the time that trials may take
 SOON = 4  # steps between the first trials
 RARE = 32  # steps from one trial to the next, and more
 TRIED = 3  # tokens of a trial, at most
+DEAR = 16  # times what it takes to read a text that is too long: the first wait until that is done all the same
 MUCH = 24  # tokens to read: more than one draft
 
 
@@ -129,6 +130,8 @@ class Source:
         self.idle = SOON  # steps since it drafted last
         self.read: dict[Request, int] = {}  # tokens of a text when it drafted for it last
         self.reading = Average()  # seconds that a token takes which it has to read first
+        self.read_due = 0.0  # when a text that is too long for that is read again, in seconds of decoding
+        self.patience: float = DEAR
         self.trials = Trials()
         self.promised, self.gained = Average(), Average()  # tokens a step
         self.hope = Average(memory=3)  # acceptance in the latest trials
@@ -150,19 +153,33 @@ class Source:
 
     def entry(self, request: Request, gain: float, rate: float) -> float:
         """Tokens a step that it costs to read the text first, over the steps left if each gains so many."""
+        return rate * self._seconds_to_read(request) * (1 + gain) / max(1, request.remaining)
+
+    def _seconds_to_read(self, request: Request) -> float:
         unread = self.unread(request)
-        if unread <= MUCH or self.reading.value <= 0:
-            return 0.0
-        return rate * self.reading.value * unread * (1 + gain) / max(1, request.remaining)
+        return self.reading.value * unread if unread > MUCH else 0.0
 
     @property
     def rested(self) -> bool:
         """Whether so many steps went by without it that the processor's caches hold little of it."""
         return self.idle >= SOON
 
-    def too_long(self, request: Request, gain: float, rate: float) -> bool:
-        """Whether it would pay but for what it has to read first: then there is nothing to try."""
-        return 0 < gain <= self.entry(request, gain, rate)
+    def too_long(self, request: Request, gain: float, rate: float, now: float) -> bool:
+        """Whether it would pay but for what it has to read first.
+
+        Now and then that is read all the same, since only so it is known what it takes: the wait is a multiple of that.
+        """
+        if not 0 < gain <= self.entry(request, gain, rate):
+            return False
+        if now < self.read_due:
+            return True
+        self.read_due = now + self.patience * self._seconds_to_read(request)
+        self.patience = min(2 * self.patience, 1 / SHARE)
+        return False
+
+    def due(self, now: float, step: float) -> float:
+        """When it may be tried again; where a text was too long to try it, in a few steps, for others may be shorter."""
+        return self.trials.due if self.trials.due > now else min(self.read_due, now + SOON * step)
 
     def took(self, length: int, seconds: float, sharing: int, *, unread: Sequence[int] = ()) -> bool:
         """What a draft took, the longest of its step, with so many tokens of each text to read first.
@@ -172,7 +189,7 @@ class Source:
         much = max(unread, default=0) > MUCH
         typical = not self.rested and not much
         if much and self.drafting:
-            self.reading.add((seconds - self.line(sharing).at(length)) / sum(unread))
+            self._learn_reading((seconds - self.line(sharing).at(length)) / sum(unread), self.line(sharing).at(1))
         if typical:
             self.drafting.setdefault(sharing, Line(decay=0.97))
         line = self.drafting.get(sharing)
@@ -180,6 +197,13 @@ class Source:
             line.add(length, seconds, self.idle)
         self.idle = -1
         return typical
+
+    def _learn_reading(self, seconds: float, most: float) -> None:
+        """What a token took: less than one that is drafted alone does. Much less than is known makes that forgotten."""
+        seconds = min(max(seconds, 0.0), most)
+        if seconds < self.reading.value / 2:
+            self.reading, self.patience = Average(), DEAR
+        self.reading.add_cost(seconds)
 
     def line(self, sharing: int) -> Line:
         """Of drafts for so many requests together, or as nearly as known."""

@@ -12,7 +12,8 @@ import torch
 
 from foredraft.errors import ModelError
 
-BLOCK_BYTES = 2**25  # of a block at least; what nobody touches of it takes no memory
+SMALLEST, LARGEST = 2**20, 2**25  # bytes of the first block, and of one that no tensor needs larger
+HUGE = 2**22  # bytes from which on a block has huge pages, the last of which may be hardly used
 ALIGNMENT = 64  # bytes, a line of the caches
 
 
@@ -20,6 +21,7 @@ class WeightMemory:
     """Hands out tensors that lie one after the other; a block goes with the last tensor in it."""
 
     def __init__(self) -> None:
+        self.size = SMALLEST  # of the next block
         self.block: mmap.mmap | None = None
         self.used = 0  # bytes of it
 
@@ -31,7 +33,8 @@ class WeightMemory:
         start = -(-self.used // ALIGNMENT) * ALIGNMENT
         nbytes = count * dtype.itemsize
         if self.block is None or start + nbytes > len(self.block):
-            self.block, start = _block(max(nbytes, BLOCK_BYTES)), 0
+            self.block, start = _block(max(nbytes, self.size)), 0
+            self.size = min(2 * self.size, LARGEST)
         self.used = start + nbytes
         return torch.frombuffer(self.block, dtype=dtype, count=count, offset=start).view(*shape)
 
@@ -41,7 +44,7 @@ def _block(nbytes: int) -> mmap.mmap:
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ModelError(f"no memory for {nbytes / 2**20:,.0f} MiB of weights: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a system without them
             block.madvise(mmap.MADV_HUGEPAGE)
     return block
