@@ -103,7 +103,7 @@ def test_a_long_prompt_is_not_read_where_a_short_answer_gains_less(policy: type[
 
 @pytest.mark.parametrize("policy", (Gain, Choice))
 def test_a_reading_that_was_held_up_once_is_forgotten(policy: type[Gain | Choice]) -> None:
-    """What it took to read was learned by drafting alone, and one slow reading kept drafts of such texts off for good."""
+    """What reading takes is learned by drafting alone: one slow reading kept drafts of such texts off for good."""
     reader, world = Kind("reader", (0.8,), 0.1, catch_up=0.002), World(batch=4, padded=False, prompt=400)
     made = policy()
     kinds = [reader] if policy is Gain else [look(0.02, finds=0.1), reader]

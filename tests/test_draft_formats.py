@@ -45,5 +45,7 @@ def test_torch_does_what_is_asked_for_too():
 def test_what_is_in_few_bits_already_is_not_rounded_again(tmp_path):
     convert(BUNDLED / "draft", tmp_path / "low", weight_format="int8")
     assert LLM(draft=str(tmp_path / "low")).generate(PROMPTS[0], PARAMS).token_ids
-    with pytest.raises(RequestError, match="draft_weight_format='int4' cannot be honoured: .*low is in few bits already"):
+    with pytest.raises(
+        RequestError, match=r"draft_weight_format='int4' cannot be honoured: .*low is in few bits already"
+    ):
         LLM(draft=str(tmp_path / "low"), draft_weight_format="int4")

@@ -18,6 +18,7 @@ from foredraft.cli.options import (
     flag,
     takes,
 )
+from foredraft.drafters.registry import split
 from foredraft.errors import RequestError, missing_extra
 from foredraft.memory import memory
 
@@ -38,7 +39,7 @@ class ServeOptions:
         flag("--model", help="A folder or a hub name. Default: the bundled pair.", panel=MODEL),
     ] = None
     draft: Annotated[
-        str, flag("--draft", "--draft-model", help="Who drafts, as for `foredraft generate`.", panel=MODEL)
+        str, flag("--draft", "--draft-model", help="Who drafts, as for `foredraft generate`; one.", panel=MODEL)
     ] = "auto"
     uid: Annotated[
         str | None, flag("--uid", help="What clients call the model. Default: the folder's name.", panel=MODEL)
@@ -170,6 +171,7 @@ def read_limits(options: ServeOptions) -> "Limits":
 
 def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     """What the operator wants from the start; no registry stands between them and their own disk."""
+    from foredraft.assembly import DraftWishes, bundled_draft
     from foredraft.models.load import LoadOptions
     from foredraft.server.app import Launch
     from foredraft.server.launching import LaunchSpec
@@ -185,6 +187,16 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     if options.max_batch_size < 1:
         raise RequestError(f"--max-batch-size {options.max_batch_size} is not usable; it must be 1 or more")
     LoadOptions(options.dtype, options.device, weight_format=options.weight_format, runtime=options.runtime)
+    LoadOptions(device=options.draft_device or "auto")
+    if not isinstance(split(options.draft), str):
+        raise RequestError(f"--draft {options.draft} names several; a served model has one drafter, or auto")
+    wishes = DraftWishes(
+        options.draft,
+        device=options.draft_device,
+        policy=options.policy,
+        weight_format=options.draft_weight_format,
+    )
+    wishes.check(bundled_draft(options.model))
     name = Path(options.model).name if options.model else "bundled"
     spec = LaunchSpec(
         name,

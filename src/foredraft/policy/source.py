@@ -178,13 +178,14 @@ class Source:
         return False
 
     def due(self, now: float, step: float) -> float:
-        """When it may be tried again; where a text was too long to try it, in a few steps, for others may be shorter."""
+        """When it may be tried again; where a text was too long for that, in a few steps: others may be shorter."""
         return self.trials.due if self.trials.due > now else min(self.read_due, now + SOON * step)
 
     def took(self, length: int, seconds: float, sharing: int, *, unread: Sequence[int] = ()) -> bool:
         """What a draft took, the longest of its step, with so many tokens of each text to read first.
 
-        Returns whether that is typical. After a rest, or with much to read, it says little: it can only lower the price.
+        Returns whether that is typical. After a rest, or with much to read, it says little: it can only lower the
+        price.
         """
         much = max(unread, default=0) > MUCH
         typical = not self.rested and not much

@@ -74,6 +74,9 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
         raise ApiError(400, "size_in_billions says which size of a target; name the target too", "size_in_billions")
     target = None if body.target is None else registry.resolve(body.target, body.size_in_billions)
     draft = _draft(body.draft, body.draft_size_in_billions, registry)
+    if body.draft_quantization is not None and draft in DRAFTERS:
+        message = f"draft_quantization={body.draft_quantization!r} contradicts draft={body.draft!r}, which has no model"
+        raise ApiError(400, f"{message} to load; drop one of them", "draft_quantization")
     LoadOptions(body.dtype, body.device)
     LoadOptions(body.draft_dtype or "auto", body.draft_device or "auto")
     device, device_map = _placement(body.n_gpu, body.device)
