@@ -120,7 +120,8 @@ def test_flags_reach_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert seen == {
         "target": "m", "draft": "ngram", "dtype": "fp32", "device": "cuda:1", "draft_device": None, "policy": "gain",
-        "draft_weight_format": "int8", "max_batch_size": 1, "draft_profile": Path("p.json"), "chat_template": "t.jinja", "trust_remote_code": True,
+        "draft_weight_format": "int8",
+        "max_batch_size": 1, "draft_profile": Path("p.json"), "chat_template": "t.jinja", "trust_remote_code": True,
         "weight_format": "int8", "runtime": "torch", "prefix_cache": True,
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ import torch
 from models import tiny
 
 from foredraft import LLM, SamplingParams, convert
+from foredraft.cli.bench import BenchFlags, who_drafts
 from foredraft.drafters import make
 from foredraft.errors import RequestError
 from foredraft.llm import BUNDLED
@@ -31,6 +32,13 @@ def test_what_is_asked_for_is_done_and_no_token_changes(asked):
     drafted = llm.generate(PROMPTS, PARAMS, num_draft_tokens=5)
     assert [result.token_ids for result in drafted] == [result.token_ids for result in plain]
     assert all(result.stats.draft_acceptance_rate > 0.3 for result in drafted)
+
+
+@pytest.mark.parametrize("asked", ("none", "int8"))
+def test_a_bench_says_which_it_is(asked):
+    draft = BUNDLED / "draft"
+    llm = LLM(draft=str(draft), runtime="native", draft_weight_format=asked)
+    assert who_drafts(llm.drafter, BenchFlags(draft=str(draft))) == f"draft ({'bf16' if asked == 'none' else asked})"
 
 
 def test_torch_does_what_is_asked_for_too():

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from foredraft.bench.options import BenchOptions
     from foredraft.bench.result import Bench
     from foredraft.bench.tasks import Task
+    from foredraft.drafters.base import Drafter
 
 PROMPTS = "Prompts"
 
@@ -232,11 +233,17 @@ def run(options: BenchFlags, chosen: "BenchOptions", tasks: "tuple[Task, ...]") 
         llm = session.open_llm(options.as_run_options(), repeats=True)
     interruptible()
     name = Path(options.model).name if options.model else "the bundled target"
-    drafter = llm.drafter.name
-    if drafter == "model":
-        drafter = "the bundled draft" if options.draft == "auto" else Path(options.draft).name
     with progress() as watcher:
-        return measure(llm, tasks, chosen, name=name, drafter=drafter, watcher=watcher)
+        return measure(llm, tasks, chosen, name=name, drafter=who_drafts(llm.drafter, options), watcher=watcher)
+
+
+def who_drafts(drafter: "Drafter", options: BenchFlags) -> str:
+    """For the report: a draft model by its folder, with the formats of its weights where it tells."""
+    if drafter.name != "model":
+        return drafter.name
+    name = "the bundled draft" if options.draft == "auto" else Path(options.draft).name
+    formats = getattr(getattr(drafter, "model", None), "kernels", {})
+    return f"{name} ({', '.join(formats)})" if formats else name
 
 
 def write_page(found: "Bench", path: Path) -> None:
