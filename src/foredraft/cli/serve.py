@@ -186,8 +186,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         check_source(options.model)
     if options.max_batch_size < 1:
         raise RequestError(f"--max-batch-size {options.max_batch_size} is not usable; it must be 1 or more")
-    LoadOptions(options.dtype, options.device, weight_format=options.weight_format, runtime=options.runtime)
-    LoadOptions(device=options.draft_device or "auto")
+    loading = LoadOptions(options.dtype, options.device, weight_format=options.weight_format, runtime=options.runtime)
     if not isinstance(split(options.draft), str):
         raise RequestError(f"--draft {options.draft} names several; a served model has one drafter, or auto")
     wishes = DraftWishes(
@@ -196,6 +195,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         policy=options.policy,
         weight_format=options.draft_weight_format,
     )
+    wishes.options(loading)
     wishes.check(bundled_draft(options.model))
     name = Path(options.model).name if options.model else "bundled"
     spec = LaunchSpec(
