@@ -165,8 +165,8 @@ static void *from_another_thread(void *arg) {
 
 int main(int count, char **given) { /* the most threads of a pass; on one there are no others at all */
   const int threads = count > 1 ? atoi(given[1]) : 3;
-  const char *names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-  for (int isa = 0; isa < 4; isa++)
+  const char *names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+  for (int isa = 0; isa < 5; isa++)
     for (int format = F32; (foredraft_isas() >> isa & 1) && format <= INT4; format++) one_model(isa, format, names[isa], threads);
   if (threads == 1) return 0;
   model mine = random_model(F32, 0), theirs = random_model(BF16, 0);

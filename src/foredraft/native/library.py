@@ -15,7 +15,7 @@ ABI = 5
 BLOCK = 32  # outputs that are packed together
 PAGE = 64  # tokens of a page of the cache
 MOST_DIM = 256  # of a head
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")  # as the library numbers them
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # as the library numbers them
 
 
 class Format(IntEnum):

@@ -2,7 +2,7 @@
  *
  * How many rows and outputs a tile has depends on the rows of the pass; what it computes for each element does not.
  */
-#include "tile.h"
+#include "amx.h"
 
 /* Rows of a tile at most, and how many vectors of outputs it takes for so many rows: with few rows many, or the sums
  * would wait for each other. */
@@ -200,6 +200,86 @@ static void finish(const linear *w, int epilogue, int block, int blocks, const f
   }
 }
 
+#if defined(__AMX_BF16__)
+/* Sums of up to sixteen rows and of one block or two, [rows][blocks * BLOCK]. */
+INLINE void narrow_product(const int blocks, const char *w, size_t block_bytes, int steps, const char *x, size_t x_stride,
+                           float *sums) {
+  const size_t stride = (size_t)blocks * BLOCK * sizeof *sums;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
+    _tile_loadd(4, x + k * TILE_BYTES, x_stride);
+    _tile_loadd(6, w, 2 * VEC);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + VEC, 2 * VEC);
+    _tile_dpbf16ps(1, 4, 7);
+    if (blocks == 1) continue;
+    _tile_loadd(6, w + block_bytes, 2 * VEC);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, w + block_bytes + VEC, 2 * VEC);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  _tile_stored(0, sums, stride);
+  _tile_stored(1, sums + 16, stride);
+  if (blocks == 1) return;
+  _tile_stored(2, sums + 32, stride);
+  _tile_stored(3, sums + 48, stride);
+}
+
+/* Of more than sixteen rows, the first tile's and the others, and of one block. */
+INLINE void wide_product(int first, const char *w, int steps, const char *x, size_t x_stride, float *sums) {
+  const size_t stride = BLOCK * sizeof *sums;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
+    _tile_loadd(4, x + k * TILE_BYTES, x_stride);
+    _tile_loadd(6, w, 2 * VEC);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + VEC, 2 * VEC);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, x + first * x_stride + k * TILE_BYTES, x_stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, stride);
+  _tile_stored(1, sums + 16, stride);
+  _tile_stored(2, sums + first * BLOCK, stride);
+  _tile_stored(3, sums + first * BLOCK + 16, stride);
+}
+
+static void amx_strip(const linear *w, int epilogue, int block, int blocks, const char *x, int rows, char *out, int width) {
+  _Alignas(64) float sums[2 * TILE_ROWS * BLOCK];
+  const int first = (rows + 1) / 2, steps = w->inputs / BLOCK;
+  const size_t bytes = block_bytes(w), stride = encoded_bytes(w);
+  for (int taken; blocks > 0; block += taken, blocks -= taken) {
+    const char *start = (const char *)w->weights + block * bytes;
+    taken = rows > TILE_ROWS || blocks == 1 ? 1 : 2;
+    if (rows > TILE_ROWS) wide_product(first, start, steps, x, stride, sums);
+    else if (taken == 2) narrow_product(2, start, bytes, steps, x, stride, sums);
+    else narrow_product(1, start, bytes, steps, x, stride, sums);
+    finish(w, epilogue, block, taken, sums, rows, out, width);
+  }
+}
+
+static void amx_product(const linear *w, int epilogue, int first, int last, const char *x, int rows, void *y, int width) {
+  const int tiles = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+  for (int t = 0, shaped = 0; t < tiles; t++) {
+    int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles), count = to - from;
+    if (count != shaped) {
+      if (count > TILE_ROWS) shape_tiles((count + 1) / 2, count / 2, TILE_BYTES);
+      else shape_tiles(count, count, TILE_BYTES);
+      shaped = count;
+    }
+    amx_strip(w, epilogue, first, last - first, x + from * encoded_bytes(w), count, (char *)y + from * row_bytes(epilogue, width), width);
+  }
+  _tile_release();
+}
+#endif
+
 /* As many rows as fit a tile, and `blocks` blocks. */
 static void strip(const linear *w, upcoming next, int epilogue, int block, int blocks, const char *x, int rows, char *out,
                   int width) {
@@ -220,6 +300,12 @@ static void strip(const linear *w, upcoming next, int epilogue, int block, int b
  * a part of the next strip ahead. */
 void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, void *y,
                   int width) {
+#if defined(__AMX_BF16__)
+  if (w->format == BF16) {
+    amx_product(w, epilogue, first, last, x, rows, y, width);
+    return;
+  }
+#endif
   const int most = w->format >= INT8 ? INT_ROWS : FLOAT_ROWS, tiles = (rows + most - 1) / most;
   const int blocks = tiles == 1 ? 4 : 2, strips = (last - first + blocks - 1) / blocks;
   const size_t bytes = block_bytes(w);

@@ -126,7 +126,7 @@ typedef struct {
 
 extern const kernels kernels_portable;
 #if defined(__x86_64__)
-extern const kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx;
 #endif
 
 INLINE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }

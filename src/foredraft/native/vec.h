@@ -11,7 +11,12 @@
 
 #include "native.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#define ISA(name) name##_amx
+#define ISA_NAME "amx"
+enum { PARTS = 1, WIDTH = 16 };
+#elif defined(__AVX512BF16__)
 #include <immintrin.h>
 #define ISA(name) name##_avx512_bf16
 #define ISA_NAME "avx512_bf16"
