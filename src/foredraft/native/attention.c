@@ -4,27 +4,28 @@
  * A page holds for each layer and key-value head its keys [dim / n][PAGE] and its values [dim / 16][PAGE / n][16], in
  * lanes of n = 1 (F32) or 2 (BF16) elements: products of neighbours in `dim`, and of neighbouring tokens.
  */
-#include "tile.h"
+#include "amx.h"
 
+/* Rows of a tile, and its vectors of keys or values; rows that go through the pages together. */
 #if defined(__AVX512F__)
 #define ROW_COUNTS(R) R(1) R(2) R(3) R(4) R(5) R(6)
-enum { ROWS = 6, VECS = PAIRS ? 4 : 2 };
+enum { ROWS = 6, VECS = PAIRS ? 4 : 2, MOST_ROWS = AMX ? TILE_ROWS : ROWS };
 #elif defined(__AVX2__) || defined(__aarch64__)
 #define ROW_COUNTS(R) R(1) R(2) R(3) R(4)
-enum { ROWS = 4, VECS = 1 };
+enum { ROWS = 4, VECS = 1, MOST_ROWS = ROWS };
 #else
 #define ROW_COUNTS(R) R(1) R(2)
-enum { ROWS = 2, VECS = 1 };
+enum { ROWS = 2, VECS = 1, MOST_ROWS = ROWS };
 #endif
 
-/* Rows that go through the pages together. */
 typedef struct {
-  int first[ROWS], end[ROWS];              /* the keys that each sees */
-  float top[ROWS], total[ROWS];            /* largest score so far, sum of e^(score - top) */
-  float sum[ROWS][MAX_DIM];                /* of values, weighted */
-  float score[ROWS][PAGE];
-  char query[ROWS][MAX_DIM * sizeof(float)]; /* encoded */
-  char weight[ROWS][PAGE * sizeof(float)];   /* encoded */
+  int first[MOST_ROWS], end[MOST_ROWS];           /* the keys that each sees */
+  float top[MOST_ROWS], total[MOST_ROWS];         /* largest score so far, sum of e^(score - top) */
+  float sum[MOST_ROWS][MAX_DIM];                  /* of values, weighted */
+  float score[MOST_ROWS][PAGE];
+  char query[MOST_ROWS][MAX_DIM * sizeof(float)]; /* encoded */
+  char weight[MOST_ROWS][PAGE * sizeof(float)];   /* encoded */
+  int shaped;                                     /* the rows of tiles, where they have been shaped */
 } bundle;
 
 INLINE void convert(const int format, const float *x, int count, char *out) {
@@ -66,12 +67,25 @@ INLINE void soften(const int format, const int whole, bundle *b, int r, int base
   b->total[r] += v_sum(total);
 }
 
+/* Of the keys of a page, how many are before the last that any of the rows sees; the scores of those behind it are left
+ * as they are, and masked. */
+INLINE int seen(const bundle *b, int from, int rows, int base) {
+  int end = 0;
+  for (int r = from; r < from + rows; r++) end = b->end[r] - base > end ? b->end[r] - base : end;
+  return end < PAGE ? end : PAGE;
+}
+
+INLINE void soften_all(const int format, const model *m, bundle *b, int from, int rows, int base) {
+  const float scale = 1 / sqrtf((float)m->head_dim);
+  for (int r = from; r < from + rows; r++) {
+    if (b->first[r] <= base && b->end[r] >= base + PAGE) soften(format, 1, b, r, base, scale, m->dim);
+    else soften(format, 0, b, r, base, scale, m->dim);
+  }
+}
+
 /* Rows from `from` on through one page. */
 INLINE void through(const int format, const int rows, const model *m, bundle *b, int from, const char *page, int base) {
-  const int n = inputs_per_lane(format), dim = m->dim;
-  const float scale = 1 / sqrtf((float)m->head_dim);
-  int end = 0; /* of the keys that any row sees; the scores of others are left as they are, and masked */
-  for (int r = from; r < from + rows; r++) end = b->end[r] - base > end ? b->end[r] - base : end;
+  const int n = inputs_per_lane(format), dim = m->dim, end = seen(b, from, rows, base);
   weights keys = {page, 2 * VEC, VEC, PAGE * LANE, dim / n, NULL, 0};
   if (VECS == 4 && end <= 32)
     tile(format, rows, 2, 0, keys, b->query[from], sizeof b->query[0], b->score[from], PAGE);
@@ -79,18 +93,72 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
     UNROLL for (int v = 0; v < PAGE / 16; v += VECS, keys.start += VECS * VEC)
       if (v * 16 < end)
         tile(format, rows, VECS, 0, keys, b->query[from], sizeof b->query[0], b->score[from] + v * 16, PAGE);
-  for (int r = from; r < from + rows; r++) {
-    if (b->first[r] <= base && b->end[r] >= base + PAGE) soften(format, 1, b, r, base, scale, dim);
-    else soften(format, 0, b, r, base, scale, dim);
-  }
+  soften_all(format, m, b, from, rows, base);
   const size_t column = PAGE / n * VEC; /* bytes of sixteen values of all tokens */
-  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, ((end < PAGE ? end : PAGE) + n - 1) / n, NULL, 0};
+  weights values = {page + half_page_bytes(m), 2 * column, column, VEC, (end + n - 1) / n, NULL, 0};
   int d = 0;
   for (; d + VECS * 16 <= dim; d += VECS * 16, values.start += VECS * column)
     tile(format, rows, VECS, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);
   for (; d < dim; d += 16, values.start += column)
     tile(format, rows, 1, 1, values, b->weight[from], sizeof b->weight[0], b->sum[from] + d, MAX_DIM);
 }
+
+#if defined(__AMX_BF16__)
+/* A tile of inputs and, one after another, up to four of weights, `next` bytes apart: added to the first `count` sums. */
+#define ADD_PRODUCTS(count, inputs, x, x_stride, weights, w, stride, next) \
+  do { \
+    _tile_loadd(inputs, x, x_stride); \
+    _tile_loadd(weights, w, stride); \
+    _tile_dpbf16ps(0, inputs, weights); \
+    if (count < 2) break; \
+    _tile_loadd(weights, w + next, stride); \
+    _tile_dpbf16ps(1, inputs, weights); \
+    if (count < 3) break; \
+    _tile_loadd(weights, w + 2 * next, stride); \
+    _tile_dpbf16ps(2, inputs, weights); \
+    if (count < 4) break; \
+    _tile_loadd(weights, w + 3 * next, stride); \
+    _tile_dpbf16ps(3, inputs, weights); \
+  } while (0)
+
+/* The same for sums in memory. */
+#define FOR_EACH_SUM(count, DO, at, next, stride) \
+  do { \
+    DO(0, at, stride); \
+    if (count > 1) DO(1, at + next, stride); \
+    if (count > 2) DO(2, at + 2 * next, stride); \
+    if (count > 3) DO(3, at + 3 * next, stride); \
+  } while (0)
+
+/* As `through`, in bf16 and by tiles. A key's sums are made of 32 dimensions at a time,
+ * of which the last may be 16; a value's of 32 tokens, whose weights are zero where a row does not see them. */
+static void through_tiles(const model *m, bundle *b, int from, int rows, const char *page, int base) {
+  if (rows != b->shaped) shape_tiles(rows, rows, m->dim % 32 ? TILE_BYTES / 2 : TILE_BYTES), b->shaped = rows;
+  const int dim = m->dim, end = seen(b, from, rows, base), keys = (end + 15) / 16;
+  const size_t query = sizeof b->query[0], score = sizeof b->score[0], weight = sizeof b->weight[0], sum = sizeof b->sum[0];
+  const char *x = b->query[from], *w = page;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  int d = 0;
+  for (; d + 32 <= dim; d += 32, x += TILE_BYTES, w += TILE_ROWS * PAGE * LANE)
+    ADD_PRODUCTS(keys, 4, x, query, 6, w, PAGE * LANE, VEC);
+  if (d < dim) ADD_PRODUCTS(keys, 5, x, query, 7, w, PAGE * LANE, VEC);
+  FOR_EACH_SUM(keys, _tile_stored, b->score[from], 16, score);
+  soften_all(BF16, m, b, from, rows, base);
+  const size_t column = PAGE / 2 * VEC; /* bytes of sixteen values of all tokens */
+  w = page + half_page_bytes(m);
+  for (d = 0; d < dim; d += 64, w += 4 * column) {
+    const int count = (dim - d) / 16;
+    float *out = b->sum[from] + d;
+    FOR_EACH_SUM(count, _tile_loadd, out, 16, sum);
+    ADD_PRODUCTS(count, 4, b->weight[from], weight, 6, w, VEC, column);
+    if (end > 32) ADD_PRODUCTS(count, 4, b->weight[from] + TILE_BYTES, weight, 6, w + column / 2, VEC, column);
+    FOR_EACH_SUM(count, _tile_stored, out, 16, sum);
+  }
+}
+#endif
 
 typedef void (*through_fn)(const model *m, bundle *b, int from, const char *page, int base);
 #define DEFINE(rows) \
@@ -130,10 +198,6 @@ INLINE int first_key(const attention *a, int position) {
   return window && position >= window ? position + 1 - window : 0;
 }
 
-INLINE void fetch_lines(const char *at, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(at + i, 0, 2);
-}
-
 /* Have what a head's page holds of a text brought to the second-level cache meanwhile. */
 INLINE void fetch(const attention *a, const unit *u, int page) {
   const span *s = a->spans + u->span;
@@ -163,6 +227,19 @@ INLINE void put(const int format, const model *m, const float *key, const float 
   }
 }
 
+/* No values from a token of a page on: who reads a few tokens at once gives those behind the last one no weight, but what
+ * is there must be a number. */
+static void clear(const model *m, unsigned char *page, int token) {
+  const int n = inputs_per_lane(m->format);
+  const size_t column = PAGE / n * VEC, half = half_page_bytes(m), size = LANE / n;
+  for (size_t start = half; start < 2 * half; start += column) {
+    if (token % n)
+      for (int i = 0; i < 16; i++) memset(page + start + token / n * VEC + i * LANE + token % n * size, 0, size);
+    const size_t whole = (size_t)(token + n - 1) / n * VEC;
+    memset(page + start + whole, 0, column - whole);
+  }
+}
+
 /* The keys and values of a unit's tokens. */
 void ISA(write)(const attention *a, const unit *u) {
   const model *m = a->m;
@@ -178,6 +255,9 @@ void ISA(write)(const attention *a, const unit *u) {
     if (m->format == F32) put(F32, m, key, value, page, position % PAGE);
     else put(BF16, m, key, value, page, position % PAGE);
   }
+  const span *s = a->spans + u->span;
+  const int end = s->start + s->count, begun = end / PAGE * PAGE; /* of the span, and of the page that it ends in */
+  if (u->first + u->count == s->count && begun < end && s->start <= begun) clear(m, page_of(a, u, end / PAGE), end % PAGE);
 }
 
 /* Where row r of a unit reads its query and writes its output: token r / fold, head r % fold of its group. */
@@ -213,7 +293,14 @@ static void walk(const attention *a, const unit *u, int rows, bundle *b, bool fi
     if (first && page < last) fetch(a, u, page + 1);
     while (b->end[from] <= base) from++;
     while (b->first[to - 1] >= base + PAGE) to--;
-    throughs[a->m->format][to - from](a->m, b, from, (const char *)page_of(a, u, page), base);
+    const char *at = (const char *)page_of(a, u, page);
+#if defined(__AMX_BF16__)
+    if (a->m->format == BF16) {
+      through_tiles(a->m, b, from, to - from, at, base);
+      continue;
+    }
+#endif
+    throughs[a->m->format][to - from](a->m, b, from, at, base);
   }
 }
 
@@ -229,8 +316,10 @@ static void scatter(const attention *a, const unit *u, int from, int rows, const
 
 /* The outputs of a unit's rows; their keys are written. */
 void ISA(attend)(const attention *a, const unit *u) {
-  const int rows = u->count * (a->m->heads / a->m->kv_heads), bundles = (rows + ROWS - 1) / ROWS;
+  const int most = a->m->format == BF16 ? MOST_ROWS : ROWS;
+  const int rows = u->count * (a->m->heads / a->m->kv_heads), bundles = (rows + most - 1) / most;
   _Alignas(4096) bundle b; /* wherever the stack is: lines of it that alias those of a page cost a fifth of the time */
+  b.shaped = 0;
   fetch(a, u, first_key(a, place_of(a, u, 0).position) / PAGE);
   for (int i = 0; i < bundles; i++) {
     int from = (int)((long)rows * i / bundles), to = (int)((long)rows * (i + 1) / bundles);
@@ -238,4 +327,7 @@ void ISA(attend)(const attention *a, const unit *u) {
     walk(a, u, to - from, &b, i == 0);
     scatter(a, u, from, to - from, &b);
   }
+#if defined(__AMX_BF16__)
+  if (b.shaped) _tile_release();
+#endif
 }

@@ -211,6 +211,8 @@ INLINE void narrow_product(const int blocks, const char *w, size_t block_bytes, 
   _tile_zero(3);
   for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
     _tile_loadd(4, x + k * TILE_BYTES, x_stride);
+    fetch_lines(w + NEAR, TILE_ROWS * 2 * VEC);
+    if (blocks > 1) fetch_lines(w + block_bytes + NEAR, TILE_ROWS * 2 * VEC);
     _tile_loadd(6, w, 2 * VEC);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + VEC, 2 * VEC);

@@ -18,6 +18,11 @@ typedef struct {
 
 enum { CACHE_LINE = 64 };
 
+/* Into the second-level cache. */
+INLINE void fetch_lines(const char *at, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(at + i, 0, 2);
+}
+
 INLINE void read_ahead(const weights *w, const int vecs, int step) {
   UNROLL for (int v = 0; v < vecs; v += 2) {
     const char *at = w->next + v / 2 * w->pair + step * w->fetch;
