@@ -19,6 +19,9 @@ typedef struct {
   uint8_t rows[16];
 } tile_shapes;
 
+/* What has been computed is in memory, where tiles look for it: gcc's intrinsics do not say that they read it. */
+INLINE void settle(void) { __asm__ volatile("" ::: "memory"); }
+
 /* Tiles 0 to 3 are sums, 4 and 5 rows of inputs, 6 and 7 weights. 0, 1 and 4 have `rows` rows, 2, 3 and 5 `others`, and
  * 5 and 7 take `bytes` bytes of inputs, the rest of them TILE_BYTES. */
 INLINE void shape_tiles(int rows, int others, int bytes) {
@@ -28,6 +31,7 @@ INLINE void shape_tiles(int rows, int others, int bytes) {
   s.rows[2] = s.rows[3] = s.rows[5] = (uint8_t)others;
   s.rows[6] = TILE_ROWS;
   s.rows[7] = (uint8_t)(bytes / LANE);
+  settle();
   _tile_loadconfig(&s);
 }
 #else

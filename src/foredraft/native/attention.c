@@ -137,6 +137,7 @@ static void through_tiles(const model *m, bundle *b, int from, int rows, const c
   const int dim = m->dim, end = seen(b, from, rows, base), keys = (end + 15) / 16;
   const size_t query = sizeof b->query[0], score = sizeof b->score[0], weight = sizeof b->weight[0], sum = sizeof b->sum[0];
   const char *x = b->query[from], *w = page;
+  settle();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -147,6 +148,7 @@ static void through_tiles(const model *m, bundle *b, int from, int rows, const c
   if (d < dim) ADD_PRODUCTS(keys, 5, x, query, 7, w, PAGE * LANE, VEC);
   FOR_EACH_SUM(keys, _tile_stored, b->score[from], 16, score);
   soften_all(BF16, m, b, from, rows, base);
+  settle();
   const size_t column = PAGE / 2 * VEC; /* bytes of sixteen values of all tokens */
   w = page + half_page_bytes(m);
   for (d = 0; d < dim; d += 64, w += 4 * column) {

@@ -260,6 +260,7 @@ static void amx_strip(const linear *w, int epilogue, int block, int blocks, cons
   for (int taken; blocks > 0; block += taken, blocks -= taken) {
     const char *start = (const char *)w->weights + block * bytes;
     taken = rows > TILE_ROWS || blocks == 1 ? 1 : 2;
+    settle();
     if (rows > TILE_ROWS) wide_product(first, start, steps, x, stride, sums);
     else if (taken == 2) narrow_product(2, start, bytes, steps, x, stride, sums);
     else narrow_product(1, start, bytes, steps, x, stride, sums);

@@ -15,7 +15,7 @@
 
 #include "native.h"
 
-enum { ROWS_A_CHUNK = 4, TOKENS_A_UNIT = 32, SHORT_SPAN = 8, MOST_CHUNKS = 64 };
+enum { ROWS_A_CHUNK = 4, LEAST_UNIT = 32, MOST_UNIT = 128 /* tokens */, ENOUGH_UNITS = 96, SHORT_SPAN = 8, MOST_CHUNKS = 64 };
 
 /* Buffers of all passes, grown to what the largest needed; whoever is in the pool has them. */
 static struct {
@@ -234,7 +234,7 @@ static void lay_out(pass *p, int32_t **first_row, int spans, int wanted) {
   const model *m = p->m;
   arena.used = 0;
   *first_row = take(sizeof(int32_t) * spans);
-  p->units = take(sizeof(unit) * ((size_t)p->rows / TOKENS_A_UNIT + spans) * m->kv_heads);
+  p->units = take(sizeof(unit) * ((size_t)p->rows / LEAST_UNIT + spans) * m->kv_heads);
   p->x = take(sizeof(float) * p->rows * p->width);
   p->wide = take(sizeof(float) * p->rows * widest(m));
   p->mixed = take(sizeof(float) * p->rows * m->heads * m->dim);
@@ -262,14 +262,17 @@ static bool reserve(pass *p, int32_t **first_row, int spans, int wanted) {
   return true;
 }
 
-/* Units of at most TOKENS_A_UNIT tokens. A span of few tokens is one unit for each head, which writes its keys itself. */
+/* Units of some tokens, more where there are many: each unit reads all pages of its text. A span of few tokens is one unit
+ * for each head, which writes its keys itself. */
 static void cut_into_units(pass *p, const span *spans, int count, int32_t *first_row) {
+  int most = LEAST_UNIT;
+  while (most < MOST_UNIT && (long)p->rows * p->m->kv_heads > (long)ENOUGH_UNITS * most) most *= 2;
   p->all_short = true;
   for (int s = 0, row = 0; s < count; row += spans[s++].count) {
     first_row[s] = row;
     p->all_short = p->all_short && spans[s].count <= SHORT_SPAN;
-    for (int first = 0; first < spans[s].count; first += TOKENS_A_UNIT) {
-      int tokens = spans[s].count - first < TOKENS_A_UNIT ? spans[s].count - first : TOKENS_A_UNIT;
+    for (int first = 0; first < spans[s].count; first += most) {
+      int tokens = spans[s].count - first < most ? spans[s].count - first : most;
       for (int head = 0; head < p->m->kv_heads; head++) p->units[p->num_units++] = (unit){s, head, first, tokens};
     }
   }
