@@ -208,8 +208,20 @@ def test_targets_in_few_bits_keep_it_too(name, drafter):
     keep_the_contract(name, "bfloat16", "native", drafter)
 
 
+@pytest.mark.parametrize(("name", "dtype"), product(("llama", "qwen3", "phi3", "gpt2"), DTYPES))
+def test_on_two_threads_torch_keeps_it_too(name, dtype, two_threads):
+    """Operations are shared among threads from some thousand elements on: amid a row, where nobody sees to it."""
+    c = case.__wrapped__(name, dtype, "torch")
+    for drafter in ("oracle", "int4"):
+        keep(c, drafter, "torch")
+
+
 def keep_the_contract(name: str, dtype: str, place: str, drafter: str) -> None:
-    c = case(name, dtype, place)
+    keep(case(name, dtype, place), drafter, place)
+
+
+def keep(c: Case, drafter: str, place: str) -> None:
+    name, dtype = c.name, c.dtype
     assert c.target.row_invariance.exact or place == "cuda" or (SOMETIMES_INEXACT and dtype == "float32")
     if not c.target.row_invariance.exact:
         pytest.skip(f"no row-invariant shapes for {name} in {dtype} on this device")

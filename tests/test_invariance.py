@@ -14,6 +14,7 @@ from foredraft.models.hf import HFModel
 from foredraft.models.invariance import FIXED, probe
 from foredraft.models.load import LoadOptions, load_target
 from foredraft.models.rows import Group, RowBatch, RowInvariance, Span, plan, round_keys
+from foredraft.weights.linear import PackedLinear, linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Flaw = Callable[[RowBatch, Group], float]
@@ -234,3 +235,24 @@ def test_few_query_rows_left_over_or_alone_give_the_bits_of_many(name, heads, kv
     fold = heads // kv_heads
     for width in (1, 4, *(width for width in range(5, 34) if width * fold % 32 in (1, 2, 3))):
         assert torch.equal(logits(width), wide), width
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 192), (704, 256), (1024, 1024)])
+def test_packed_products_of_terms_that_cancel_agree_from_two_rows_up(inputs, outputs, dtype):
+    """Where large terms cancel, what is left tells in which order they were summed; random ones seldom do in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(outputs, inputs // 2, generator=generator).repeat_interleave(2, 1)
+    pairs[:, 1::2] *= -1
+    order = torch.randperm(inputs, generator=generator)
+    x = torch.randn(300, inputs // 2, generator=generator).repeat_interleave(2, 1)
+    x += 0.004 * torch.randn(300, inputs, generator=generator)
+    layer = linear(pairs[:, order].to(dtype))
+    if not isinstance(layer, PackedLinear):
+        pytest.skip(f"{dtype} is not packed on this processor")
+    x = x[:, order].to(dtype)
+    wanted = layer.forward(x[:16])
+    for rows in (2, 3, 5, 8, 15, 17, 24, 31, 32, 33, 36, 37, 48, 64, 65, 128, 255, 300):
+        found = layer.forward(x[:rows])
+        assert torch.equal(found[:16], wanted[:rows])
+        assert torch.equal(layer.add_to(found, x[:rows])[:16], layer.add_to(wanted, x[:16])[:rows])

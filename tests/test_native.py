@@ -128,6 +128,26 @@ def test_products_are_near_those_in_float64_and_rows_never_meet(form, size, isa)
         assert torch.equal(product(layer, x[:count], isa, threads=3)[:, : size[0]], y[:count])
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_the_smallest_and_the_largest_numbers_count_alike_in_every_pass(form, isa):
+    """Tiles of AMX take what is below the least normal number for zero, and so must what stands in for them."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.exp2(torch.randint(-140, 60, (9, 96), generator=generator).float())
+    weight = torch.randn(160, 96, generator=generator) * torch.exp2(
+        torch.randint(-30, 30, (160, 96), generator=generator)
+    )
+    x = torch.randn(9, 96, generator=generator) * sizes
+    x[2] *= 1e-38 / x[2].abs().max()
+    x[3, 5], x[4, 7] = torch.inf, torch.nan
+    layer = packed(form, weight, torch.zeros(160))
+    y = product(layer, x, isa)[:, :160]
+    assert y[[0, 1, 2, 5, 6, 7, 8]].isfinite().all() and not y[3].isfinite().any() and y[4].isnan().all()
+    for count in range(1, 9):
+        found = product(layer, x[:count], isa)[:, :160]
+        assert torch.equal(found.nan_to_num(7), y[:count].nan_to_num(7))
+
+
 def test_planted_a_product_with_another_weight_is_noticed():
     """The control of the bounds above."""
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
+from foredraft.models.activations import by_rows
 from foredraft.models.base import Convert, SkipSet
 from foredraft.models.cache import SlotCache
 from foredraft.models.family import window
@@ -124,7 +125,7 @@ class MLP:
 
     def __call__(self, x: torch.Tensor, p: Pass) -> torch.Tensor:
         gate, up = self.gate_up.forward(self.norm(x)).chunk(2, -1)
-        return self.down.add_to(x, F.silu(gate).mul_(up))
+        return self.down.add_to(x, by_rows(F.silu, gate).mul_(up))
 
 
 Sublayer = Attention | MLP

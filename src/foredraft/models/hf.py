@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 
 from foredraft.errors import UnsupportedModelError
 from foredraft.models import attention, sublayers
+from foredraft.models.activations import wrap_activations
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.experts import pack_experts, pad_routers
@@ -214,6 +215,7 @@ class HFModel:
         pack_experts(self.model)
         pack_linears(self.model)
         pad_routers(self.model)
+        wrap_activations(self.model)
 
     def _check(self, sample: list[int], expected: torch.Tensor) -> None:
         """Compute the sample in two uneven steps beside another sequence; refuse a model that comes out different."""

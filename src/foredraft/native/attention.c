@@ -131,7 +131,8 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
   } while (0)
 
 /* As `through`, in bf16 and by tiles. A key's sums are made of 32 dimensions at a time,
- * of which the last may be 16; a value's of 32 tokens, whose weights are zero where a row does not see them. */
+ * of which the last may be 16; a value's of 32 tokens, whose weights are zero where a row does not see them (pages are zero
+ * at first, and hold no NaN: pages.py). */
 static void through_tiles(const model *m, bundle *b, int from, int rows, const char *page, int base) {
   if (rows != b->shaped) shape_tiles(rows, rows, m->dim % 32 ? TILE_BYTES / 2 : TILE_BYTES), b->shaped = rows;
   const int dim = m->dim, end = seen(b, from, rows, base), keys = (end + 15) / 16;
@@ -229,19 +230,6 @@ INLINE void put(const int format, const model *m, const float *key, const float 
   }
 }
 
-/* No values from a token of a page on: who reads a few tokens at once gives those behind the last one no weight, but what
- * is there must be a number. */
-static void clear(const model *m, unsigned char *page, int token) {
-  const int n = inputs_per_lane(m->format);
-  const size_t column = PAGE / n * VEC, half = half_page_bytes(m), size = LANE / n;
-  for (size_t start = half; start < 2 * half; start += column) {
-    if (token % n)
-      for (int i = 0; i < 16; i++) memset(page + start + token / n * VEC + i * LANE + token % n * size, 0, size);
-    const size_t whole = (size_t)(token + n - 1) / n * VEC;
-    memset(page + start + whole, 0, column - whole);
-  }
-}
-
 /* The keys and values of a unit's tokens. */
 void ISA(write)(const attention *a, const unit *u) {
   const model *m = a->m;
@@ -257,9 +245,6 @@ void ISA(write)(const attention *a, const unit *u) {
     if (m->format == F32) put(F32, m, key, value, page, position % PAGE);
     else put(BF16, m, key, value, page, position % PAGE);
   }
-  const span *s = a->spans + u->span;
-  const int end = s->start + s->count, begun = end / PAGE * PAGE; /* of the span, and of the page that it ends in */
-  if (u->first + u->count == s->count && begun < end && s->start <= begun) clear(m, page_of(a, u, end / PAGE), end % PAGE);
 }
 
 /* Where row r of a unit reads its query and writes its output: token r / fold, head r % fold of its group. */

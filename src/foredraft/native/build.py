@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAME = "_foredraft_native.so"
-COMMON = ("threads.c", "pass.c", "chain.c", "choose.c", "pack.c")
+COMMON = ("isa.c", "threads.c", "pass.c", "chain.c", "choose.c", "pack.c")
 KERNELS = ("kernels.c", "encode.c", "linear.c", "attention.c", "draw.c", "mask.c", "round.c")
 AVX512 = ("-mavx2", "-mfma", *(f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni")))
 X86_SETS: dict[str, tuple[str, ...]] = {
@@ -29,6 +29,7 @@ X86_SETS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*AVX512, "-mavx512bf16"),
     "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
+OPTIONAL = {"amx": "-DNO_AMX"}  # sets that a compiler may be too old for (gcc 10, clang 10), and what says so
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 
@@ -65,10 +66,16 @@ def build(folder: Path, sanitize: str = "", command: Sequence[str] | None = None
     command = command or compiler()
     if command is None:
         raise BuildError("no C compiler (cc, gcc, clang) and no ziglang package is there")
+    if not machine and any("zig" in Path(part).name for part in command):
+        command = [*command, "-mcpu=baseline"]  # zig's own default is all that this machine has, in every set
     flags = [*FLAGS, *WARNINGS, *((f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer") if sanitize else ())]
-    jobs: list[tuple[str, str, tuple[str, ...]]] = [(source, "", ()) for source in COMMON]
-    for name, extra in instruction_sets(machine or platform.machine()).items():
-        jobs += [(source, name, extra) for source in KERNELS]
+    sets = instruction_sets(machine or platform.machine())
+    missing = [name for name in OPTIONAL if name in sets and not _takes(command, sets[name])]
+    without = tuple(OPTIONAL[name] for name in missing)
+    jobs: list[tuple[str, str, tuple[str, ...]]] = [(source, "", without) for source in COMMON]
+    for name, extra in sets.items():
+        if name not in missing:
+            jobs += [(source, name, extra) for source in KERNELS]
     with tempfile.TemporaryDirectory() as scratch:
         objects = [str(Path(scratch) / f"{Path(source).stem}-{name}.o") for source, name, _ in jobs]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -82,6 +89,14 @@ def build(folder: Path, sanitize: str = "", command: Sequence[str] | None = None
         fresh = folder / f"{NAME}.{os.getpid()}"
         _run([*command, *flags, "-shared", *objects, "-o", str(fresh), "-lm"])
         return fresh.replace(folder / NAME)  # at once: another process may be loading the old one
+
+
+def _takes(command: Sequence[str], extra: Sequence[str]) -> bool:
+    with tempfile.TemporaryDirectory() as scratch:
+        nothing = Path(scratch) / "nothing.c"
+        nothing.write_text("typedef int nothing;\n", encoding="utf-8")
+        whole = [*command, *extra, "-Werror", "-c", str(nothing), "-o", str(nothing.with_suffix(".o"))]
+        return subprocess.run(whole, capture_output=True, check=False).returncode == 0
 
 
 def _run(command: Sequence[str]) -> None:

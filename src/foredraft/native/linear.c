@@ -37,6 +37,7 @@ enum { ZERO8 = 0, ZERO4 = 8 };
 enum { ZERO8 = 128, ZERO4 = 8 };
 #endif
 
+enum { OF_ROW = 2 * sizeof(float) /* bytes that a row has for each group */ };
 enum { NEAR = 4096 /* bytes that a tile reads ahead of itself where it is the only one over its strip */ };
 
 /* Weights that come next, to be read ahead: `fetch` bytes of each block a step. */
@@ -91,7 +92,26 @@ INLINE lanes nibbles(lanes a, const int shift) {
   return a;
 }
 
-/* A group is summed in whole numbers; then y += (codes x - zero sum(x)) * scale + offset * sum(x). */
+/* What a group of weights adds: (codes x - zero sum(x)) * scale + offset * sum(x), the codes summed in whole numbers. */
+typedef struct {
+  vec scale, low;
+} grid_of;
+
+INLINE grid_of grid_at(const int format, const bf16 *grid) {
+  grid_of g = {.scale = v_from_bf16(grid)};
+  g.low = v_mul(g.scale, v_set(format == INT4 ? -ZERO4 : -ZERO8));
+  if (format == INT4) g.low = v_add(g.low, v_from_bf16(grid + BLOCK));
+  return g;
+}
+
+/* of_row: the scale of a row's group, and its scaled sum. */
+INLINE vec add_group(vec sum, lanes whole, grid_of g, const char *of_row) {
+  float scales[2];
+  memcpy(scales, of_row, sizeof scales);
+  sum = v_fma(v_from_ints(whole), v_mul(g.scale, v_set(scales[0])), sum);
+  return v_fma(g.low, v_set(scales[1]), sum);
+}
+
 INLINE void int_product(const int format, const int rows, const int vecs, const linear *w, upcoming next, int block, int half,
                         const char *x, float *out, size_t out_stride) {
   const int groups = groups_of(w), steps = w->group / inputs_per_lane(format), grids = format == INT4 ? 2 : 1;
@@ -121,21 +141,12 @@ INLINE void int_product(const int format, const int rows, const int vecs, const 
         }
       }
     }
-    vec scale[4], low[4];
-    UNROLL for (int v = 0; v < vecs; v++) {
-      const bf16 *own = grid + ((size_t)v / 2 * groups + g) * grids * BLOCK + v % 2 * 16;
-      scale[v] = v_from_bf16(own);
-      low[v] = v_mul(scale[v], v_set(format == INT4 ? -ZERO4 : -ZERO8));
-      if (format == INT4) low[v] = v_add(low[v], v_from_bf16(own + BLOCK));
-    }
-    UNROLL for (int r = 0; r < rows; r++) {
-      float of_row[2]; /* scale and scaled sum */
-      memcpy(of_row, x + r * stride + w->inputs + g * sizeof of_row, sizeof of_row);
-      UNROLL for (int v = 0; v < vecs; v++) {
-        sum[r][v] = v_fma(v_from_ints(whole[r][v]), v_mul(scale[v], v_set(of_row[0])), sum[r][v]);
-        sum[r][v] = v_fma(low[v], v_set(of_row[1]), sum[r][v]);
-      }
-    }
+    grid_of own[4];
+    UNROLL for (int v = 0; v < vecs; v++)
+      own[v] = grid_at(format, grid + ((size_t)v / 2 * groups + g) * grids * BLOCK + v % 2 * 16);
+    UNROLL for (int r = 0; r < rows; r++)
+      UNROLL for (int v = 0; v < vecs; v++)
+        sum[r][v] = add_group(sum[r][v], whole[r][v], own[v], x + r * stride + w->inputs + g * OF_ROW);
   }
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int v = 0; v < vecs; v++) v_store(out + r * out_stride + v * 16, sum[r][v]);
@@ -201,86 +212,7 @@ static void finish(const linear *w, int epilogue, int block, int blocks, const f
 }
 
 #if defined(__AMX_BF16__)
-/* Sums of up to sixteen rows and of one block or two, [rows][blocks * BLOCK]. */
-INLINE void narrow_product(const int blocks, const char *w, size_t block_bytes, int steps, const char *x, size_t x_stride,
-                           float *sums) {
-  const size_t stride = (size_t)blocks * BLOCK * sizeof *sums;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
-    _tile_loadd(4, x + k * TILE_BYTES, x_stride);
-    fetch_lines(w + NEAR, TILE_ROWS * 2 * VEC);
-    if (blocks > 1) fetch_lines(w + block_bytes + NEAR, TILE_ROWS * 2 * VEC);
-    _tile_loadd(6, w, 2 * VEC);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + VEC, 2 * VEC);
-    _tile_dpbf16ps(1, 4, 7);
-    if (blocks == 1) continue;
-    _tile_loadd(6, w + block_bytes, 2 * VEC);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, w + block_bytes + VEC, 2 * VEC);
-    _tile_dpbf16ps(3, 4, 7);
-  }
-  _tile_stored(0, sums, stride);
-  _tile_stored(1, sums + 16, stride);
-  if (blocks == 1) return;
-  _tile_stored(2, sums + 32, stride);
-  _tile_stored(3, sums + 48, stride);
-}
-
-/* Of more than sixteen rows, the first tile's and the others, and of one block. */
-INLINE void wide_product(int first, const char *w, int steps, const char *x, size_t x_stride, float *sums) {
-  const size_t stride = BLOCK * sizeof *sums;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
-    _tile_loadd(4, x + k * TILE_BYTES, x_stride);
-    _tile_loadd(6, w, 2 * VEC);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + VEC, 2 * VEC);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + first * x_stride + k * TILE_BYTES, x_stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, stride);
-  _tile_stored(1, sums + 16, stride);
-  _tile_stored(2, sums + first * BLOCK, stride);
-  _tile_stored(3, sums + first * BLOCK + 16, stride);
-}
-
-static void amx_strip(const linear *w, int epilogue, int block, int blocks, const char *x, int rows, char *out, int width) {
-  _Alignas(64) float sums[2 * TILE_ROWS * BLOCK];
-  const int first = (rows + 1) / 2, steps = w->inputs / BLOCK;
-  const size_t bytes = block_bytes(w), stride = encoded_bytes(w);
-  for (int taken; blocks > 0; block += taken, blocks -= taken) {
-    const char *start = (const char *)w->weights + block * bytes;
-    taken = rows > TILE_ROWS || blocks == 1 ? 1 : 2;
-    settle();
-    if (rows > TILE_ROWS) wide_product(first, start, steps, x, stride, sums);
-    else if (taken == 2) narrow_product(2, start, bytes, steps, x, stride, sums);
-    else narrow_product(1, start, bytes, steps, x, stride, sums);
-    finish(w, epilogue, block, taken, sums, rows, out, width);
-  }
-}
-
-static void amx_product(const linear *w, int epilogue, int first, int last, const char *x, int rows, void *y, int width) {
-  const int tiles = (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
-  for (int t = 0, shaped = 0; t < tiles; t++) {
-    int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles), count = to - from;
-    if (count != shaped) {
-      if (count > TILE_ROWS) shape_tiles((count + 1) / 2, count / 2, TILE_BYTES);
-      else shape_tiles(count, count, TILE_BYTES);
-      shaped = count;
-    }
-    amx_strip(w, epilogue, first, last - first, x + from * encoded_bytes(w), count, (char *)y + from * row_bytes(epilogue, width), width);
-  }
-  _tile_release();
-}
+#include "linear_amx.h"
 #endif
 
 /* As many rows as fit a tile, and `blocks` blocks. */
@@ -304,7 +236,7 @@ static void strip(const linear *w, upcoming next, int epilogue, int block, int b
 void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, void *y,
                   int width) {
 #if defined(__AMX_BF16__)
-  if (w->format == BF16) {
+  if (w->format == BF16 || (w->format >= INT8 && rows >= FEWEST_INT_ROWS)) {
     amx_product(w, epilogue, first, last, x, rows, y, width);
     return;
   }

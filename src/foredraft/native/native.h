@@ -23,7 +23,7 @@
 
 typedef uint16_t bf16;
 
-enum { ABI = 5 };         /* raise it with every change that native/library.py must follow */
+enum { ABI = 6 };         /* raise it with every change that native/library.py must follow */
 enum { BLOCK = 32 };      /* outputs that are packed together */
 enum { PAGE = 64 };       /* tokens of a page of the cache */
 enum { MAX_DIM = 256 };   /* of a head */
@@ -166,8 +166,10 @@ INLINE uint64_t mix(uint64_t x) {
 
 INLINE uint64_t fold(uint64_t seed, uint64_t value) { return mix(mix(seed) + value); }
 
-/* pass.c */
+/* isa.c */
 const kernels *kernels_of(int isa);
+
+/* pass.c */
 /* foredraft_pass for who is in the pool already; a row of logits lies every `width`. */
 int run_pass(const model *m, const int32_t *ints, int rows, int spans, int wanted, const unsigned char *const *pages,
              int max_pages, float *logits, int width);

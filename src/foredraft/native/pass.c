@@ -2,13 +2,6 @@
  *
  * Each phase is cut into chunks for whoever is there; between phases everybody has finished.
  */
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,56 +29,7 @@ typedef struct {
   attention attention;
 } pass;
 
-const kernels *kernels_of(int isa) {
-#if defined(__x86_64__)
-  if (isa == 4) return &kernels_amx;
-  if (isa == 3) return &kernels_avx512_bf16;
-  if (isa == 2) return &kernels_avx512;
-  if (isa == 1) return &kernels_avx2;
-#endif
-  (void)isa;
-  return &kernels_portable;
-}
-
 EXPORT int foredraft_abi(void) { return ABI; }
-
-/* Whether the processor has tiles of bf16 and Linux lets this process use them, which it wants to be asked. */
-static bool has_amx(void) {
-#if defined(__x86_64__) && defined(__linux__)
-  enum { REQUEST = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
-  const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return false;
-  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-  return false;
-#endif
-}
-
-/* The instruction sets that this processor has, as bits: 1 portable, 2 AVX2, 4 AVX-512 with VNNI, 8 the same and bf16,
- * 16 all that and AMX. */
-EXPORT int foredraft_isas(void) {
-  int found = 1;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= 2;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    found |= __builtin_cpu_supports("avx512bf16") ? has_amx() ? 28 : 12 : 4;
-#endif
-  return found;
-}
-
-/* The number of the fastest. Intel's product of two pairs of bf16 takes as long as four of floats (Sapphire Rapids: 85
- * against 172 GFLOP/s a core), so there it is only in the way; tiles are not. */
-EXPORT int foredraft_fastest_isa(void) {
-  int found = foredraft_isas(), fastest = 0;
-#if defined(__x86_64__)
-  if (__builtin_cpu_is("intel") && !(found & 16)) found &= ~8;
-#endif
-  while (found >> (fastest + 1)) fastest++;
-  return fastest;
-}
 
 /* --- one linear layer over all rows --- */
 

@@ -24,6 +24,17 @@ def is_turned(module: object) -> bool:
     return isinstance(module, Conv1D)
 
 
+ROUNDING = (
+    nn.CELU, nn.ELU, nn.GELU, nn.LogSigmoid, nn.Mish, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh, nn.Tanhshrink,
+)  # fmt: skip
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is an elementwise function whose results are rounded: torch's, transformers' or Bloom's."""
+    theirs = type(module).__module__ == "transformers.activations" or type(module).__name__ == "BloomGelu"
+    return type(module) in ROUNDING or theirs
+
+
 def shell(module: nn.Module) -> Any:
     """Another module object with the same parameters, buffers and attributes, and hooks of its own."""
     other: nn.Module = type(module).__new__(type(module))
