@@ -208,7 +208,7 @@ def test_targets_in_few_bits_keep_it_too(name, drafter):
     keep_the_contract(name, "bfloat16", "native", drafter)
 
 
-@pytest.mark.parametrize(("name", "dtype"), product(("llama", "qwen3", "phi3", "gpt2"), DTYPES))
+@pytest.mark.parametrize(("name", "dtype"), [*product(("llama", "qwen3", "phi3", "gpt2"), DTYPES)])
 def test_on_two_threads_torch_keeps_it_too(name, dtype, two_threads):
     """Operations are shared among threads from some thousand elements on: amid a row, where nobody sees to it."""
     c = case.__wrapped__(name, dtype, "torch")
