@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from foredraft.cli.serve import ServeOptions, read_launches
+from foredraft.cli.serve import ServeOptions, read_launches, read_settings
 from foredraft.errors import RequestError
 from foredraft.server.errors import ApiError
 from foredraft.server.launching import LaunchSpec, footprint, load, taken
@@ -58,6 +59,15 @@ def test_flags_reach_the_launch() -> None:
     assert read_launches(ServeOptions(chat_template=template))[0].spec.chat_template == template
     with pytest.raises(RequestError, match=r"chat_template='nope\.jinja' cannot be read"):
         read_launches(ServeOptions(chat_template="nope.jinja"))
+    for wrong, said in (
+        (ServeOptions(uid="a b"), r"--uid 'a b' is not usable; give 1 to 100 letters"),
+        (ServeOptions(uid=""), r"--uid '' is not usable"),
+        (ServeOptions(max_model_len=1), "--max-model-len 1 is not usable; it must be 2 or more"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            read_launches(wrong)
+    with pytest.raises(RequestError, match="--allow-folder nowhere is no folder; give one that is there"):
+        read_settings(ServeOptions(allow_folder=[Path("nowhere")]))
     assert read_launches(ServeOptions(no_model=True)) == ()
     with pytest.raises(
         RequestError,

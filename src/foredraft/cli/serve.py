@@ -148,12 +148,27 @@ def read_settings(options: ServeOptions) -> "Settings":
         keys=keys,
         allowed_hosts=hosts,
         cors_origins=tuple(options.cors_origin or ()),
-        allowed_folders=tuple(options.allow_folder or ()),
+        allowed_folders=tuple(map(_folder, options.allow_folder or ())),
         allow_hub=options.allow_hub,
         registry=options.registry,
         memory_budget=memory_budget(options.memory_budget),
         playground=not options.no_playground,
     )
+
+
+def _folder(path: Path) -> Path:
+    if not path.expanduser().is_dir():
+        raise RequestError(f"--allow-folder {path} is no folder; give one that is there")
+    return path
+
+
+def _uid(name: str) -> str:
+    from foredraft.server.fields import check_uid
+
+    try:
+        return check_uid(name)
+    except ValueError as error:
+        raise RequestError(f"--uid {error}") from error
 
 
 def read_limits(options: ServeOptions) -> "Limits":
@@ -186,6 +201,8 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         check_source(options.model)
     if options.max_batch_size < 1:
         raise RequestError(f"--max-batch-size {options.max_batch_size} is not usable; it must be 1 or more")
+    if options.max_model_len is not None and options.max_model_len < 2:
+        raise RequestError(f"--max-model-len {options.max_model_len} is not usable; it must be 2 or more")
     loading = LoadOptions(options.dtype, options.device, weight_format=options.weight_format, runtime=options.runtime)
     if not isinstance(split(options.draft), str):
         raise RequestError(f"--draft {options.draft} names several; a served model has one drafter, or auto")
@@ -217,7 +234,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         prefix_cache=not options.no_prefix_cache,
         draft_name=Path(options.draft).name,
     )
-    return (Launch(spec, options.uid or name),)
+    return (Launch(spec, name if options.uid is None else _uid(options.uid)),)
 
 
 def _check_empty(options: ServeOptions) -> None:

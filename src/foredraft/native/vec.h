@@ -88,6 +88,16 @@ INLINE part part_max(part a, part b) { /* b where either is not a number */
 #endif
 }
 
+INLINE part part_min(part a, part b) { /* the same */
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return part_choose(a < b, a, b);
+#endif
+}
+
 INLINE vec v_set(float x) {
   vec r;
   EACH_PART r.p[i] = x - (part){0};
@@ -210,14 +220,29 @@ INLINE float v_largest(vec a) {
 }
 #endif
 
+INLINE part part_whole(part a) { /* the nearest whole number, of even ones where two are */
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const part magic = 12582912.0f - (part){0}; /* 1.5 * 2^23 */
+  return (a + magic) - magic;
+#endif
+}
+
+INLINE part part_times_power(part a, part n) { /* a 2^n, of whole n in [-126, 127] */
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(a, n);
+#else
+  return a * (part)((__builtin_convertvector(n, ipart) + 127) << 23);
+#endif
+}
+
 /* e^x to within 2 units of the last place, for x in [-87, 88]; outside it is that of the border, and what is no number
  * stays none. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]. */
 INLINE vec v_exp(vec x) {
-  const part magic = 12582912.0f - (part){0}; /* 1.5 * 2^23: adding it rounds to whole numbers */
   EACH_PART {
-    part a = part_max(-87.0f - (part){0}, x.p[i]);
-    a = -part_max(-88.0f - (part){0}, -a);
-    part shifted = part_fma(a, 1.44269504f - (part){0}, magic), n = shifted - magic;
+    part a = part_min(88.0f - (part){0}, part_max(-87.0f - (part){0}, x.p[i]));
+    part n = part_whole(a * 1.44269504f);
     part r = part_fma(n, -0.693359375f - (part){0}, a);
     r = part_fma(n, 2.12194440e-4f - (part){0}, r);
     part p = part_fma(1.9875691500e-4f - (part){0}, r, 1.3981999507e-3f - (part){0});
@@ -226,8 +251,7 @@ INLINE vec v_exp(vec x) {
     p = part_fma(p, r, 1.6666665459e-1f - (part){0});
     p = part_fma(p, r, 5.0000001201e-1f - (part){0});
     p = part_fma(p * r, r, r + 1.0f);
-    ipart power = ((ipart)shifted - (ipart)magic + 127) << 23;
-    x.p[i] = p * (part)power;
+    x.p[i] = part_times_power(p, n);
   }
   return x;
 }

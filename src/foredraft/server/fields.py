@@ -10,14 +10,15 @@ from pydantic_core import PydanticCustomError
 UID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
-def _check_uid(uid: str) -> str:
+def check_uid(uid: str) -> str:
+    """Raises ValueError where this cannot name a model."""
     if not re.fullmatch(UID, uid):
         form = "1 to 100 letters, digits, dots, dashes and underscores, the first a letter or a digit"
         raise ValueError(f"{uid!r:.120} is not usable; give {form}")
     return uid
 
 
-Uid = Annotated[str, AfterValidator(_check_uid), Field(json_schema_extra={"pattern": UID})]
+Uid = Annotated[str, AfterValidator(check_uid), Field(json_schema_extra={"pattern": UID})]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Stop = Annotated[str, Field(min_length=1)]
 Text = Annotated[str, Field(max_length=50_000_000)]  # the body's own limit is lower
