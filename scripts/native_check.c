@@ -11,7 +11,7 @@
 
 #include "native.h"
 
-enum { LAYERS = 2, HIDDEN = 64, HEADS = 4, KV = 2, DIM = 16, MLP = 96, VOCAB = 157, ROWS = 21, GROUP = 32, PAGES = 4, SLOTS = 2 };
+enum { LAYERS = 2, HIDDEN = 64, HEADS = 4, KV = 2, DIM = 48, MLP = 96, VOCAB = 157, ROWS = 70, GROUP = 32, PAGES = 4, SLOTS = 2 };
 enum { QKV = (HEADS + 2 * KV) * DIM, BYTES = 2 * LAYERS * KV * PAGE * DIM * 4 };
 
 int foredraft_isas(void);

@@ -9,7 +9,7 @@ from torch import nn
 from foredraft.models.activations import ByRows, by_rows, wrap_activations
 
 FUNCTIONS = (F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), torch.tanh, torch.sigmoid)
-WIDTHS = (96, 100, 704, 3072)
+WIDTHS = (1, 96, 100, 704, 3072)
 COUNTS = (1, 2, 5, 17, 87, 88, 175, 261, 351, 523)
 
 
@@ -46,6 +46,26 @@ def test_models_of_transformers_compute_theirs_so(name):
     assert len(found) >= model.config.num_hidden_layers and not any(isinstance(m.function, ByRows) for m in found)
 
 
-def test_shapes_stay():
-    x = torch.randn(2, 3, 50)
+@pytest.mark.parametrize("width", [20000, 28672])
+def test_a_row_is_the_same_on_any_number_of_threads(width, two_threads):
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    for function in FUNCTIONS:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(by_rows(function, x))
+        assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_what_somebody_hooks_is_left_alone():
+    model = tiny("gpt2")
+    hooked = model.transformer.h[0].mlp.act
+    hooked.register_forward_hook(lambda *_: None)
+    wrap_activations(model)
+    assert model.transformer.h[0].mlp.act is hooked and isinstance(model.transformer.h[1].mlp.act, ByRows)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (0, 5), (7,), (2, 3, 50)])
+def test_shapes_stay(shape):
+    x = torch.randn(shape)
     assert ByRows(nn.GELU())(x).shape == x.shape and torch.allclose(by_rows(F.gelu, x), F.gelu(x), atol=1e-6)

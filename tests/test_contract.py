@@ -208,12 +208,10 @@ def test_targets_in_few_bits_keep_it_too(name, drafter):
     keep_the_contract(name, "bfloat16", "native", drafter)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*product(("llama", "qwen3", "phi3", "gpt2"), DTYPES)])
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("gpt2", "float32"), ("llama", "bfloat16")])
 def test_on_two_threads_torch_keeps_it_too(name, dtype, two_threads):
     """Operations are shared among threads from some thousand elements on: amid a row, where nobody sees to it."""
-    c = case.__wrapped__(name, dtype, "torch")
-    for drafter in ("oracle", "int4"):
-        keep(c, drafter, "torch")
+    keep(case.__wrapped__(name, dtype, "torch"), "int4", "torch")
 
 
 def keep_the_contract(name: str, dtype: str, place: str, drafter: str) -> None:

@@ -238,7 +238,7 @@ def test_few_query_rows_left_over_or_alone_give_the_bits_of_many(name, heads, kv
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("inputs", "outputs"), [(512, 192), (704, 256), (1024, 1024)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(512, 192), (704, 256), (2048, 512)])
 def test_packed_products_of_terms_that_cancel_agree_from_two_rows_up(inputs, outputs, dtype):
     """Where large terms cancel, what is left tells in which order they were summed; random ones seldom do in bf16."""
     generator = torch.Generator().manual_seed(0)

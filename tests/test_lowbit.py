@@ -36,7 +36,7 @@ from foredraft.native import library
 from foredraft.profile import model_hash
 from foredraft.weights.choice import chosen_layers
 from foredraft.weights.convert import convert
-from foredraft.weights.lowbit import MANIFEST, is_low_bit
+from foredraft.weights.lowbit import MANIFEST, LayerRecord, is_low_bit
 from foredraft.weights.quantize import Int4Linear, Int8Linear, QuantLinear, dense
 from foredraft.weights.shards import ShardWriter, parse_size
 from foredraft.weights.source import _Shards
@@ -696,3 +696,10 @@ def test_the_command_starts_without_torch() -> None:
     code = "import sys; import foredraft.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 48), (4, 512), (4, None), (8, 32), (5, 32)])
+def test_a_record_of_groups_that_no_kernel_takes_is_refused(bits, group):
+    """They come from a checkpoint's manifest, which anybody may have written."""
+    with pytest.raises(ValueError, match=f"a layer of {bits} bits in groups of {group}"):
+        LayerRecord(bits, group, (64, 1024))

@@ -6,7 +6,7 @@
  */
 #include "amx.h"
 
-/* Rows of a tile, and its vectors of keys or values; rows that go through the pages together. */
+/* ROWS and VECS: a tile's rows, and its vectors of keys or values. MOST_ROWS: rows that go through the pages together. */
 #if defined(__AVX512F__)
 #define ROW_COUNTS(R) R(1) R(2) R(3) R(4) R(5) R(6)
 enum { ROWS = 6, VECS = PAIRS ? 4 : 2, MOST_ROWS = AMX ? TILE_ROWS : ROWS };
@@ -25,7 +25,7 @@ typedef struct {
   float score[MOST_ROWS][PAGE];
   char query[MOST_ROWS][MAX_DIM * sizeof(float)]; /* encoded */
   char weight[MOST_ROWS][PAGE * sizeof(float)];   /* encoded */
-  int shaped;                                     /* the rows of tiles, where they have been shaped */
+  int tile_rows;                                  /* for which tiles are shaped; 0: not yet */
 } bundle;
 
 INLINE void convert(const int format, const float *x, int count, char *out) {
@@ -121,7 +121,7 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
     _tile_dpbf16ps(3, inputs, weights); \
   } while (0)
 
-/* The same for sums in memory. */
+/* Load or store the first `count` sums, `next` floats apart. */
 #define FOR_EACH_SUM(count, DO, at, next, stride) \
   do { \
     DO(0, at, stride); \
@@ -134,7 +134,10 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
  * of which the last may be 16; a value's of 32 tokens, whose weights are zero where a row does not see them (pages are zero
  * at first, and hold no NaN: pages.py). */
 static void through_tiles(const model *m, bundle *b, int from, int rows, const char *page, int base) {
-  if (rows != b->shaped) shape_tiles(rows, rows, m->dim % 32 ? TILE_BYTES / 2 : TILE_BYTES), b->shaped = rows;
+  if (rows != b->tile_rows) {
+    shape_tiles(rows, rows, m->dim % 32 ? TILE_BYTES / 2 : TILE_BYTES);
+    b->tile_rows = rows;
+  }
   const int dim = m->dim, end = seen(b, from, rows, base), keys = (end + 15) / 16;
   const size_t query = sizeof b->query[0], score = sizeof b->score[0], weight = sizeof b->weight[0], sum = sizeof b->sum[0];
   const char *x = b->query[from], *w = page;
@@ -306,7 +309,7 @@ void ISA(attend)(const attention *a, const unit *u) {
   const int most = a->m->format == BF16 ? MOST_ROWS : ROWS;
   const int rows = u->count * (a->m->heads / a->m->kv_heads), bundles = (rows + most - 1) / most;
   _Alignas(4096) bundle b; /* wherever the stack is: lines of it that alias those of a page cost a fifth of the time */
-  b.shaped = 0;
+  b.tile_rows = 0;
   fetch(a, u, first_key(a, place_of(a, u, 0).position) / PAGE);
   for (int i = 0; i < bundles; i++) {
     int from = (int)((long)rows * i / bundles), to = (int)((long)rows * (i + 1) / bundles);
@@ -315,6 +318,6 @@ void ISA(attend)(const attention *a, const unit *u) {
     scatter(a, u, from, to - from, &b);
   }
 #if defined(__AMX_BF16__)
-  if (b.shaped) _tile_release();
+  if (b.tile_rows) _tile_release();
 #endif
 }

@@ -66,7 +66,7 @@ def build(folder: Path, sanitize: str = "", command: Sequence[str] | None = None
     command = command or compiler()
     if command is None:
         raise BuildError("no C compiler (cc, gcc, clang) and no ziglang package is there")
-    if not machine and any("zig" in Path(part).name for part in command):
+    if not machine and ("ziglang" in command or Path(command[0]).name == "zig"):
         command = [*command, "-mcpu=baseline"]  # zig's own default is all that this machine has, in every set
     flags = [*FLAGS, *WARNINGS, *((f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer") if sanitize else ())]
     sets = instruction_sets(machine or platform.machine())
@@ -91,19 +91,28 @@ def build(folder: Path, sanitize: str = "", command: Sequence[str] | None = None
         return fresh.replace(folder / NAME)  # at once: another process may be loading the old one
 
 
+TILES = """#include <immintrin.h>
+void probe(void) { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbsud(0, 1, 2); _tile_release(); }
+"""
+
+
 def _takes(command: Sequence[str], extra: Sequence[str]) -> bool:
+    """Whether compiler and assembler know the instructions of tile registers."""
     with tempfile.TemporaryDirectory() as scratch:
-        nothing = Path(scratch) / "nothing.c"
-        nothing.write_text("typedef int nothing;\n", encoding="utf-8")
-        whole = [*command, *extra, "-Werror", "-c", str(nothing), "-o", str(nothing.with_suffix(".o"))]
-        return subprocess.run(whole, capture_output=True, check=False).returncode == 0
+        source = Path(scratch) / "probe.c"
+        source.write_text(TILES, encoding="utf-8")
+        return not _result([*command, *extra, "-c", str(source), "-o", str(source.with_suffix(".o"))]).returncode
+
+
+def _result(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run ({error})") from error
 
 
 def _run(command: Sequence[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BuildError(f"{command[0]} does not run ({error})") from error
+    done = _result(command)
     if done.returncode:
         raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
     if done.stderr:

@@ -14,7 +14,12 @@
 #include "native.h"
 
 /* As native/library.py numbers them. */
-enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX, SETS };
+enum { PORTABLE, AVX2, AVX512, AVX512_BF16, TILES, SETS };
+
+/* Parts of a processor's state that the system saves, by their bits in XCR0. */
+#define SAVES_AVX 1, 2
+#define SAVES_AVX512 5, 6, 7
+#define SAVES_TILES 17, 18
 
 const kernels *kernels_of(int isa) {
 #if defined(__x86_64__)
@@ -39,13 +44,12 @@ static bool has(unsigned bits, const int *wanted, int count) {
 }
 #define HAS(bits, ...) has(bits, (const int[]){__VA_ARGS__}, sizeof((const int[]){__VA_ARGS__}) / sizeof(int))
 
-/* Whether the processor has tiles of bf16 and Linux lets this process use them, which it wants to be asked. */
-static bool may_use_tiles(unsigned edx) {
+/* Whether Linux lets this process use tiles, which it wants to be asked. */
+static bool may_use_tiles(void) {
 #if defined(__linux__) && !defined(NO_AMX)
   enum { REQUEST = 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA = 18 };
-  return HAS(edx, 22 /* bf16 */, 24 /* tiles */, 25 /* int8 */) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 #else
-  (void)edx;
   return false;
 #endif
 }
@@ -55,17 +59,20 @@ static bool may_use_tiles(unsigned edx) {
 EXPORT int foredraft_isas(void) {
   int found = 1 << PORTABLE;
 #if defined(__x86_64__)
-  unsigned a, b, c, d, more, saved, high;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !HAS(c, 12 /* FMA */, 27 /* the system saves registers */, 28 /* AVX */)) return found;
-  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0)); /* whose registers it saves */
-  if (!HAS(saved, 1, 2) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !HAS(b, 5 /* AVX2 */)) return found;
+  unsigned a, b, c, d, saved, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !HAS(c, 12 /* FMA */, 27 /* state is saved */, 28 /* AVX */)) return found;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if (!HAS(saved, SAVES_AVX) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !HAS(b, 5 /* AVX2 */)) return found;
   found |= 1 << AVX2;
-  if (!HAS(saved, 5, 6, 7) || !HAS(b, 16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */) || !HAS(c, 11 /* VNNI */)) return found;
+#if !defined(__APPLE__) /* macOS saves AVX-512 from a thread's first use on, and does not say so before */
+  if (!HAS(saved, SAVES_AVX512)) return found;
+#endif
+  if (!HAS(b, 16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */) || !HAS(c, 11 /* VNNI */)) return found;
   found |= 1 << AVX512;
-  const unsigned tiles = d;
-  if (!__get_cpuid_count(7, 1, &more, &b, &c, &d) || !HAS(more, 5 /* bf16 */)) return found;
+  const bool tiles = HAS(d, 22 /* of bf16 */, 24 /* at all */, 25 /* of int8 */) && HAS(saved, SAVES_TILES);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !HAS(a, 5 /* bf16 */)) return found;
   found |= 1 << AVX512_BF16;
-  if (may_use_tiles(tiles)) found |= 1 << AMX;
+  if (tiles && may_use_tiles()) found |= 1 << TILES;
 #endif
   return found;
 }
@@ -82,7 +89,7 @@ static bool of_intel(void) {
 EXPORT int foredraft_fastest_isa(void) {
   int found = foredraft_isas(), fastest = 0;
 #if defined(__x86_64__)
-  if (of_intel() && !(found >> AMX & 1)) found &= ~(1 << AVX512_BF16);
+  if (of_intel() && !(found >> TILES & 1)) found &= ~(1 << AVX512_BF16);
 #endif
   while (found >> (fastest + 1)) fastest++;
   return fastest;

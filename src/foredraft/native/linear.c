@@ -236,7 +236,7 @@ static void strip(const linear *w, upcoming next, int epilogue, int block, int b
 void ISA(product)(const linear *w, int epilogue, int first, int last, int onward, const char *x, int rows, void *y,
                   int width) {
 #if defined(__AMX_BF16__)
-  if (w->format == BF16 || (w->format >= INT8 && rows >= FEWEST_INT_ROWS)) {
+  if (w->format == BF16 || (w->format >= INT8 && rows >= LEAST_TILE_ROWS)) {
     amx_product(w, epilogue, first, last, x, rows, y, width);
     return;
   }

@@ -2,24 +2,26 @@
 #ifndef FOREDRAFT_LINEAR_AMX_H
 #define FOREDRAFT_LINEAR_AMX_H
 
-/* Up to how many rows vectors are quicker than tiles where weights are in bf16, and from how many on tiles are where they
- * are of few bits. The sums are the same. */
-enum { FEW_ROWS = 2, FEWEST_INT_ROWS = 6 };
+/* Few rows are quicker by vectors, more by tiles; the sums are the same. */
+enum { MOST_VECTOR_ROWS = 2 /* in bf16 */, LEAST_TILE_ROWS = 6 /* in few bits */ };
+
+/* Of more than sixteen rows, those of the first tile. */
+INLINE int first_rows(int rows) { return (rows + 1) / 2; }
 
 /* Sums [rows][blocks * BLOCK] as tiles compute them, but by vectors: for few rows quicker, as the weights come in as fast as
  * memory gives them. To be called where numbers below the least normal one count as zero. */
 INLINE void vector_product(const int rows, const int blocks, const char *w, size_t block_bytes, int steps, const char *x,
                            size_t x_stride, float *sums) {
   const int vecs = 2 * blocks;
-  vec sum[FEW_ROWS][MOST_TILE_VECS];
+  vec sum[MOST_VECTOR_ROWS][MOST_TILE_VECS];
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int v = 0; v < vecs; v++) sum[r][v] = v_set(0);
   for (int k = 0; k < steps; k++) {
-    vec even[FEW_ROWS][MOST_TILE_VECS], odd[FEW_ROWS][MOST_TILE_VECS];
+    vec even[MOST_VECTOR_ROWS][MOST_TILE_VECS], odd[MOST_VECTOR_ROWS][MOST_TILE_VECS];
     UNROLL for (int r = 0; r < rows; r++)
       UNROLL for (int v = 0; v < vecs; v++) even[r][v] = odd[r][v] = v_set(0);
     for (int i = 0; i < TILE_ROWS; i++, w += 2 * VEC, x += LANE) {
-      lanes first[FEW_ROWS], second[FEW_ROWS];
+      lanes first[MOST_VECTOR_ROWS], second[MOST_VECTOR_ROWS];
       UNROLL for (int r = 0; r < rows; r++) {
         const lanes input = l_repeat(x + r * x_stride);
         first[r] = l_first(input), second[r] = l_second(input);
@@ -58,7 +60,7 @@ DEFINE_VECTOR(2, 2)
 static const struct {
   int blocks;
   vector_product_fn many, one;
-} vector_products[FEW_ROWS + 1] = {[1] = {4, vector_1_4, vector_1_1}, [2] = {2, vector_2_2, vector_2_1}};
+} vector_products[MOST_VECTOR_ROWS + 1] = {[1] = {4, vector_1_4, vector_1_1}, [2] = {2, vector_2_2, vector_2_1}};
 
 static void few_rows_product(const linear *w, int epilogue, int first, int last, const char *x, int rows, void *y, int width) {
   const unsigned usual = _mm_getcsr(), small_are_zero = _MM_FLUSH_ZERO_ON | 0x40; /* results; inputs */
@@ -170,8 +172,8 @@ INLINE void add_groups(const int format, const bf16 *grid, const int32_t *whole,
   }
 }
 
-/* Sums [rows][BLOCK] of up to sixteen rows and a block: what one step writes another one reads a step later, for the
- * processor to do them at once. */
+/* Sums [rows][BLOCK] of up to sixteen rows and a block. Double-buffered: while tiles multiply a group, vectors add the one
+ * before and, in four bits, spread the one after. */
 INLINE void int_tiles(const int format, const linear *w, int block, const char *x, int rows, bool fresh, float *sums) {
   const int groups = groups_of(w), grids = format == INT4 ? 2 : 1;
   const size_t bytes = (size_t)w->group / inputs_per_lane(format) * 2 * VEC, stride = encoded_bytes(w);
@@ -197,7 +199,7 @@ INLINE void int_tiles(const int format, const linear *w, int block, const char *
 static void amx_strip(const linear *w, int epilogue, int block, int blocks, const char *x, int rows, bool fresh, char *out,
                       int width) {
   _Alignas(64) float sums[2 * TILE_ROWS * BLOCK];
-  const int first = (rows + 1) / 2, steps = w->inputs / BLOCK;
+  const int first = first_rows(rows), steps = w->inputs / BLOCK;
   const size_t bytes = block_bytes(w), stride = encoded_bytes(w);
   for (int taken; blocks > 0; block += taken, blocks -= taken) {
     const char *start = (const char *)w->weights + block * bytes;
@@ -213,7 +215,7 @@ static void amx_strip(const linear *w, int epilogue, int block, int blocks, cons
 }
 
 static void amx_product(const linear *w, int epilogue, int first, int last, const char *x, int rows, void *y, int width) {
-  if (w->format == BF16 && rows <= FEW_ROWS) {
+  if (w->format == BF16 && rows <= MOST_VECTOR_ROWS) {
     few_rows_product(w, epilogue, first, last, x, rows, y, width);
     return;
   }
@@ -222,7 +224,7 @@ static void amx_product(const linear *w, int epilogue, int first, int last, cons
   for (int t = 0, shaped = 0; t < tiles; t++) {
     int from = (int)((long)rows * t / tiles), to = (int)((long)rows * (t + 1) / tiles), count = to - from;
     if (count != shaped) {
-      if (count > TILE_ROWS) shape_tiles((count + 1) / 2, count / 2, TILE_BYTES);
+      if (count > TILE_ROWS) shape_tiles(first_rows(count), count - first_rows(count), TILE_BYTES);
       else shape_tiles(count, count, tail);
       shaped = count;
     }

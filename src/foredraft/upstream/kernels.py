@@ -24,30 +24,11 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b"""
-    if x.numel() // x.shape[-1] > _rows_at_once(x.dtype):
-        return torch.cat([packed_linear(rows, packed, bias) for rows in _parts(x)]).view(*x.shape[:-1], -1)
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return out
-
-
-def packed_linear_added(
-    residual: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """residual + x W^T + b, the sum fused into the product."""
-    if x.numel() // x.shape[-1] > _rows_at_once(x.dtype):
-        parts = zip(_parts(residual), _parts(x), strict=True)
-        return torch.cat([packed_linear_added(before, rows, packed, bias) for before, rows in parts]).view_as(residual)
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
-    return out
-
-
 ROWS_ON_TILES = 32
 
 
 @cache
-def _rows_at_once(dtype: torch.dtype) -> int | float:
+def _most_rows(dtype: torch.dtype) -> float:
     """How many rows a product takes whose bits are those of fewer.
 
     On Intel's tile registers (AMX) oneDNN sums the inputs of more than 32 rows in another order than those of fewer:
@@ -57,10 +38,33 @@ def _rows_at_once(dtype: torch.dtype) -> int | float:
     return ROWS_ON_TILES if tiles else math.inf
 
 
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rows of x, in parts as even as can be."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.tensor_split(-(-len(rows) // ROWS_ON_TILES))
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """The rows of x [..., D] in parts that a product takes, as even as can be; None where it takes all."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows <= _most_rows(x.dtype):
+        return None
+    return x.reshape(rows, x.shape[-1]).tensor_split(-(-rows // ROWS_ON_TILES))
+
+
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b"""
+    parts = _parts(x)
+    if parts is not None:
+        return torch.cat([packed_linear(rows, packed, bias) for rows in parts]).view(*x.shape[:-1], -1)
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
+
+def packed_linear_added(
+    residual: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """residual + x W^T + b, the sum fused into the product."""
+    parts, before = _parts(x), _parts(residual)
+    if parts is not None and before is not None:
+        both = zip(before, parts, strict=True)
+        return torch.cat([packed_linear_added(old, rows, packed, bias) for old, rows in both]).view_as(residual)
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
+    return out
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,11 @@ def shell(module: nn.Module) -> Any:
     return other
 
 
+def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A module's children under all of their names; `named_children` gives one name for each."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def set_children(module: nn.Module, like: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:
     """Give a module the children of another one, each as `make` returns it."""
     module._modules = {name: child if child is None else make(child) for name, child in like._modules.items()}

@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from foredraft.errors import ModelError, RequestError
 from foredraft.upstream.weights import empty_model, tied_weights
+from foredraft.weights.rounding import GROUPS
 from foredraft.weights.shards import FileRecord
 from foredraft.weights.stored import TENSORS, StoredLinear
 
@@ -38,7 +39,8 @@ class LayerRecord:
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if self.bits not in TENSORS or (self.group_size is None) != (self.bits == 8):
+        usable = self.group_size is None if self.bits == 8 else self.group_size in GROUPS
+        if self.bits not in TENSORS or not usable:
             raise ValueError(f"a layer of {self.bits!r} bits in groups of {self.group_size!r}")
 
     def fits(self, stored: StoredLinear) -> bool:
