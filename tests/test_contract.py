@@ -238,8 +238,8 @@ def keep(c: Case, drafter: str, place: str) -> None:
         never_wrong += ("model",)  # dtypes agree there
     if "-in-" in name:
         never_wrong += ("int4", "int8")  # the target itself
-    if name in REAL:
-        never_wrong += ("int8",)  # of a trained model: of 300 drafts perhaps none is refused
+    if (name, place) == ("tinystories-656k", "native"):
+        never_wrong += ("int8",)  # on some processors none of its 300 drafts is refused
     assert accepted < drafted or drafter in never_wrong  # drafts were refused, so the rewind was tested
     assert accepted > 0 or drafter in SELDOM_RIGHT
     if drafter == "oracle":

@@ -34,6 +34,13 @@ INLINE void shape_tiles(int rows, int others, int bytes) {
   settle();
   _tile_loadconfig(&s);
 }
+
+INLINE void zero_sums(void) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
 #else
 enum { AMX = 0, TILE_ROWS = 1 };
 #endif

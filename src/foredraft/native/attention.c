@@ -18,6 +18,7 @@ enum { ROWS = 4, VECS = 1, MOST_ROWS = ROWS };
 enum { ROWS = 2, VECS = 1, MOST_ROWS = ROWS };
 #endif
 
+/* Rows on their way through the pages. */
 typedef struct {
   int first[MOST_ROWS], end[MOST_ROWS];           /* the keys that each sees */
   float top[MOST_ROWS], total[MOST_ROWS];         /* largest score so far, sum of e^(score - top) */
@@ -130,9 +131,9 @@ INLINE void through(const int format, const int rows, const model *m, bundle *b,
     if (count > 3) DO(3, at + 3 * next, stride); \
   } while (0)
 
-/* As `through`, in bf16 and by tiles. A key's sums are made of 32 dimensions at a time,
- * of which the last may be 16; a value's of 32 tokens, whose weights are zero where a row does not see them (pages are zero
- * at first, and hold no NaN: pages.py). */
+/* As `through`, in bf16 and by tiles. A key's sums are made of 32 dimensions at a time, of which the last may be 16; a
+ * value's of 32 tokens, whose weights are zero where a row does not see them (pages are zero at first, and hold no NaN:
+ * pages.py). */
 static void through_tiles(const model *m, bundle *b, int from, int rows, const char *page, int base) {
   if (rows != b->tile_rows) {
     shape_tiles(rows, rows, m->dim % 32 ? TILE_BYTES / 2 : TILE_BYTES);
@@ -142,10 +143,7 @@ static void through_tiles(const model *m, bundle *b, int from, int rows, const c
   const size_t query = sizeof b->query[0], score = sizeof b->score[0], weight = sizeof b->weight[0], sum = sizeof b->sum[0];
   const char *x = b->query[from], *w = page;
   settle();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   int d = 0;
   for (; d + 32 <= dim; d += 32, x += TILE_BYTES, w += TILE_ROWS * PAGE * LANE)
     ADD_PRODUCTS(keys, 4, x, query, 6, w, PAGE * LANE, VEC);

@@ -29,7 +29,6 @@ X86_SETS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*AVX512, "-mavx512bf16"),
     "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
-OPTIONAL = {"amx": "-DNO_AMX"}  # sets that a compiler may be too old for (gcc 10, clang 10), and what says so
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 
@@ -69,13 +68,13 @@ def build(folder: Path, sanitize: str = "", command: Sequence[str] | None = None
     if not machine and ("ziglang" in command or Path(command[0]).name == "zig"):
         command = [*command, "-mcpu=baseline"]  # zig's own default is all that this machine has, in every set
     flags = [*FLAGS, *WARNINGS, *((f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer") if sanitize else ())]
-    sets = instruction_sets(machine or platform.machine())
-    missing = [name for name in OPTIONAL if name in sets and not _takes(command, sets[name])]
-    without = tuple(OPTIONAL[name] for name in missing)
-    jobs: list[tuple[str, str, tuple[str, ...]]] = [(source, "", without) for source in COMMON]
-    for name, extra in sets.items():
-        if name not in missing:
-            jobs += [(source, name, extra) for source in KERNELS]
+    sets = dict(instruction_sets(machine or platform.machine()))
+    without: tuple[str, ...] = ()
+    if "amx" in sets and not _knows_tiles(command, sets["amx"]):  # gcc 10, clang 10, or an assembler of their time
+        del sets["amx"]
+        without = ("-DNO_AMX",)
+    jobs = [(source, "", without) for source in COMMON]
+    jobs += [(source, name, extra) for name, extra in sets.items() for source in KERNELS]
     with tempfile.TemporaryDirectory() as scratch:
         objects = [str(Path(scratch) / f"{Path(source).stem}-{name}.o") for source, name, _ in jobs]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -96,7 +95,7 @@ void probe(void) { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); _tile_dpbsud(0, 1, 2)
 """
 
 
-def _takes(command: Sequence[str], extra: Sequence[str]) -> bool:
+def _knows_tiles(command: Sequence[str], extra: Sequence[str]) -> bool:
     """Whether compiler and assembler know the instructions of tile registers."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "probe.c"

@@ -77,22 +77,24 @@ static void few_rows_product(const linear *w, int epilogue, int first, int last,
   }
 }
 
+/* Rows' next 32 inputs (tile 4) times a block (6 and 7), added to the first two sums. */
+INLINE void add_block(const char *x, size_t x_stride, const char *w) {
+  _tile_loadd(4, x, x_stride);
+  _tile_loadd(6, w, 2 * VEC);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, w + VEC, 2 * VEC);
+  _tile_dpbf16ps(1, 4, 7);
+}
+
 /* Sums of up to sixteen rows and of one block or two, [rows][blocks * BLOCK]. */
 INLINE void narrow_product(const int blocks, const char *w, size_t block_bytes, int steps, const char *x, size_t x_stride,
                            float *sums) {
   const size_t stride = (size_t)blocks * BLOCK * sizeof *sums;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
-    _tile_loadd(4, x + k * TILE_BYTES, x_stride);
     fetch_lines(w + NEAR, TILE_ROWS * 2 * VEC);
     if (blocks > 1) fetch_lines(w + block_bytes + NEAR, TILE_ROWS * 2 * VEC);
-    _tile_loadd(6, w, 2 * VEC);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + VEC, 2 * VEC);
-    _tile_dpbf16ps(1, 4, 7);
+    add_block(x + k * TILE_BYTES, x_stride, w);
     if (blocks == 1) continue;
     _tile_loadd(6, w + block_bytes, 2 * VEC);
     _tile_dpbf16ps(2, 4, 6);
@@ -109,16 +111,9 @@ INLINE void narrow_product(const int blocks, const char *w, size_t block_bytes, 
 /* Of more than sixteen rows, the first tile's and the others, and of one block. */
 INLINE void wide_product(int first, const char *w, int steps, const char *x, size_t x_stride, float *sums) {
   const size_t stride = BLOCK * sizeof *sums;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int k = 0; k < steps; k++, w += TILE_ROWS * 2 * VEC) {
-    _tile_loadd(4, x + k * TILE_BYTES, x_stride);
-    _tile_loadd(6, w, 2 * VEC);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + VEC, 2 * VEC);
-    _tile_dpbf16ps(1, 4, 7);
+    add_block(x + k * TILE_BYTES, x_stride, w);
     _tile_loadd(5, x + first * x_stride + k * TILE_BYTES, x_stride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);

@@ -59,8 +59,9 @@ def packed_linear_added(
     residual: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """residual + x W^T + b, the sum fused into the product."""
-    parts, before = _parts(x), _parts(residual)
-    if parts is not None and before is not None:
+    parts = _parts(x)
+    if parts is not None:
+        before = residual.reshape(-1, residual.shape[-1]).tensor_split(len(parts))
         both = zip(before, parts, strict=True)
         return torch.cat([packed_linear_added(old, rows, packed, bias) for old, rows in both]).view_as(residual)
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
