@@ -10,8 +10,10 @@ from foredraft.policy.source import MARGIN, TRIED, Blend, Source, margin
 from foredraft.types import Draft, Request, Verdict
 
 ENOUGH = 16  # steps that tell whether drafting gains anything
-MOST_REST = 8  # steps, at batch 1
-PATIENCE = 8  # times that drafting is found not to pay, before a rest at batch 1 is a step longer
+MOST_REST = 8  # steps, at batch 1, where it all but pays
+PATIENCE = 8  # times that drafting is found not to pay, before such a rest is a step longer
+LONG_REST = 64  # steps, where it would not pay
+HOPEFUL = 0.8  # if a second were worth so much of what it is
 
 
 @dataclass(slots=True)
@@ -168,13 +170,23 @@ class Gain:
     def _rest(self, batch: int) -> None:
         """Nothing pays: to work that out takes each request a while, so it stands for some steps.
 
-        As many as there are other requests, or more the more often it came out so: what all but pays soon may.
+        As many as there are other requests, or more the more often it came out so; few where it all but pays, since
+        then it soon may: while nobody drafts nothing else changes than what plain steps take.
         """
         costs = self.costs
         self.fruitless += 1
-        steps = max(batch - 1, min(self.fruitless // PATIENCE, MOST_REST))
+        longer = min(self.fruitless // PATIENCE, MOST_REST) if self._nearly() else min(self.fruitless, LONG_REST)
+        steps = max(batch - 1, longer)
         due = self.source.due(costs.elapsed, costs.now.plain.value)
         self.rests_until = min(due, costs.elapsed + steps * costs.now.plain.value)
+
+    def _nearly(self) -> bool:
+        """Whether drafting would pay for some request if its time were worth less."""
+        now, source = self.costs.now, self.source
+        rate = HOPEFUL * now.plain_rate
+        gain, _ = source.worth([source.alpha.of(request) for request in self.group], now, rate)
+        found = max(self.found.of(request) for request in self.group)
+        return found * gain / len(self.group) > (1 - found) * rate * self.asking.value
 
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
