@@ -40,6 +40,8 @@ class World:
     quick_share: float = 0.0  # of the drafts, which take a tenth
     busy_steps: int = 0  # so many at first in which other processes run now and then
     prompt: int = 1  # tokens that a text begins with
+    mood: float = 0.0  # by how much all takes longer for a while, because others use the machine
+    mood_lasts: float = 0.05  # seconds, on average, that it does and does not
 
     def shared(self, batch: int) -> float:
         return 1 + self.share_of_batch * (batch - 1)
@@ -59,6 +61,20 @@ class Kind:
     begin: float = 0.0  # of a draft
     cold: float = 0.0  # of a draft after a step without one
     first: float = 0.0  # of the first draft of all
+
+
+class Moods:
+    """How long everything takes at each time, whatever is decoded then."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world, self.source = world, Random(seed + 1000)
+        self.until, self.slow = 0.0, False
+
+    def at(self, seconds: float) -> float:
+        while self.world.mood and seconds >= self.until:
+            self.until += self.source.expovariate(1 / self.world.mood_lasts)
+            self.slow = not self.slow
+        return 1.0 + self.world.mood * self.slow
 
 
 @dataclass
@@ -176,7 +192,8 @@ def run_with(
     source, now = Random(seed), [0.0, 0]  # seconds of drafting, steps
     guessers = [Guesser(world, kind, source, now) for kind in kinds]
     drafter = guessers[0] if len(guessers) == 1 else Several(guessers, clock=lambda: now[0] * 1e-3)
-    clocks = []
+    clocks: list[Clock] = []
+    moods = Moods(world, seed)
     requests = [fresh(length, world.prompt) for _ in range(world.batch)]
     phases = max(len(kind.alphas) for kind in kinds)
     for phase in range(phases):
@@ -184,7 +201,8 @@ def run_with(
         for guesser in guessers:
             guesser.alpha = guesser.kind.alphas[min(phase, len(guesser.kind.alphas) - 1)]
         while clock.tokens < tokens * world.batch / phases:
-            step(world, policy, drafter, requests, source, now, clock)
+            mood = moods.at(sum(done.seconds for done in clocks) + clock.seconds)
+            step(world, policy, drafter, requests, source, now, clock, mood)
             for i, request in enumerate(requests):
                 if request.num_output > length:
                     policy.forget(request)
@@ -206,6 +224,7 @@ def step(
     source: Random,
     now: list[float],
     clock: Clock,
+    mood: float = 1.0,
 ) -> None:
     """One step as the engine makes it."""
     now[1] += 1
@@ -233,7 +252,7 @@ def step(
     width = max(world.min_rows, 1 + max(map(len, drafts.values())))
     more = (width - world.min_rows) * count if world.padded else drafted
     rows = width * count if world.padded else drafted + count
-    jitter = 1e-3 * (1 + world.noise * source.uniform(-1, 1))
+    jitter = 1e-3 * mood * (1 + world.noise * source.uniform(-1, 1))
     clock.cold = 1.0 if _computed(drafter, now[1]) else world.thaw_decay * clock.cold
     thaw = world.thaw_cost * world.shared(count) * clock.cold
     verifying = jitter * (world.shared(count) + thaw + world.row_cost * more)

@@ -20,6 +20,8 @@ class Round:
     promised: float  # tokens gained, as expected
     trial: bool = False
     displaced: float = 0.0  # of a trial: tokens that those in whose place it drafted should have gained
+    could: int = 0  # of a trial: how many it could draft for
+    instead: float = 0.0  # and what these gain otherwise
     seconds: float = 0.0
     step: float = 0.0  # seconds of the whole step, where nobody else drafted
     reading: float = 0.0  # of these: to catch up on the text
@@ -81,15 +83,16 @@ class Candidate(Source):
                     seconds = min(done.step, 2 * now.seconds.value) - now.plain.value
                 self.gained.add(done.right - rate * seconds)
             return
-        self.hope.add(done.right / done.tested if done.tested else 0.0)
-        cost = seconds - done.reading + done.displaced / rate + now.after.value
+        cost = seconds - done.reading + done.displaced / rate + now.thaws
+        acceptance = done.right / done.tested if done.tested else 0.0
         if done.first and done.right:
+            self.hope.add(acceptance)
             self.trials.again(costs.elapsed, cost)
             return
-        gain, _ = self.worth([self.hope.value] * count, now, rate)
-        least = done.displaced + margin(count)
+        least = done.instead + margin(done.could)
+        gain = self.tried(acceptance, now, rate, done.could, least)
         well = gain * self.trust() > least
-        if gain > least and not well:  # what it did not keep was long ago: it counts less with every good trial
+        if gain and not well:  # what it did not keep was long ago: it counts less with every good trial
             self.gained.value += FORGIVEN * (self.promised.value - self.gained.value)
         self.trials.made(costs.elapsed, now.plain.value, cost, well=well, reading=done.reading)
 

@@ -188,9 +188,10 @@ class Choice:
                 others = [request for request in others if not self._too_long(source, request)]
                 if not others:
                     continue
-                displaced = sum(self.picks.get(request, PLAIN).gain for request in others)
-                source.round = Round(frozenset(others), 0.0, True, displaced)
-                self.picks.update(dict.fromkeys(others, Pick(name)))
+                panel = source.panel(others, self.costs.now)
+                displaced, instead = (sum(self.picks.get(r, PLAIN).gain for r in group) for group in (panel, others))
+                source.round = Round(frozenset(panel), 0.0, True, displaced, len(others), instead)
+                self.picks.update(dict.fromkeys(panel, Pick(name)))
                 tried = True
 
     def _too_long(self, source: Candidate, request: Request) -> bool:

@@ -153,10 +153,10 @@ class BatchCosts:
     def _warm(self, seconds: float, run: int) -> float | None:
         """What a plain step would take with the target's weights in the caches; None where it does not tell."""
         if run <= WARM:
-            longer = max(0.0, self.plain.believed(seconds) - self.plain.value)
+            longer = self.plain.believed(seconds) - self.plain.value
             self.thawing = longer + (self.thawing if run > 1 else 0.0)
             if run == WARM:
-                self.after.add_cost(self.thawing)
+                self.after.add(self.thawing)
         if run > WARM:
             self.warmed += seconds
             if run == LONG_RUN and self.second:
@@ -200,6 +200,11 @@ class BatchCosts:
     def row(self) -> float:
         """Seconds that one more row costs."""
         return self.rows.slope
+
+    @property
+    def thaws(self) -> float:
+        """Seconds that the plain steps after a draft take longer, all together."""
+        return max(0.0, self.after.value)
 
     @property
     def plain_rate(self) -> float:

@@ -73,11 +73,15 @@ class Gain:
         if gain > 0:
             self.fruitless = 0
             return self._begin(request, self.num_draft_tokens)
-        if costs.elapsed < self.source.trials.due:
+        if costs.elapsed < self.source.trials.due or not self._tries(request):
             return 0
         self.step.trying.add(request)
         self.source.probing |= self.source.trials.rare(costs.now.plain.value)
         return self._begin(request, TRIED)
+
+    def _tries(self, request: Request) -> bool:
+        group = self.group if request in self.group else [*self.group, request]
+        return request in self.source.panel(group, self.costs.now)
 
     def _wake(self) -> None:
         self.source.idle += self.costs.wake()
@@ -112,10 +116,13 @@ class Gain:
 
         Nor where steps with drafts were slower than plain ones, whatever is expected of them.
         """
-        least, gained, now = margin(len(alphas)), self.gained[len(alphas)], self.costs.now
+        now = self.costs.now
         expected, _ = self.source.worth(alphas, now, now.plain_rate)
-        pays = expected > least and (gained.count < ENOUGH or gained.value > -MARGIN * len(alphas))
-        return expected if pays else 0.0
+        return expected if expected > margin(len(alphas)) and not self._disappoints(len(alphas)) else 0.0
+
+    def _disappoints(self, batch: int) -> bool:
+        gained = self.gained[batch]
+        return gained.count >= ENOUGH and gained.value <= -MARGIN * batch
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return self.source.go_on(request, confidences, self.costs.now)
@@ -148,10 +155,12 @@ class Gain:
             return
         step, self.step = self.step, Step()
         first = self.source.rested
-        if step.longest and self.source.took(step.longest, times.drafting, times.batch, unread=step.unread):
-            self.gained[times.batch].add(
-                times.emitted - self.costs.now.plain_rate * self._believed(step.longest, times)
-            )
+        sharing = len(step.drafting)
+        if step.longest and self.source.took(step.longest, times.drafting, sharing, unread=step.unread):
+            if not step.trying or self.source.wide or self.costs.now.padded:
+                self.gained[times.batch].add(
+                    times.emitted - self.costs.now.plain_rate * self._believed(step.longest, sharing, times)
+                )
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
@@ -161,10 +170,10 @@ class Gain:
         if step.asked and not step.drafting:
             self._rest(times.batch)
 
-    def _believed(self, longest: int, times: StepTimes) -> float:
+    def _believed(self, longest: int, sharing: int, times: StepTimes) -> float:
         """Seconds of a step; one far longer than it should be was held up by something else that ran."""
         now = self.costs.now
-        expected = now.plain.value + self.source.line(times.batch).at(longest) + now.row * (times.rows - now.plain_rows)
+        expected = now.plain.value + self.source.line(sharing).at(longest) + now.row * (times.rows - now.plain_rows)
         return min(times.total, 2 * expected) if now.plain.count else times.total
 
     def _rest(self, batch: int) -> None:
@@ -191,8 +200,10 @@ class Gain:
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
         if step.trying:
-            rows = times.batch * now.row_price(0, times.batch) if step.longest else 0.0
-            cost = times.drafting + rows + (now.after.value if step.longest else 0.0)
+            rows = (
+                (times.batch if now.padded else times.drafted) * now.row_price(0, times.batch) if step.longest else 0.0
+            )
+            cost = times.drafting + rows + (now.thaws if step.longest else 0.0)
             if first and step.right:
                 trials.again(elapsed, cost)
             else:
@@ -202,8 +213,10 @@ class Gain:
 
     def _went_well(self, step: Step, batch: int) -> bool:
         """Whether drafts as good as those of the latest trials would pay; that they were right is not enough."""
-        self.source.hope.add(step.right / step.made if step.made else 0.0)
-        return self._expected([self.source.hope.value] * batch) > 0
+        now, all_tried = self.costs.now, len(step.trying) == batch
+        acceptance = step.right / step.made if step.made else 0.0
+        gain = self.source.tried(acceptance, now, now.plain_rate, batch, margin(batch))
+        return gain > 0 and not (all_tried and self._disappoints(batch))
 
     def forget(self, request: Request) -> None:
         self.source.forget(request)

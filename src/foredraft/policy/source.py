@@ -135,6 +135,8 @@ class Source:
         self.trials = Trials()
         self.promised, self.gained = Average(), Average()  # tokens a step
         self.hope = Average(memory=3)  # acceptance in the latest trials
+        self.on_trial: Request | None = None  # for whom it is tried
+        self.wide = False  # is it time to try it for all?
         self.probing = False  # does this step try what a draft of some length costs?
         self.open: dict[int, int] = {}  # by length: how many drafts of this step go on after so many tokens
         self.kept: dict[int, Average] = {}  # by length: which share of those that came so far did in the latest steps
@@ -176,6 +178,31 @@ class Source:
         self.read_due = now + self.patience * self._seconds_to_read(request)
         self.patience = min(2 * self.patience, 1 / SHARE)
         return False
+
+    def panel(self, requests: Sequence[Request], costs: BatchCosts) -> Sequence[Request]:
+        """For whom of these it is tried: the one of whom least is known, then all where that promises to pay.
+
+        All at once where it costs little more: in a padded batch, or where what drafting takes anyway is more.
+        """
+        count = len(requests)
+        rows = 0.0 if costs.padded else TRIED * count * costs.row
+        if self.wide or rows < self.line(count).at(TRIED) + costs.thaws:
+            return requests
+        if self.on_trial not in requests:
+            own = self.alpha.own
+            self.on_trial = min(requests, key=lambda request: own[request].count if request in own else 0)
+        return [self.on_trial]
+
+    def tried(self, acceptance: float, costs: BatchCosts, rate: float, count: int, least: float) -> float:
+        """A trial came out so: tokens a step that drafts for so many requests should gain then, 0 if too few.
+
+        If these are enough the next trial is for all of them.
+        """
+        self.on_trial = None
+        self.hope.add(acceptance)
+        gain, _ = self.worth([self.hope.value] * count, costs, rate)
+        self.wide = gain > least
+        return gain if self.wide else 0.0
 
     def due(self, now: float, step: float) -> float:
         """When it may be tried again; where a text was too long for that, in a few steps: others may be shorter."""
@@ -310,3 +337,5 @@ class Source:
     def forget(self, request: Request) -> None:
         self.alpha.own.pop(request, None)
         self.read.pop(request, None)
+        if self.on_trial is request:
+            self.on_trial = None
