@@ -81,7 +81,7 @@ class Candidate(Source):
                 self.promised.add(done.promised)
                 if done.step:  # what it took in truth, as long as nothing else ran
                     seconds = min(done.step, 2 * now.seconds.value) - now.plain.value
-                self.gained.add(done.right - rate * seconds)
+                self.gained.add(done.right - now.plain_rate * seconds)
             return
         cost = seconds - done.reading + done.displaced / rate + now.thaws
         acceptance = done.right / done.tested if done.tested else 0.0

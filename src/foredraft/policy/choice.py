@@ -52,7 +52,7 @@ class Choice:
         """
         plain, latest = self.costs.now.plain_rate, self.costs.now.rate
         best = max(plain, latest)
-        return math.sqrt(plain * best) if self.costs.batch == 1 else best
+        return plain ** 0.75 * best ** 0.25
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Choice:
         self.picks = assign(requests, cut(offers, now, rate), self.candidates, now, rate)
         self._try_others(requests)
         self._oblige([request for request in requests if request.num_draft_tokens is not None], offers)
-        self._begin(rate)
+        self._begin()
         for name, asked in drafts.items():
             picks = {request: self.picks.get(request, PLAIN) for request in asked}
             gains = {request: pick.gain if pick.name == name else 0.0 for request, pick in picks.items()}
@@ -144,11 +144,12 @@ class Choice:
         self.rests_until = 0.0 if paying else min(source.due(elapsed, step) for source in sources)
         return self.picks
 
-    def _begin(self, rate: float) -> None:
+    def _begin(self) -> None:
         for name, source in self.candidates.items():
             group = [request for request, pick in self.picks.items() if pick.name == name]
             if group and source.round is None and all(request.num_draft_tokens is None for request in group):
-                gain, _ = source.worth([source.alpha.of(request) for request in group], self.costs.now, rate)
+                now = self.costs.now
+                gain, _ = source.worth([source.alpha.of(request) for request in group], now, now.plain_rate)
                 source.round = Round(frozenset(group), gain)
             source.open = {0: len(group)}
 

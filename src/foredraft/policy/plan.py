@@ -73,9 +73,12 @@ def assign(
 ) -> dict[Request, Pick]:
     """The division of the requests among offers and drafters that is expected to gain most, over all of them.
 
-    A drafter that computes is used by nobody, or by all for whom it promises more than they have otherwise.
+    A drafter that computes is used by nobody, or by all for whom it promises more than they have otherwise; by nobody
+    unless, at the rate of plain decoding, that is more by a margin. (Where drafts go well a second is worth more than
+    that, and they gain little over what they do themselves.)
     """
-    best, most = dict(offered), sum(pick.gain for pick in offered.values()) + margin(len(requests))
+    looked_up = sum(pick.gain for pick in offered.values())
+    best, most, least = dict(offered), looked_up, looked_up + margin(len(requests))
     promised = {name: _promises(name, source, requests, costs, rate) for name, source in sources.items()}
     for names in _subsets([name for name, promises in promised.items() if promises], len(requests)):
         picks = dict(offered)
@@ -83,8 +86,9 @@ def assign(
             for request, pick in promised[name].items():
                 if pick.gain > picks.get(request, PLAIN).gain:
                     picks[request] = pick
-        total = _total(picks, {name: sources[name] for name in names}, costs, rate)
-        if total > most:
+        users = {name: sources[name] for name in names}
+        total = _total(picks, users, costs, rate)
+        if total > most and _total(picks, users, costs, min(rate, costs.plain_rate)) > least:
             best, most = picks, total
     return best
 
