@@ -32,6 +32,11 @@ class Round:
     tested: int = 0
     right: int = 0
 
+    @property
+    def wide(self) -> bool:
+        """Whether it drafted for all that it could."""
+        return len(self.requests) >= self.could
+
 
 class Candidate(Source):
     """A drafter that computes: it is judged by how often it was right, and by how much of its promise it kept."""

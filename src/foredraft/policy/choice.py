@@ -109,7 +109,7 @@ class Choice:
         if times.read:
             return
         self._wake()
-        self.costs.add(times)
+        self.costs.add(times, wide=all(source.round is None or source.round.wide for source in self.candidates.values()))
         for source in self.candidates.values():
             source.end_step(times)
 

@@ -134,8 +134,11 @@ class BatchCosts:
     low: int = 0  # the latest plain steps in a row that were much faster than what is known
     steps: int = 0
 
-    def add(self, times: StepTimes, run: int) -> None:
-        """A step, the latest of a `run` of so many without drafts."""
+    def add(self, times: StepTimes, run: int, *, wide: bool) -> None:
+        """A step, the latest of a `run` of so many without drafts. A draft that is not `wide` tells nothing of rows:
+
+        what a pass takes longer behind any draft would be the price of a few.
+        """
         self.steps += 1
         seconds: float | None = times.total - times.drafting
         if not times.drafted:
@@ -144,7 +147,8 @@ class BatchCosts:
             if seconds is not None:
                 self._add_plain(seconds)
         self.padded |= times.rows > times.drafted + times.batch
-        if seconds is not None and (self.met_drafts or not times.drafted):  # the first one touches memory that is new
+        new = times.drafted and not self.met_drafts  # the first one touches memory that is new
+        if seconds is not None and wide and not new:
             self.rows.add(times.rows, seconds)
         self.met_drafts |= times.drafted > 0
         self.emitted.add(times.emitted)
@@ -265,7 +269,8 @@ class Costs:
             self.now.add_rest(rested, seconds / rested)
         return rested
 
-    def add(self, times: StepTimes) -> None:
+    def add(self, times: StepTimes, *, wide: bool = True) -> None:
+        """A step; in one that is not `wide` a drafter was tried for some of those that it could draft for."""
         self.wake()
         self.elapsed += times.total
         self.batch = times.batch
@@ -273,4 +278,4 @@ class Costs:
             near = min(self.by_batch, key=lambda size: abs(size - times.batch))
             self.by_batch[times.batch] = BatchCosts(times.batch, Line(before=self.by_batch[near].row))
         self.run = 0 if times.drafted else self.run + 1
-        self.now.add(times, self.run)
+        self.now.add(times, self.run, wide=wide)

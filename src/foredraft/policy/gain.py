@@ -149,18 +149,17 @@ class Gain:
         if times.batch != self.costs.batch:
             self.rests_until = 0.0
         self._wake()
-        self.costs.add(times)
+        wide = not 0 < len(self.step.trying) < times.batch
+        self.costs.add(times, wide=wide)
         if self.costs.elapsed < self.rests_until:
             self.source.end_step()
             return
         step, self.step = self.step, Step()
         first = self.source.rested
         sharing = len(step.drafting)
-        if step.longest and self.source.took(step.longest, times.drafting, sharing, unread=step.unread):
-            if not step.trying or self.source.wide or self.costs.now.padded:
-                self.gained[times.batch].add(
-                    times.emitted - self.costs.now.plain_rate * self._believed(step.longest, sharing, times)
-                )
+        if step.longest and self.source.took(step.longest, times.drafting, sharing, unread=step.unread) and wide:
+            seconds = self._believed(step.longest, sharing, times)
+            self.gained[times.batch].add(times.emitted - self.costs.now.plain_rate * seconds)
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
