@@ -180,18 +180,22 @@ class Source:
         return False
 
     def panel(self, requests: Sequence[Request], costs: BatchCosts) -> Sequence[Request]:
-        """For whom of these it is tried: the one of whom least is known, then all where that promises to pay.
+        """For whom of these it is tried: where it is far from paying, for the one of whom least is known.
 
-        All at once where it costs little more: in a padded batch, or where what drafting takes anyway is more.
+        That costs a fraction of a trial for all. If it goes so well that it would pay, the next one is for all.
         """
-        count = len(requests)
-        rows = 0.0 if costs.padded else TRIED * count * costs.row
-        if self.wide or rows < self.line(count).at(TRIED) + costs.thaws:
+        if self.wide or costs.padded or not self._is_far(len(requests), costs):
             return requests
         if self.on_trial not in requests:
             own = self.alpha.own
             self.on_trial = min(requests, key=lambda request: own[request].count if request in own else 0)
         return [self.on_trial]
+
+    def _is_far(self, count: int, costs: BatchCosts) -> bool:
+        """Whether drafts for so many would not pay if half of the refused tokens were right."""
+        acceptance = (1 + max(self.hope.value, self.alpha.all.value)) / 2
+        gain, _ = self.worth([acceptance] * count, costs, costs.plain_rate)
+        return gain <= margin(count)
 
     def tried(self, acceptance: float, costs: BatchCosts, rate: float, count: int, least: float) -> float:
         """A trial came out so: tokens a step that drafts for so many requests should gain then, 0 if too few.
