@@ -52,7 +52,7 @@ class Choice:
         """
         plain, latest = self.costs.now.plain_rate, self.costs.now.rate
         best = max(plain, latest)
-        return plain ** 0.75 * best ** 0.25
+        return plain**0.75 * best**0.25
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 

@@ -73,12 +73,13 @@ def assign(
 ) -> dict[Request, Pick]:
     """The division of the requests among offers and drafters that is expected to gain most, over all of them.
 
-    A drafter that computes is used by nobody, or by all for whom it promises more than they have otherwise; by nobody
-    unless, at the rate of plain decoding, that is more by a margin. (Where drafts go well a second is worth more than
-    that, and they gain little over what they do themselves.)
+    A drafter that computes is used by nobody, or by all for whom it promises more than they have otherwise. At the
+    latest rate of tokens the best one gains most, but over what it does itself hardly anything: whether it gains enough
+    is told by `rate`.
     """
+    latest = max(rate, costs.rate)
     looked_up = sum(pick.gain for pick in offered.values())
-    best, most, least = dict(offered), looked_up, looked_up + margin(len(requests))
+    best, most = dict(offered), (0.0, looked_up + margin(len(requests)))
     promised = {name: _promises(name, source, requests, costs, rate) for name, source in sources.items()}
     for names in _subsets([name for name, promises in promised.items() if promises], len(requests)):
         picks = dict(offered)
@@ -88,8 +89,10 @@ def assign(
                     picks[request] = pick
         users = {name: sources[name] for name in names}
         total = _total(picks, users, costs, rate)
-        if total > most and _total(picks, users, costs, min(rate, costs.plain_rate)) > least:
-            best, most = picks, total
+        if total > looked_up + margin(len(requests)):
+            found = _total(picks, users, costs, latest), total
+            if found > most:
+                best, most = picks, found
     return best
 
 
