@@ -16,6 +16,7 @@ PLAIN_RUN = 2  # of which the first is not counted: a drafter's weights have pus
 WARM = 7  # plain steps after a draft, until they take what they take without any: the second up to a third more
 LONG_RUN = 10  # plain steps that tell how much more
 CLOSE = 1.5  # times plain decoding: where drafting seems to gain no more it may gain nothing
+FAR = 2.5  # times plain decoding: where it gains more, a long run would cost more than it tells
 LONG_EVERY = 4  # of so many runs one is long, where that matters
 
 
@@ -132,6 +133,7 @@ class BatchCosts:
     thaw: Average = field(default_factory=lambda: Average(memory=LONG_EVERY))  # such a step over the second one
     met_drafts: bool = False
     low: int = 0  # the latest plain steps in a row that were much faster than what is known
+    forgot: int = 0  # times that this happened
     steps: int = 0
 
     def add(self, times: StepTimes, run: int, *, wide: bool) -> None:
@@ -157,10 +159,10 @@ class BatchCosts:
     def _warm(self, seconds: float, run: int) -> float | None:
         """What a plain step would take with the target's weights in the caches; None where it does not tell."""
         if run <= WARM:
-            longer = self.plain.believed(seconds) - self.plain.value
+            longer = max(0.0, self.plain.believed(seconds) - self.plain.value)
             self.thawing = longer + (self.thawing if run > 1 else 0.0)
             if run == WARM:
-                self.after.add(self.thawing)
+                self.after.add_cost(self.thawing)
         if run > WARM:
             self.warmed += seconds
             if run == LONG_RUN and self.second:
@@ -185,6 +187,7 @@ class BatchCosts:
         self.low = self.low + 1 if seconds < (0.8 if early else 0.5) * self.plain.value else 0
         if self.low >= (1 if early else LOW):
             self.plain, self.low = Average(), 0
+            self.forgot += 1
         self.plain.add_cost(seconds)
 
     def plain_is_due(self, every: int) -> bool:
@@ -194,10 +197,11 @@ class BatchCosts:
         """
         if self.plain.count < 2:
             return True
-        wanted = max(1, int(self.rate / self.plain_rate)) * every
+        gains = self.rate / self.plain_rate
+        wanted = max(1, int(gains)) * every
         period = wanted if self.steps >= wanted else 1 << (max(self.steps, PLAIN_FIRST).bit_length() - 1)
         runs, step = divmod(self.steps, period)
-        doubtful = self.rate < CLOSE * self.plain_rate and (not self.thaw.count or runs % LONG_EVERY == 0)
+        doubtful = (gains < FAR and not self.thaw.count) or (gains < CLOSE and runs % LONG_EVERY == 0)
         return step >= period - (LONG_RUN if doubtful else PLAIN_RUN)
 
     @property
@@ -207,8 +211,8 @@ class BatchCosts:
 
     @property
     def thaws(self) -> float:
-        """Seconds that the plain steps after a draft take longer, all together."""
-        return max(0.0, self.after.value)
+        """Seconds that the plain steps after a draft take longer, all together; each at most twice what it should."""
+        return min(self.after.value, WARM * self.plain.value)
 
     @property
     def plain_rate(self) -> float:

@@ -46,7 +46,8 @@ class Gain:
         self.found = Blend(Average(1.0, count=8, memory=200), memory=100, trust=50)  # how often a draft comes of asking
         self.asking = Average()  # seconds that it takes to be told, for each request, that there is none
         self.costs = Costs(plain_every=plain_every)
-        self.gained: defaultdict[int, Average] = defaultdict(Average)  # tokens a step over plain ones, by batch size
+        # tokens a step over plain ones, by batch size and how often the price of these was forgotten
+        self.gained: defaultdict[tuple[int, int], Average] = defaultdict(Average)
         self.step = Step()
         self.group: list[Request] = []  # of the step before
         self.rests_until = 0.0  # where nothing paid: when that is worked out again, in seconds of decoding
@@ -121,7 +122,7 @@ class Gain:
         return expected if expected > margin(len(alphas)) and not self._disappoints(len(alphas)) else 0.0
 
     def _disappoints(self, batch: int) -> bool:
-        gained = self.gained[batch]
+        gained = self.gained[batch, self.costs.now.forgot]
         return gained.count >= ENOUGH and gained.value <= -MARGIN * batch
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
@@ -159,7 +160,7 @@ class Gain:
         sharing = len(step.drafting)
         if step.longest and self.source.took(step.longest, times.drafting, sharing, unread=step.unread) and wide:
             seconds = self._believed(step.longest, sharing, times)
-            self.gained[times.batch].add(times.emitted - self.costs.now.plain_rate * seconds)
+            self.gained[times.batch, self.costs.now.forgot].add(times.emitted - self.costs.now.plain_rate * seconds)
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
