@@ -4,7 +4,6 @@ Works with numbers alone. Drafters that look up are asked first and say how sure
 judged by what they brought before.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 from foredraft.policy.base import StepTimes, StopRule
@@ -45,14 +44,15 @@ class Choice:
 
     @property
     def rate(self) -> float:
-        """What a second is worth, in tokens: the rate of plain decoding or of the latest steps, whichever is higher.
+        """What a second is worth, in tokens, where drafts are weighed against none.
 
-        The latest is right where acceptance is known. With what two refused drafts seem to say of a request that is
-        alone, it put drafting off for several steps; between both rates it does not.
+        The rate of plain decoding, but for a part of what the latest steps made more. At their rate drafts gain little,
+        by definition, and less by the estimates here, which are careful: drafting ended for some thirty steps, until
+        that rate had come down, again and again.
         """
-        plain, latest = self.costs.now.plain_rate, self.costs.now.rate
-        best = max(plain, latest)
-        return plain**0.75 * best**0.25
+        plain = self.costs.now.plain_rate
+        rate: float = plain**0.75 * max(plain, self.costs.now.rate) ** 0.25
+        return rate
 
     # --- how far, as of any policy ----------------------------------------------------------------------------------
 
@@ -109,7 +109,8 @@ class Choice:
         if times.read:
             return
         self._wake()
-        self.costs.add(times, wide=all(source.round is None or source.round.wide for source in self.candidates.values()))
+        rounds = [source.round for source in self.candidates.values() if source.round is not None]
+        self.costs.add(times, wide=all(done.wide for done in rounds))
         for source in self.candidates.values():
             source.end_step(times)
 

@@ -1,6 +1,5 @@
 """The default policy: draft one more token while what it is expected to bring exceeds what it costs."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,8 +45,6 @@ class Gain:
         self.found = Blend(Average(1.0, count=8, memory=200), memory=100, trust=50)  # how often a draft comes of asking
         self.asking = Average()  # seconds that it takes to be told, for each request, that there is none
         self.costs = Costs(plain_every=plain_every)
-        # tokens a step over plain ones, by batch size and how often the price of these was forgotten
-        self.gained: defaultdict[tuple[int, int], Average] = defaultdict(Average)
         self.step = Step()
         self.group: list[Request] = []  # of the step before
         self.rests_until = 0.0  # where nothing paid: when that is worked out again, in seconds of decoding
@@ -122,8 +119,9 @@ class Gain:
         return expected if expected > margin(len(alphas)) and not self._disappoints(len(alphas)) else 0.0
 
     def _disappoints(self, batch: int) -> bool:
-        gained = self.gained[batch, self.costs.now.forgot]
-        return gained.count >= ENOUGH and gained.value <= -MARGIN * batch
+        """Whether steps with drafts for so many were slower than plain ones."""
+        costs = self.costs.by_batch.get(batch)
+        return costs is not None and costs.gained.count >= ENOUGH and costs.gained.value <= -MARGIN * batch
 
     def go_on(self, request: Request, confidences: tuple[float, ...]) -> bool:
         return self.source.go_on(request, confidences, self.costs.now)
@@ -160,7 +158,7 @@ class Gain:
         sharing = len(step.drafting)
         if step.longest and self.source.took(step.longest, times.drafting, sharing, unread=step.unread) and wide:
             seconds = self._believed(step.longest, sharing, times)
-            self.gained[times.batch, self.costs.now.forgot].add(times.emitted - self.costs.now.plain_rate * seconds)
+            self.costs.now.gained.add(times.emitted - self.costs.now.plain_rate * seconds)
         if step.drafting and not step.longest:
             self.asking.add_cost(times.drafting / len(step.drafting))
         self.source.end_step()
@@ -200,10 +198,8 @@ class Gain:
     def _plan_trials(self, step: Step, times: StepTimes, first: bool) -> None:
         now, elapsed, trials = self.costs.now, self.costs.elapsed, self.source.trials
         if step.trying:
-            rows = (
-                (times.batch if now.padded else times.drafted) * now.row_price(0, times.batch) if step.longest else 0.0
-            )
-            cost = times.drafting + rows + (now.thaws if step.longest else 0.0)
+            rows = (times.batch if now.padded else times.drafted) * now.row_price(0, times.batch)
+            cost = times.drafting + (rows + now.thaws if step.longest else 0.0)
             if first and step.right:
                 trials.again(elapsed, cost)
             else:

@@ -186,7 +186,7 @@ class Source:
         """
         if self.wide or costs.padded or not self._is_far(len(requests), costs):
             return requests
-        if self.on_trial not in requests:
+        if self.on_trial is None or self.on_trial not in requests:
             own = self.alpha.own
             self.on_trial = min(requests, key=lambda request: own[request].count if request in own else 0)
         return [self.on_trial]
