@@ -361,12 +361,28 @@ def test_a_form_is_told_in_words(server: ServerProcess) -> None:
         ([], "the body is a list; send a JSON object"),
         ("x", 'the body is "x"; send a JSON object'),
         ({"prompt": ["a", 5]}, 'prompt: it must be str or list[str] or list[int] or list[list[int]]; it was ["a", 5]'),
-        ({"prompt": "a", "seed": "7" * 99}, f'seed: Input should be a valid integer; it was "{"7" * 59}...'),
-        ({"prompt": "a", "temperature": "hot"}, 'temperature: Input should be a valid number; it was "hot"'),
+        ({"prompt": "a", "seed": "7" * 99}, f'seed: it must be a whole number; it was "{"7" * 59}...'),
+        ({"prompt": "a", "temperature": "hot"}, 'temperature: it must be a number; it was "hot"'),
         ({"prompt": "a", "stop": {"a": 1}}, "stop: it must be str or list[constrained-str]; it was an object"),
         ({"prompt": "a", "max_token": 3}, "max_token: there is no such field here, and none is ignored; did you mean "
          "'max_tokens'?"),
         ({"prompt": "a", "\ud800": 3}, "\\ud800: there is no such field here, and none is ignored; leave it out"),
+        ({"prompt": "a", "structured_outputs": "a"}, "structured_outputs: it must be an object with json or regex or "
+         'choice or grammar; it was "a"'),
+        ({"prompt": "a", "structured_outputs": {"jsn": {}}}, "structured_outputs.jsn: there is no such field here, and "
+         "none is ignored; did you mean 'json'?"),
+        ({"prompt": "a", "stream_options": {"usage": True}}, "stream_options.usage: there is no such field here, and "
+         "none is ignored; did you mean 'include_usage'?"),
+        ({"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
+         "response_format.json_schema.shema: there is no such field here, and none is ignored; did you mean 'schema'?"),
+        ({"prompt": "a", "response_format": {"type": "xml"}},
+         "response_format.type: it must be 'text', 'json_object' or 'json_schema'; it was \"xml\""),
+        ({"prompt": "a", "response_format": {}}, "response_format.type: it is missing; give it"),
+        ({"prompt": "a", "top_p": 2}, "top_p: it must be 1.0 or less; it was 2"),
+        ({"prompt": "a", "seed": 1.5}, "seed: it must be a whole number; it was 1.5"),
+        ({"prompt": "a", "logit_bias": [1, 2]}, "logit_bias: it must be an object; it was [1, 2]"),
+        ({"prompt": "a", "stop_token_ids": {"1": 2}}, "stop_token_ids: it must be a list; it was an object"),
+        ({"prompt": "a", "stream": "yes"}, 'stream: it must be true or false; it was "yes"'),
         ({"prompt": "a", "guided_choice": ["a"]}, "guided_choice is not supported: use structured_outputs={'choice': "
          "[...]}"),
     ],

@@ -152,6 +152,26 @@ def test_bits_of_the_draft_model_that_are_not_known() -> None:
         from_launch(body, load_registry(Settings()))
 
 
+@pytest.mark.parametrize("draft", ["auto", "ngram", "int4"])
+@pytest.mark.parametrize("field", ["draft_quantization", "draft_dtype", "draft_device"])
+def test_what_is_asked_of_a_draft_model_that_is_none_is_refused_at_once(draft: str, field: str) -> None:
+    value = {"draft_quantization": "int8", "draft_dtype": "bf16", "draft_device": "cpu"}[field]
+    body = LaunchRequest(target="foredraft-bundled", size_in_billions=0.001, draft=draft, **{field: value})
+    with pytest.raises(ApiError, match=f"draft='{draft}' .*, so {field}='{value}' cannot be honoured; leave") as caught:
+        from_launch(body, load_registry(Settings()))
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_caches_that_hold_no_text_are_refused_at_once(tmp_path: Path) -> None:
+    registry = load_registry(Settings(allowed_folders=(tmp_path,)))
+    with pytest.raises(RequestError, match="cache_bytes=3 is not usable; .* at least [0-9]+ "):
+        from_launch(LaunchRequest(cache_bytes=3), registry)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "x"}')
+    body = LaunchRequest(target=str(tmp_path / "odd"), draft="none", cache_bytes=3)
+    assert from_launch(body, registry).cache_bytes == 3  # loading says what is wrong
+
+
 def test_what_is_no_model_takes_nothing_and_fails_when_it_is_loaded() -> None:
     for name in ("/not/there", "a--b/c", "x" * 300 + "/y"):
         assert footprint(LaunchSpec(name, name, "none")) == 0

@@ -90,8 +90,6 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
-
     name: str | None = None
     description: str | None = None
     strict: bool | None = Field(None, description="Output is always as the schema says.")
