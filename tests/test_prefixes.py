@@ -465,5 +465,5 @@ def test_caches_that_hold_no_text_at_all_are_refused_at_once(runtime):
 
 def test_and_where_the_configuration_says_so_before_a_weight_is_read(tmp_path):
     shutil.copy(BUNDLED / "target" / "config.json", tmp_path)
-    with pytest.raises(RequestError, match="cache_bytes=3 is not usable; .*take at least"):
+    with pytest.raises(RequestError, match=r"cache_bytes=3 is not usable; .*take at least"):
         LLM(str(tmp_path), "none", cache_bytes=3)

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from foredraft import LLM
 from foredraft.assembly import BUNDLED, bundled_draft
-from foredraft.errors import ModelError
+from foredraft.errors import ModelError, RequestError
 from foredraft.server.app import create_app
 from foredraft.server.errors import ApiError
 from foredraft.server.launching import LaunchSpec, footprint, from_launch, from_speculative_launch
@@ -164,7 +164,7 @@ def test_what_is_asked_of_a_draft_model_that_is_none_is_refused_at_once(draft: s
 
 def test_caches_that_hold_no_text_are_refused_at_once(tmp_path: Path) -> None:
     registry = load_registry(Settings(allowed_folders=(tmp_path,)))
-    with pytest.raises(RequestError, match="cache_bytes=3 is not usable; .* at least [0-9]+ "):
+    with pytest.raises(RequestError, match=r"cache_bytes=3 is not usable; .* at least [0-9]+ "):
         from_launch(LaunchRequest(cache_bytes=3), registry)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "x"}')

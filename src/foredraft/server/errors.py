@@ -129,7 +129,7 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiE
 
 def _what(first: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> tuple[Sequence[object], str]:
     """Where it is wrong, and how. Of a value that may have several forms, what the one that came closest lacks."""
-    if first["type"] == "unknown":
+    if first["type"] == "field":
         return _fields(first), str(first["msg"])
     place = _fields(first)
     tried = [error for error in errors if _fields(error)[: len(place)] == place]
@@ -146,7 +146,7 @@ def _what(first: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> tupl
 def _told(error: Mapping[str, Any]) -> str:
     """What it must be, and the value unless the words have it."""
     words, kind = str(error["msg"]), str(error["type"])
-    if kind in ("value_error", "unknown"):
+    if kind in ("value_error", "field"):
         return words.removeprefix("Value error, ")
     if kind == "missing":
         return "it is missing; give it"
@@ -167,8 +167,8 @@ def _shown(error: Mapping[str, Any]) -> str:
 
 
 def _fields(error: Mapping[str, Any]) -> list[object]:
-    """Where it is; of a field that nobody knows, with that."""
-    own = [error["ctx"]["name"]] if error["type"] == "unknown" else []
+    """Where it is; where an object complains of a field, that too."""
+    own = [error["ctx"]["name"]] if error["type"] == "field" else []
     return [part for part in error["loc"] if part != "body" and not FORM.fullmatch(str(part))] + own
 
 

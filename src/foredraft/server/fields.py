@@ -43,7 +43,7 @@ class Body(BaseModel):
                 near = get_close_matches(shown, known, n=1)
                 advice = f"did you mean {near[0]!r}?" if near else "leave it out"
                 message = "there is no such field here, and none is ignored; {advice}"
-                raise PydanticCustomError("unknown", message, {"name": shown, "advice": advice})
+                raise PydanticCustomError("field", message, {"name": shown, "advice": advice})
         return body
 
 
