@@ -371,8 +371,8 @@ def test_a_form_is_told_in_words(server: ServerProcess) -> None:
          'choice or grammar; it was "a"'),
         ({"prompt": "a", "structured_outputs": {"jsn": {}}}, "structured_outputs.jsn: there is no such field here, and "
          "none is ignored; did you mean 'json'?"),
-        ({"prompt": "a", "stream_options": {"include_usge": True}}, "stream_options.include_usge: there is no such field "
-         "here, and none is ignored; did you mean 'include_usage'?"),
+        ({"prompt": "a", "stream_options": {"include_usge": True}}, "stream_options.include_usge: there is no such "
+         "field here, and none is ignored; did you mean 'include_usage'?"),
         ({"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
          "response_format.json_schema.shema: there is no such field here, and none is ignored; did you mean 'schema'?"),
         ({"prompt": "a", "response_format": {"type": "xml"}},
