@@ -136,6 +136,11 @@ def test_a_chat_template_of_the_users_own(checkpoint, tmp_path):
         LLM(tiny("llama"), chat_template=text)
 
 
+def test_a_chat_template_that_is_empty_is_told_so(checkpoint):
+    with pytest.raises(RequestError, match="chat_template='' is empty; give a file with a Jinja template, or its text"):
+        LLM(checkpoint, chat_template="")
+
+
 @pytest.mark.parametrize(
     "text, told",
     [

@@ -5,10 +5,18 @@ import torch
 from models import tiny
 
 from foredraft import LLM, SamplingParams, convert
+from foredraft.audit.subjects import find
+from foredraft.cli.audit import AuditFlags, audit_options, command
 from foredraft.cli.bench import BenchFlags, who_drafts
+from foredraft.cli.tune import TuneFlags, tune_options
+from foredraft.diagnosis.diagnose import diagnose
 from foredraft.drafters import make
 from foredraft.errors import RequestError
+from foredraft.integrations.transformers import AutoModelForCausalLM, accelerate
 from foredraft.llm import BUNDLED
+from foredraft.models.load import LoadOptions
+from foredraft.tuning.candidates import find_candidates
+from foredraft.tuning.options import TuneOptions
 
 PARAMS = SamplingParams(max_new_tokens=48, temperature=0.8, seed=4, ignore_eos=True)
 PROMPTS = ["User: I need a taxi.\nAssistant:", "User: Find me a film.\nAssistant:"]
@@ -57,3 +65,51 @@ def test_what_is_in_few_bits_already_is_not_rounded_again(tmp_path):
         RequestError, match=r"draft_weight_format='int4' cannot be honoured: .*low is in few bits already"
     ):
         LLM(draft=str(tmp_path / "low"), draft_weight_format="int4")
+
+
+def test_a_bench_on_torch_says_what_computes_its_draft_too():
+    draft = BUNDLED / "draft"
+    llm = LLM(draft=str(draft), runtime="torch", draft_weight_format="int4")
+    assert who_drafts(llm.drafter, BenchFlags(draft=str(draft))) == "draft (int4)"
+
+
+def test_doctor_audit_tune_and_the_drop_in_take_it_as_well():
+    name = str(BUNDLED / "draft")
+    assert diagnose(None, name, runtime="native", draft_weight_format="int8").serving.draft.kernels.keys() == {"int8"}
+    target = LLM(draft="none", runtime="native")
+    for asked in ("int8", "int4"):
+        audited, _ = find(target, [name], LoadOptions(), bundled=True, weight_format=asked)
+        found = find_candidates(target, TuneOptions((name,), draft_weight_format=asked), LoadOptions())
+        loaded = AutoModelForCausalLM.from_pretrained(BUNDLED / "target", draft=name, draft_weight_format=asked)
+        drafters = [audited[0].drafter, found.drafters[name], loaded.engine.drafter]
+        assert [set(drafter.model.kernels) for drafter in drafters] == [{asked}] * 3
+
+
+AMISS = r"draft_weight_format='int3' is not known; use none, int8, int4"
+NONE = r"draft='suffix' has no model to load, so draft_weight_format='int8' cannot be honoured; leave it out"
+
+
+@pytest.mark.parametrize(("draft", "asked", "message"), [("auto", "int3", AMISS), ("suffix", "int8", NONE)])
+def test_and_refuse_it_alike_before_anything_is_loaded(draft, asked, message):
+    model = str(BUNDLED / "target")
+    with pytest.raises(RequestError, match=message):
+        diagnose(model, draft, draft_weight_format=asked)
+    with pytest.raises(RequestError, match=message):
+        audit_options(AuditFlags(model=model, draft=[draft], draft_weight_format=asked))
+    with pytest.raises(RequestError, match=message):
+        tune_options(TuneFlags(model=model, draft=[draft], draft_weight_format=asked))
+    with pytest.raises(RequestError, match=message):
+        AutoModelForCausalLM.from_pretrained(model, draft=draft, draft_weight_format=asked)
+    with pytest.raises(RequestError, match=message):
+        accelerate(tiny("llama"), draft, draft_weight_format=asked)
+
+
+def test_bits_of_no_draft_model_are_refused():
+    with pytest.raises(RequestError, match="draft_weight_format='int8' cannot be honoured: no draft model is named"):
+        TuneOptions(draft_weight_format="int8")
+    with pytest.raises(RequestError, match="draft='auto' has no model to load"):
+        audit_options(AuditFlags(model=str(BUNDLED / "draft"), draft_weight_format="int8"))
+
+
+def test_a_failing_audit_can_be_repeated_with_its_bits():
+    assert command(AuditFlags(draft_weight_format="int8")) == "foredraft audit --draft-weight-format int8"

@@ -206,6 +206,10 @@ OPTIONS = [
     ({"draft": "copy", "draft_dtype": "bfloat16"}, r"draft_dtype='bfloat16' cannot be honoured: the model object"),
     ({"draft_weight_format": "int4"}, r"no model to load, so draft_weight_format='int4' cannot be honoured"),
     (
+        {"draft": ["suffix", "int4"], "draft_weight_format": "int8"},
+        r"draft='suffix' has no model to load and draft='int4' drafts with the target's own weights, so draft_w",
+    ),
+    (
         {"draft": "copy", "draft_weight_format": "int3"},
         r"draft_weight_format='int3' is not known; use none, int8, int4",
     ),

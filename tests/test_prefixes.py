@@ -1,5 +1,6 @@
 """Shared prefixes and memory that follows use: pages by reference, who fits, what is given back, and to whom."""
 
+import shutil
 from dataclasses import replace
 from random import Random
 
@@ -16,6 +17,7 @@ from foredraft.admission import CacheLimits
 from foredraft.drafters.base import NoDrafter
 from foredraft.engine import Engine
 from foredraft.errors import CacheMemoryError, RequestError
+from foredraft.llm import BUNDLED
 from foredraft.models.pages import PAGE, PageCache, PageShape
 from foredraft.native import library
 from foredraft.policy import Gain
@@ -447,3 +449,21 @@ def test_the_scheduler_lets_nobody_overtake():
         scheduler.add(request)
     assert not scheduler.admit()
     assert scheduler.next_batch() == [] and list(scheduler.waiting) == [large, small]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_caches_that_hold_no_text_at_all_are_refused_at_once(runtime):
+    made = llm(tiny("llama", torch.float32), runtime=runtime)
+    least = sum(cache.need([2]) for cache in made.engine.caches())
+    with pytest.raises(
+        RequestError, match=rf"cache_bytes={least - 1} is not usable; .* take at least {least} \(.*give"
+    ):
+        llm(tiny("llama", torch.float32), runtime=runtime, cache_bytes=least - 1)
+    one = llm(tiny("llama", torch.float32), runtime=runtime, cache_bytes=least)
+    assert one.generate([7], SamplingParams(max_new_tokens=1)).token_ids
+
+
+def test_and_where_the_configuration_says_so_before_a_weight_is_read(tmp_path):
+    shutil.copy(BUNDLED / "target" / "config.json", tmp_path)
+    with pytest.raises(RequestError, match=r"cache_bytes=3 is not usable; .*take at least"):
+        LLM(str(tmp_path), "none", cache_bytes=3)

@@ -361,12 +361,30 @@ def test_a_form_is_told_in_words(server: ServerProcess) -> None:
         ([], "the body is a list; send a JSON object"),
         ("x", 'the body is "x"; send a JSON object'),
         ({"prompt": ["a", 5]}, 'prompt: it must be str or list[str] or list[int] or list[list[int]]; it was ["a", 5]'),
-        ({"prompt": "a", "seed": "7" * 99}, f'seed: Input should be a valid integer; it was "{"7" * 59}...'),
-        ({"prompt": "a", "temperature": "hot"}, 'temperature: Input should be a valid number; it was "hot"'),
+        ({"prompt": "a", "seed": "7" * 99}, f'seed: it must be a whole number; it was "{"7" * 59}...'),
+        ({"prompt": "a", "temperature": "hot"}, 'temperature: it must be a number; it was "hot"'),
         ({"prompt": "a", "stop": {"a": 1}}, "stop: it must be str or list[constrained-str]; it was an object"),
         ({"prompt": "a", "max_token": 3}, "max_token: there is no such field here, and none is ignored; did you mean "
          "'max_tokens'?"),
         ({"prompt": "a", "\ud800": 3}, "\\ud800: there is no such field here, and none is ignored; leave it out"),
+        ({"prompt": "a", "structured_outputs": "a"}, "structured_outputs: it must be an object with json or regex or "
+         'choice or grammar; it was "a"'),
+        ({"prompt": "a", "structured_outputs": {"jsn": {}}}, "structured_outputs.jsn: there is no such field here, and "
+         "none is ignored; did you mean 'json'?"),
+        ({"prompt": "a", "stream_options": {"include_usge": True}}, "stream_options.include_usge: there is no such "
+         "field here, and none is ignored; did you mean 'include_usage'?"),
+        ({"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
+         "response_format.json_schema.shema: there is no such field here, and none is ignored; did you mean 'schema'?"),
+        ({"prompt": "a", "response_format": {"type": "xml"}},
+         "response_format.type: it must be 'text', 'json_object' or 'json_schema'; it was \"xml\""),
+        ({"prompt": "a", "response_format": {}}, "response_format.type: it is missing; give it"),
+        ({"prompt": "a", "stream_options": 5}, "stream_options: it must be an object with include_usage or "
+         "include_obfuscation; it was 5"),
+        ({"prompt": "a", "top_p": 2}, "top_p: it must be 1.0 or less; it was 2"),
+        ({"prompt": "a", "seed": 1.5}, "seed: it must be a whole number; it was 1.5"),
+        ({"prompt": "a", "logit_bias": [1, 2]}, "logit_bias: it must be an object; it was [1, 2]"),
+        ({"prompt": "a", "stop_token_ids": {"1": 2}}, "stop_token_ids: it must be a list; it was an object"),
+        ({"prompt": "a", "stream": "yes"}, 'stream: it must be true or false; it was "yes"'),
         ({"prompt": "a", "guided_choice": ["a"]}, "guided_choice is not supported: use structured_outputs={'choice': "
          "[...]}"),
     ],
@@ -573,3 +591,11 @@ def test_the_dashboard_and_the_page_name_metrics_that_there_are(server: ServerPr
     assert len(asked) > 12
     asked |= set(re.findall(r"foredraft:\w+", page))
     assert [name for name in sorted(asked) if f"\n{name}" not in shown and f"TYPE {name} " not in shown] == []
+
+
+def test_a_part_that_is_no_text_is_told_by_its_type(server: ServerProcess) -> None:
+    part = {"type": "image_url", "image_url": {"url": "a"}}
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    error = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["error"]
+    said = "it must be 'text', the only kind that is read; it was 'image_url'"
+    assert (error["param"], error["message"]) == ("messages.0.content.0.type", f"messages.0.content.0.type: {said}")

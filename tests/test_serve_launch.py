@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from foredraft import LLM
 from foredraft.assembly import BUNDLED, bundled_draft
-from foredraft.errors import ModelError
+from foredraft.errors import ModelError, RequestError
 from foredraft.server.app import create_app
 from foredraft.server.errors import ApiError
 from foredraft.server.launching import LaunchSpec, footprint, from_launch, from_speculative_launch
@@ -150,6 +150,26 @@ def test_bits_of_the_draft_model_that_are_not_known() -> None:
     body = LaunchRequest(draft_quantization="3-bit")
     with pytest.raises(ApiError, match="draft_quantization='3-bit' is not known; use none, int8, 8-bit, int4, 4-bit"):
         from_launch(body, load_registry(Settings()))
+
+
+@pytest.mark.parametrize("draft", ["auto", "ngram", "int4"])
+@pytest.mark.parametrize("field", ["draft_quantization", "draft_dtype", "draft_device"])
+def test_what_is_asked_of_a_draft_model_that_is_none_is_refused_at_once(draft: str, field: str) -> None:
+    value = {"draft_quantization": "int8", "draft_dtype": "bf16", "draft_device": "cpu"}[field]
+    body = LaunchRequest(target="foredraft-bundled", size_in_billions=0.001, draft=draft, **{field: value})
+    with pytest.raises(ApiError, match=f"draft='{draft}' .*, so {field}='{value}' cannot be honoured; leave") as caught:
+        from_launch(body, load_registry(Settings()))
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_caches_that_hold_no_text_are_refused_at_once(tmp_path: Path) -> None:
+    registry = load_registry(Settings(allowed_folders=(tmp_path,)))
+    with pytest.raises(RequestError, match=r"cache_bytes=3 is not usable; .* at least [0-9]+ "):
+        from_launch(LaunchRequest(cache_bytes=3), registry)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "x"}')
+    body = LaunchRequest(target=str(tmp_path / "odd"), draft="none", cache_bytes=3)
+    assert from_launch(body, registry).cache_bytes == 3  # loading says what is wrong
 
 
 def test_what_is_no_model_takes_nothing_and_fails_when_it_is_loaded() -> None:

@@ -42,7 +42,7 @@ def test_a_budget_makes_caches_smaller_and_texts_wait_but_no_smaller_than_one_te
     assert (small.engine.admission.limits.total, small.engine.admission.limits.kept) == (one // 2, 0)
 
 
-@pytest.mark.parametrize("spec", [SPEC, LaunchSpec("bundled"), replace(SPEC, draft="auto", cache_bytes=1000)])
+@pytest.mark.parametrize("spec", [SPEC, LaunchSpec("bundled"), replace(SPEC, draft="auto", cache_bytes=2**20)])
 def test_what_is_estimated_before_is_what_loading_finds(spec: LaunchSpec) -> None:
     llm = load(spec)
     least = taken(llm) - llm.engine.admission.limits.total + min(longest(llm, 1), spec.cache_bytes or 2**40)
@@ -62,6 +62,7 @@ def test_flags_reach_the_launch() -> None:
     for wrong, said in (
         (ServeOptions(uid="a b"), r"--uid 'a b' is not usable; give 1 to 100 letters"),
         (ServeOptions(uid=""), r"--uid '' is not usable"),
+        (ServeOptions(cache_bytes="3"), r"cache_bytes=3 is not usable; .* at least \d{6} \(0\.\d+ MiB\) here; give"),
         (ServeOptions(max_model_len=1), "--max-model-len 1 is not usable; it must be 2 or more"),
     ):
         with pytest.raises(RequestError, match=said):

@@ -21,7 +21,7 @@ from foredraft.errors import RequestError
 from foredraft.models.cache import GRANULE
 from foredraft.models.invariance import check_exact
 from foredraft.models.load import LoadOptions, load_target, model_or_name
-from foredraft.models.options import check_length
+from foredraft.models.options import check_least, check_length
 from foredraft.models.pretrained import find_tokenizer
 from foredraft.models.rows import round_up
 from foredraft.policy import DraftPolicy, make_policy
@@ -30,6 +30,7 @@ from foredraft.types import is_whole
 from foredraft.upstream.modules import unwrapped
 
 BUNDLED = Path(__file__).parent / "bundled"
+SHORTEST = 2  # tokens of a text: one to begin with, one to give
 
 
 def bundled_draft(target: object) -> Path | None:
@@ -132,7 +133,7 @@ def assemble(
     template = None if chat_template is None else read_template(chat_template)
     if template is not None and tokenizer is not None:
         raise RequestError("chat_template contradicts tokenizer; set tokenizer.chat_template yourself instead")
-    options = replace(options, max_model_len=room.max_model_len)
+    options = replace(options, max_model_len=room.max_model_len, cache_bytes=room.cache_bytes)
     bundled = bundled_draft(target)
     source = model_or_name(BUNDLED / "target" if target is None else target)
     if isinstance(source, PreTrainedModel):
@@ -170,4 +171,6 @@ def assemble(
         max_model_len=length,
         limits=CacheLimits.of(room.cache_bytes, room.prefix_cache, model.device),
     )
+    if room.cache_bytes is not None:
+        check_least(room.cache_bytes, sum(cache.need([SHORTEST]) for cache in engine.caches()))
     return Parts(engine, tokenizer)

@@ -16,6 +16,7 @@ from foredraft.errors import ServerError
 
 Json = dict[str, Any]
 Config = Mapping[str, Any]
+USELESS = ("failed", "draining")  # states of a model that serves nothing, and never will
 TIMEOUT = httpx.Timeout(30.0, read=None)  # loading and long texts take their time; the server has limits of its own
 
 

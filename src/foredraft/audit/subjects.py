@@ -6,8 +6,8 @@ from pathlib import Path
 
 from foredraft import profile
 from foredraft.drafters.base import Drafter
-from foredraft.drafters.listed import automatic, make_drafters
-from foredraft.drafters.make import DraftContext, DraftSpec
+from foredraft.drafters.listed import automatic, check_place, make_drafters
+from foredraft.drafters.make import DraftContext, DraftSpec, check_format
 from foredraft.drafters.registry import DRAFTERS, split
 from foredraft.drafters.several import drafters_of
 from foredraft.errors import ModelError, RequestError
@@ -24,15 +24,17 @@ class Audited:
     drafter: Drafter
 
 
-def find(llm: LLM, drafts: Sequence[str], load: LoadOptions, *, bundled: bool) -> tuple[list[Audited], dict[str, str]]:
+def find(
+    llm: LLM, drafts: Sequence[str], load: LoadOptions, *, bundled: bool, weight_format: str | None = None
+) -> tuple[list[Audited], dict[str, str]]:
     """The drafters, and why others cannot draft for this model. With no names: all of them, and `auto`.
 
-    `bundled` says that the target is the bundled one, which has a draft model.
+    `bundled` says that the target is the bundled one, which has a draft model; `weight_format` is of draft models.
 
     Raises:
         RequestError, ModelError: a drafter that was named cannot draft for this model.
     """
-    context = DraftContext(llm.model, llm._tokenizer, load)
+    context = DraftContext(llm.model, llm._tokenizer, load, weight_format=weight_format)
     draft = BUNDLED / "draft" if bundled else None
     if drafts:
         _check(drafts)
@@ -44,6 +46,13 @@ def find(llm: LLM, drafts: Sequence[str], load: LoadOptions, *, bundled: bool) -
         except ModelError as error:
             left_out[name] = str(error)
     return found, left_out
+
+
+def check_bits(drafts: Sequence[str], weight_format: str | None, bundled: Path | None) -> None:
+    """Raises RequestError where draft models cannot have their weights so, or there are none."""
+    check_format(weight_format)
+    specs = [it for name in drafts or ["auto"] for it in _split(name)]
+    check_place(specs, bundled, draft_weight_format=weight_format)
 
 
 def _check(drafts: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from foredraft.cli.options import (
     OUTPUT,
     SAMPLING,
     DeviceFlag,
+    DraftWeightFormatFlag,
     DtypeFlag,
     GpuFlag,
     JsonFlag,
@@ -73,6 +74,7 @@ class AuditFlags:
     weight_format: WeightFormatFlag = None
     runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
+    draft_weight_format: DraftWeightFormatFlag = None
     trust_remote_code: RemoteCodeFlag = False
     gpu: GpuFlag = None
     quick: Annotated[
@@ -121,7 +123,7 @@ class AuditFlags:
     def as_run_options(self) -> RunOptions:
         """What loads the target, without a drafter: each is lent to it in turn."""
         shared = {spec.name for spec in fields(RunOptions)} & {spec.name for spec in fields(AuditFlags)}
-        values = {name: getattr(self, name) for name in shared - {"draft", "temperature"}}
+        values = {name: getattr(self, name) for name in shared - {"draft", "draft_weight_format", "temperature"}}
         return RunOptions(**values, draft="none", temperature=self.temperature or 0.0)
 
     @property
@@ -163,11 +165,14 @@ def audit(options: AuditFlags) -> None:
 
 def audit_options(options: AuditFlags) -> "AuditOptions":
     """Raises RequestError for values out of range, or that contradict each other."""
+    from foredraft.assembly import bundled_draft
     from foredraft.audit.options import AuditOptions
+    from foredraft.audit.subjects import check_bits
 
     own = options.as_run_options()
     own.check()
     _ = own.target_device  # raises where --gpu is not usable
+    check_bits(options.draft or [], options.draft_weight_format, bundled_draft(options.model))
     mine = (own_settings(options),) if options.names_settings else ()
     if options.quick:
         return AuditOptions.quick(options.seed, mine)
@@ -190,7 +195,8 @@ def drafters(options: AuditFlags, llm: "LLM") -> "tuple[list[Audited], dict[str,
 
     own = options.as_run_options()
     load = LoadOptions(options.dtype, own.target_device, None, options.trust_remote_code, options.runtime)
-    return find(llm, options.draft or [], load, bundled=bundled_draft(options.model) is not None)
+    draft = bundled_draft(options.model)
+    return find(llm, options.draft or [], load, bundled=draft is not None, weight_format=options.draft_weight_format)
 
 
 def run(
@@ -227,7 +233,7 @@ def _told(found: "Difference") -> str:
 
 def command(options: AuditFlags) -> str:
     """What was typed, as far as it decides what is loaded."""
-    names = ("model", "dtype", "weight_format", "runtime", "device", "gpu")
+    names = ("model", "dtype", "weight_format", "runtime", "device", "draft_weight_format", "gpu")
     default = AuditFlags()
     given = [
         f"--{name.replace('_', '-')} {shlex.quote(str(getattr(options, name)))}"

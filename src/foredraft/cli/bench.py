@@ -238,12 +238,14 @@ def run(options: BenchFlags, chosen: "BenchOptions", tasks: "tuple[Task, ...]") 
 
 
 def who_drafts(drafter: "Drafter", options: BenchFlags) -> str:
-    """For the report: a draft model by its folder, with the formats of its weights where it tells."""
-    if drafter.name != "model":
+    """For the report: a draft model by its folder, with the formats of its weights."""
+    from foredraft.diagnosis.serving import kernels
+    from foredraft.drafters.model import ModelDrafter
+
+    if drafter.name != "model" or not isinstance(drafter, ModelDrafter):
         return drafter.name
     name = "the bundled draft" if options.draft == "auto" else Path(options.draft).name
-    formats = getattr(getattr(drafter, "model", None), "kernels", {})
-    return f"{name} ({', '.join(formats)})" if formats else name
+    return f"{name} ({', '.join(kernels(drafter.model))})"
 
 
 def write_page(found: "Bench", path: Path) -> None:

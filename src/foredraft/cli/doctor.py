@@ -10,6 +10,7 @@ from foredraft.cli.console import FAILURE, busy, interruptible, only_result, pri
 from foredraft.cli.options import (
     MODEL,
     DeviceFlag,
+    DraftWeightFormatFlag,
     DtypeFlag,
     JsonFlag,
     ModelFlag,
@@ -32,6 +33,7 @@ class DoctorOptions:
     weight_format: WeightFormatFlag = None
     runtime: RuntimeFlag = "auto"
     device: DeviceFlag = "auto"
+    draft_weight_format: DraftWeightFormatFlag = None
     trust_remote_code: RemoteCodeFlag = False
     json: JsonFlag = False
 
@@ -51,6 +53,7 @@ def doctor(options: DoctorOptions) -> None:
                 weight_format=options.weight_format,
                 runtime=options.runtime,
                 device=options.device,
+                draft_weight_format=options.draft_weight_format,
                 trust_remote_code=options.trust_remote_code,
             )
     if options.json:

@@ -59,9 +59,11 @@ class RemoteLLM:
 
 def open_remote(client: "Client", uid: str | None) -> RemoteLLM:
     """A model by uid, or the only one. Raises ForedraftError where there is none, or several."""
+    from foredraft.client import USELESS
+
     models = client.list_models()
     if uid is None:
-        models = {name: model for name, model in models.items() if model["state"] not in ("failed", "draining")}
+        models = {name: model for name, model in models.items() if model["state"] not in USELESS}
     if uid is None and len(models) == 1:
         uid = next(iter(models))
     if uid is None or uid not in models:

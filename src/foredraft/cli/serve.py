@@ -189,7 +189,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     from foredraft.assembly import DraftWishes, bundled_draft
     from foredraft.models.load import LoadOptions
     from foredraft.server.app import Launch
-    from foredraft.server.launching import LaunchSpec
+    from foredraft.server.launching import LaunchSpec, check_cache
     from foredraft.server.settings import parse_bytes
     from foredraft.text import read_template
     from foredraft.weights.checkpoint import check_source
@@ -214,6 +214,8 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
     )
     wishes.options(loading)
     wishes.check(bundled_draft(options.model))
+    cache_bytes = None if options.cache_bytes is None else parse_bytes(options.cache_bytes)
+    check_cache(cache_bytes, options.model)
     name = Path(options.model).name if options.model else "bundled"
     spec = LaunchSpec(
         name,
@@ -230,7 +232,7 @@ def read_launches(options: ServeOptions) -> "tuple[Launch, ...]":
         runtime=options.runtime,
         trust_remote_code=options.trust_remote_code,
         chat_template=None if options.chat_template is None else read_template(options.chat_template),
-        cache_bytes=None if options.cache_bytes is None else parse_bytes(options.cache_bytes),
+        cache_bytes=cache_bytes,
         prefix_cache=not options.no_prefix_cache,
         draft_name=Path(options.draft).name,
     )

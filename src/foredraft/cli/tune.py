@@ -11,6 +11,7 @@ from foredraft.cli.options import (
     OUTPUT,
     SAMPLING,
     DeviceFlag,
+    DraftWeightFormatFlag,
     DtypeFlag,
     JsonFlag,
     ModelFlag,
@@ -52,6 +53,7 @@ class TuneFlags:
     ] = None
     dtype: DtypeFlag = "auto"
     device: DeviceFlag = "auto"
+    draft_weight_format: DraftWeightFormatFlag = None
     trust_remote_code: RemoteCodeFlag = False
     calibration: Annotated[
         Path | None,
@@ -123,6 +125,7 @@ def tune_options(options: TuneFlags) -> "TuneOptions":
     SamplingParams(temperature=options.temperature)
     return TuneOptions(
         drafts=tuple(options.draft or ()),
+        draft_weight_format=options.draft_weight_format,
         without=tuple(options.without or ()),
         calibration=options.calibration,
         prompts=options.prompts,

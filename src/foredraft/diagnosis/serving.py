@@ -136,18 +136,22 @@ def _modules(model: CausalModel) -> str:
 
 
 def served(model: CausalModel, name: str) -> Served:
-    """A model says itself what runs it, where it is not torch."""
-    kernels: dict[str, int] = getattr(model, "kernels", None) or dict(Counter(map(_kernel, linears(model))))
+    """A model, and what computes it."""
     return Served(
         name,
         model.config.model_type,
         getattr(model, "runtime", "torch"),
         _modules(model),
         getattr(model, "instructions", torch.backends.cpu.get_cpu_capability() if model.device.type == "cpu" else ""),
-        kernels,
+        kernels(model),
         str(model.dtype).removeprefix("torch."),
         str(model.device),
     )
+
+
+def kernels(model: CausalModel) -> dict[str, int]:
+    """Its linear layers by what computes them: a model says so itself, where that is not torch."""
+    return getattr(model, "kernels", None) or dict(Counter(map(_kernel, linears(model))))
 
 
 def linears(model: CausalModel) -> Iterator[object]:

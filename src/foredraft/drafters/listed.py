@@ -143,15 +143,20 @@ def check_place(drafts: Sequence[DraftSpec], bundled: Path | None, **place: str 
     given = " and ".join(f"{name}={value!r}" for name, value in place.items() if value is not None)
     for draft in drafts:
         if isinstance(draft, PreTrainedModel):
-            LoadOptions(place["draft_dtype"] or "auto", str(place["draft_device"] or "auto")).check_object(
+            LoadOptions(place.get("draft_dtype") or "auto", str(place.get("draft_device") or "auto")).check_object(
                 draft, "draft_"
             )
     if not given or any(_loads(draft, bundled) for draft in drafts):
         return
-    kinds = [DRAFTERS.get(str(draft)) for draft in drafts]
-    own = any(kind is not None and kind.own_weights for kind in kinds)
-    why = "drafts with the target's own weights" if own else "has no model to load"
-    raise RequestError(f"draft={', '.join(map(repr, drafts))} {why}, so {given} cannot be honoured; leave it out")
+    why = " and ".join(f"draft={draft!r} {_instead(draft)}" for draft in drafts)
+    raise RequestError(f"{why}, so {given} cannot be honoured; leave it out")
+
+
+def _instead(draft: object) -> str:
+    """What a drafter has where others have a model to load."""
+    kind = DRAFTERS.get(str(draft))
+    own = isinstance(draft, SelfDrafter) or (kind is not None and kind.own_weights)
+    return "drafts with the target's own weights" if own else "has no model to load"
 
 
 def _loads(draft: object, bundled: Path | None) -> bool:

@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from foredraft.drafters.base import Drafter
-from foredraft.drafters.make import DraftContext, make_drafter
+from foredraft.drafters.listed import check_place
+from foredraft.drafters.make import DraftContext, check_format, make_drafter
 from foredraft.drafters.self_draft import SelfDrafter
 from foredraft.errors import ModelError, RequestError
 from foredraft.models.base import CausalModel, SkipSet
@@ -20,6 +21,7 @@ from foredraft.models.load import LoadOptions, load_target, probed, wrap
 from foredraft.models.options import parse_device, parse_dtype
 from foredraft.models.pretrained import load_tokenizer
 from foredraft.policy import DraftPolicy
+from foredraft.upstream.modules import unwrapped
 from foredraft.weights.checkpoint import explained
 from foredraft.weights.lowbit import is_low_bit
 
@@ -39,6 +41,11 @@ class Recipe:
     draft_profile: str | Path | None = None
     loading: dict[str, Any] = field(default_factory=dict)  # transformers' own options
     skip: SkipSet | None = None  # set by set_skip_layers; used instead of `draft`
+    draft_weight_format: str | None = None
+
+    def __post_init__(self) -> None:
+        check_format(self.draft_weight_format)
+        check_place([unwrapped(self.draft)], None, draft_weight_format=self.draft_weight_format)
 
     def target(self) -> CausalModel:
         if isinstance(self.source, PreTrainedModel) or not self.loading:
@@ -64,12 +71,15 @@ class Recipe:
     def own_drafter(self, target: CausalModel) -> Drafter:
         if self.skip is not None:
             return SelfDrafter(target, "skip", skip=self.skip)
-        context = DraftContext(target, self._tokenizer(self.draft), self.options, self.draft_profile)
-        return make_drafter(self.draft, context)
+        return make_drafter(self.draft, self._context(self.draft, target, self.draft_profile))
 
     def drafter(self, spec: DraftSpec, target: CausalModel) -> Drafter:
         """The drafter that a call of generate() asks for."""
-        return make_drafter(spec, DraftContext(target, self._tokenizer(spec), self.options))
+        return make_drafter(spec, self._context(spec, target))
+
+    def _context(self, spec: DraftSpec, target: CausalModel, profile: str | Path | None = None) -> DraftContext:
+        bits = self.draft_weight_format
+        return DraftContext(target, self._tokenizer(spec), self.options, profile, weight_format=bits)
 
     def moved(self, device: torch.device, dtype: torch.dtype) -> "Recipe":
         """The same on another device or in another dtype. Raises RequestError where it is made of objects in memory."""

@@ -36,6 +36,7 @@ class AutoModelForCausalLM:
         speculative: bool | None = None,
         draft: DraftSpec = None,
         draft_profile: str | Path | None = None,
+        draft_weight_format: str | None = None,
         policy: str | DraftPolicy | None = None,
         trust_remote_code: bool = False,
         use_cache: bool = True,
@@ -53,6 +54,7 @@ class AutoModelForCausalLM:
             speculative: False decodes plainly. True, and None where the checkpoint is not low-bit, drafts.
             draft: who drafts; as `foredraft.LLM` takes it. By default "int4", the model's own weights in 4 bits.
             draft_profile: of a skip draft, which sub-layers it skips; by default the one kept for this model.
+            draft_weight_format: bits of a draft model, of `assistant_model` too; as `foredraft.LLM` takes it.
             policy: how far to draft; as `foredraft.LLM` takes it.
             trust_remote_code, device_map: as in transformers. Without a device map the model is on the CPU.
             max_batch_size: rows that run at once; others wait.
@@ -73,7 +75,18 @@ class AutoModelForCausalLM:
         options = LoadOptions(loading_dtype(dtype, torch_dtype, load_in_low_bit), device, placement, trust_remote_code)
         spec = draft_of(source, speculative, draft)
         check_profile([spec], draft_profile)
-        return SpeculativeModel(Recipe(source, spec, options, policy, max_batch_size, draft_profile, loading))
+        return SpeculativeModel(
+            Recipe(
+                source,
+                spec,
+                options,
+                policy,
+                max_batch_size,
+                draft_profile,
+                loading,
+                draft_weight_format=draft_weight_format,
+            )
+        )
 
 
 def accelerate(
@@ -81,6 +94,7 @@ def accelerate(
     draft: DraftSpec = DEFAULT_DRAFT,
     *,
     draft_profile: str | Path | None = None,
+    draft_weight_format: str | None = None,
     policy: str | DraftPolicy | None = None,
     max_batch_size: int = 8,
 ) -> SpeculativeModel:
@@ -98,4 +112,6 @@ def accelerate(
             "foredraft.integrations.transformers.AutoModelForCausalLM.from_pretrained"
         )
     options = LoadOptions(dtype=str(model.dtype).removeprefix("torch."), device=str(model.device))
-    return SpeculativeModel(Recipe(model, draft, options, policy, max_batch_size, draft_profile))
+    return SpeculativeModel(
+        Recipe(model, draft, options, policy, max_batch_size, draft_profile, draft_weight_format=draft_weight_format)
+    )

@@ -56,6 +56,7 @@ class Cache(Protocol):
     max_length: int
     page: int  # tokens of which texts that begin alike may share memory; 0: they do not
     sharing: bool  # whether they shall
+    key_multiple: int  # of the keys that a pass attends to
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from foredraft.errors import ForedraftError, ModelError, RequestError, UnsupportedModelError
 from foredraft.models import native
 from foredraft.models.base import CausalModel
-from foredraft.models.cache import SlotCache
 from foredraft.models.decoder import Decoder
 from foredraft.models.family import oddity, supports
 from foredraft.models.hf import HFModel
@@ -67,8 +66,7 @@ def probed(model: CausalModel) -> CausalModel:
         return model
     with _as_cause(model):
         model.row_invariance = probe(model)
-    if isinstance(model.cache, SlotCache):
-        model.cache.key_multiple = model.row_invariance.key_multiple
+    model.cache.key_multiple = model.row_invariance.key_multiple
     return model
 
 

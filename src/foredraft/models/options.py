@@ -27,6 +27,7 @@ class LoadOptions:
     runtime: str = "auto"  # native where the library and the model allow it; or native, torch
     weight_format: str | None = None  # int4 or int8: linear layers are rounded on loading
     max_model_len: int | None = None  # tokens that a text shall be able to have
+    cache_bytes: int | None = None  # that all caches may take
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -79,6 +80,15 @@ def check_length(asked: int, most: int) -> None:
     """Raises RequestError where `max_model_len` is not one that the model allows."""
     if not is_whole(asked, 2, most):
         raise RequestError(f"max_model_len={asked!r} is not usable; this model's context allows 2 to {most}")
+
+
+def check_least(cache_bytes: int, least: int) -> None:
+    """Raises RequestError where the caches could not hold even the shortest text."""
+    if cache_bytes < least:
+        raise RequestError(
+            f"cache_bytes={cache_bytes} is not usable; keys and values of even the shortest text take at least {least} "
+            f"({least / 2**20:.2g} MiB) here; give that or more"
+        )
 
 
 def parse_dtype(asked: str | torch.dtype) -> torch.dtype | None:

@@ -39,6 +39,7 @@ class PageCache:
     """Pages of `max_slots` texts of up to `max_length` tokens."""
 
     page = PAGE
+    key_multiple = 1  # a pass attends to the keys that there are
 
     def __init__(self, shape: PageShape, *, max_slots: int = 1, max_length: int = GRANULE) -> None:
         self.shape = shape

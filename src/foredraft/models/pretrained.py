@@ -4,15 +4,25 @@ Knows nothing of runtimes.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from foredraft.errors import ForedraftError, ModelError, RequestError
-from foredraft.models.options import LoadOptions, parse_device, parse_dtype
+from foredraft.models.family import FAMILY
+from foredraft.models.options import LoadOptions, check_least, parse_device, parse_dtype
+from foredraft.models.pages import PageShape
 from foredraft.upstream.kernels import computes_bf16
 from foredraft.upstream.progress import no_loading_bars
 from foredraft.weights import lowbit
@@ -34,7 +44,7 @@ def load_checkpoint(source: str | Path, options: LoadOptions) -> PreTrainedModel
     remote = {"trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **remote)
-        options.check_length(config)
+        check_config(config, options)
         dtype = pick_dtype(parse_dtype(options.dtype), config, device)
         placement = {"device_map": options.device_map} if options.device_map else {}
         with no_loading_bars():
@@ -62,7 +72,7 @@ def load_low_bit(
             "weights; leave it out, or give the original"
         )
     try:
-        options.check_length(AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code))
+        check_config(AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code), options)
         model = lowbit.load(folder, manifest, parse_dtype(options.dtype), trust_remote_code=options.trust_remote_code)
     except ForedraftError:
         raise
@@ -86,6 +96,29 @@ def load_quantised(source: str | Path, options: LoadOptions, device: torch.devic
     quantise(model, options.weight_format, dtype)
     model.to(device)  # type: ignore[arg-type]  # as above
     return model
+
+
+def check_config(config: PreTrainedConfig, options: LoadOptions) -> None:
+    """Raises RequestError where a configuration says already that what is asked for cannot be had."""
+    options.check_length(config)
+    check_cache_bytes(options.cache_bytes, config.to_dict())
+
+
+def check_cache_bytes(asked: int | None, config: Mapping[str, Any]) -> None:
+    """Raises RequestError where caches of so many bytes do not hold one page of 16 bits; told of the Llama family."""
+    if asked is not None and config.get("model_type") in FAMILY:
+        check_least(asked, _page(config))
+
+
+def _page(config: Mapping[str, Any]) -> int:
+    """Its bytes; 0 where the configuration does not say, or what is none."""
+    try:
+        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return 0
+    return PageShape(layers, kv_heads, dim, torch.bfloat16).nbytes
 
 
 def low_bit_dtype(dtype: torch.dtype) -> torch.dtype:

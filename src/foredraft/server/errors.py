@@ -37,6 +37,26 @@ TYPES = {
     507: "unavailable_error",
 }
 SCALAR = str | int | float | None
+MUST = {  # be, by what pydantic found it not to be
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "none_required": "null",
+    "string_too_long": "text of at most {max_length} characters",
+    "string_too_short": "text of at least {min_length} characters",
+    "string_type": "text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+}
 SHOWN = 60  # characters of a value
 FORM = re.compile(r"str|int|float|bool|constrained-str|(list|dict|literal|nullable)\[.*\]")  # pydantic's, of a union
 
@@ -109,8 +129,8 @@ def invalid_body(errors: Sequence[Mapping[str, Any]], content_type: str) -> ApiE
 
 def _what(first: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> tuple[Sequence[object], str]:
     """Where it is wrong, and how. Of a value that may have several forms, what the one that came closest lacks."""
-    if first["type"] == "extra_forbidden":
-        return _fields(first), "there is no such field here, and none is ignored; leave it out"
+    if first["type"] == "field":
+        return _fields(first), str(first["msg"])
     place = _fields(first)
     tried = [error for error in errors if _fields(error)[: len(place)] == place]
     forms = list(dict.fromkeys(form for error in tried if (form := _form(error, place))))
@@ -124,12 +144,15 @@ def _what(first: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> tupl
 
 
 def _told(error: Mapping[str, Any]) -> str:
-    """pydantic's words, and the value unless our own words have it."""
+    """What it must be, and the value unless the words have it."""
     words, kind = str(error["msg"]), str(error["type"])
-    if kind == "value_error":
+    if kind in ("value_error", "field"):
         return words.removeprefix("Value error, ")
-    plain = isinstance(error.get("input"), SCALAR)
-    return f"{words}; it was {_shown(error)}" if kind != "missing" and (plain or kind.endswith("_type")) else words
+    if kind == "missing":
+        return "it is missing; give it"
+    if kind in MUST:
+        words = f"it must be {MUST[kind].format(**error.get('ctx', {}))}"
+    return f"{words}; it was {_shown(error)}"
 
 
 def _shown(error: Mapping[str, Any]) -> str:
@@ -139,12 +162,14 @@ def _shown(error: Mapping[str, Any]) -> str:
         return "an object"
     if isinstance(value, list) and not (0 < len(value) < 9 and all(isinstance(one, SCALAR) for one in value)):
         return "a list"
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _fields(error: Mapping[str, Any]) -> list[object]:
-    return [part for part in error["loc"] if part != "body" and not FORM.fullmatch(str(part))]
+    """Where it is; where an object complains of a field, that too."""
+    own = [error["ctx"]["name"]] if error["type"] == "field" else []
+    return [part for part in error["loc"] if part != "body" and not FORM.fullmatch(str(part))] + own
 
 
 def _form(error: Mapping[str, Any], place: Sequence[object]) -> str:

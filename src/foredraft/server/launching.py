@@ -14,9 +14,11 @@ from huggingface_hub import try_to_load_from_cache
 from foredraft.admission import CacheLimits
 from foredraft.assembly import BUNDLED, bundled_draft
 from foredraft.drafters import DRAFTERS
+from foredraft.drafters.listed import check_place
 from foredraft.errors import RequestError
 from foredraft.llm import LLM
 from foredraft.models.options import DTYPES, LoadOptions, parse_device, parse_dtype
+from foredraft.models.pretrained import check_cache_bytes
 from foredraft.server.errors import ApiError, check_room
 from foredraft.server.registry import Registry, Size
 from foredraft.server.schemas import LaunchRequest, SpeculativeLaunchRequest
@@ -74,9 +76,8 @@ def from_launch(body: LaunchRequest, registry: Registry) -> LaunchSpec:
         raise ApiError(400, "size_in_billions says which size of a target; name the target too", "size_in_billions")
     target = None if body.target is None else registry.resolve(body.target, body.size_in_billions)
     draft = _draft(body.draft, body.draft_size_in_billions, registry)
-    if body.draft_quantization is not None and draft in DRAFTERS:
-        message = f"draft_quantization={body.draft_quantization!r} contradicts draft={body.draft!r}, which has no model"
-        raise ApiError(400, f"{message} to load; drop one of them", "draft_quantization")
+    _check_draft(body, draft, target)
+    check_cache(body.cache_bytes, target)
     LoadOptions(body.dtype, body.device)
     LoadOptions(body.draft_dtype or "auto", body.draft_device or "auto")
     device, device_map = _placement(body.n_gpu, body.device)
@@ -128,6 +129,20 @@ def quantization(name: str | None, field: str = "quantization") -> str | None:
 def draft_quantization(name: str | None) -> str | None:
     """The same of a draft model, where saying nothing leaves the choice to us."""
     return None if name is None else quantization(name, "draft_quantization") or "none"
+
+
+def _check_draft(body: LaunchRequest, draft: str | Path, target: str | Path | None) -> None:
+    """Raises ApiError where something is asked of a draft model and none is loaded."""
+    place = {name: getattr(body, name) for name in ("draft_quantization", "draft_dtype", "draft_device")}
+    try:
+        check_place([draft], bundled_draft(target), **place)
+    except RequestError as error:
+        raise ApiError(400, str(error), next(name for name in place if place[name] is not None)) from None
+
+
+def check_cache(cache_bytes: int | None, target: str | Path | None) -> None:
+    """Raises RequestError where the target's configuration, if it is here, says that these caches hold no text."""
+    check_cache_bytes(cache_bytes, _config(BUNDLED / "target" if target is None else Path(target)))
 
 
 def _draft(name: str, size: Size, registry: Registry) -> str | Path:

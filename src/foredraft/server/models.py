@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from foredraft.client import USELESS
 from foredraft.errors import ForedraftError
 from foredraft.server.errors import ApiError, as_api_error, check_room
 from foredraft.server.logs import log
@@ -126,7 +127,7 @@ class Models:
 
     def _usable(self) -> Sequence[Entry]:
         """Those that serve, or may come to."""
-        return [entry for entry in self._entries.values() if entry.state not in ("failed", "draining")]
+        return [entry for entry in self._entries.values() if entry.state not in USELESS]
 
     def _only(self) -> Entry:
         """The model of a request that names none."""

@@ -40,6 +40,16 @@ class TextPart(Body):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        """First of all: parts of other types have other fields."""
+        kind = body.get("type", "text") if isinstance(body, dict) else "text"
+        if kind != "text":
+            about = {"name": "type", "was": f"{kind!r:.60}"}
+            raise PydanticCustomError("field", "it must be 'text', the only kind that is read; it was {was}", about)
+        return body
+
 
 class CalledFunction(Body):
     name: Name
@@ -90,8 +100,6 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
-
     name: str | None = None
     description: str | None = None
     strict: bool | None = Field(None, description="Output is always as the schema says.")

@@ -23,6 +23,8 @@ def read_template(given: object) -> str:
         raise RequestError(
             f"chat_template={given!r:.200} is not usable; give a file with a Jinja template, or its text"
         )
+    if isinstance(given, str) and not given.strip():
+        raise RequestError(f"chat_template={given!r:.200} is empty; give a file with a Jinja template, or its text")
     if isinstance(given, str) and any(mark in given for mark in "{\n"):
         text, named = given, "the chat template"
     else:

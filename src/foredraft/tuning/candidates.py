@@ -46,7 +46,13 @@ class Candidates:
 
 def find_candidates(llm: LLM, options: TuneOptions, load: LoadOptions) -> Candidates:
     """Raises ModelError where a draft model of the options does not load."""
-    context = DraftContext(llm.model, llm._tokenizer, load, remember=False)  # the same prompts come again and again
+    context = DraftContext(
+        llm.model,
+        llm._tokenizer,
+        load,
+        remember=False,  # the same prompts come again and again
+        weight_format=options.draft_weight_format,
+    )
     wanted = [name for name in drafting() if name not in options.without]
     searches = [name for name in wanted if name in SEARCHES]
     found: dict[str, Drafter] = {}

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from foredraft.drafters.listed import check_place
+from foredraft.drafters.make import check_format
 from foredraft.drafters.registry import drafting
 from foredraft.errors import RequestError
 from foredraft.tuning.confirm import ROUNDS
@@ -25,6 +27,7 @@ class TuneOptions:
     study: Path | None = None
     confirmed: int = 2  # sets of a search that are confirmed
     rounds: int = ROUNDS
+    draft_weight_format: str | None = None  # of draft models: int8, int4, none; None: what suits each one's size
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("tokens", 4), ("trials", 0), ("seed", 0), ("confirmed", 1), ("rounds", 1)):
@@ -32,6 +35,11 @@ class TuneOptions:
                 raise RequestError(f"{name}={getattr(self, name)} is not usable; it must be {least} or more")
         if self.max_seconds < 0:
             raise RequestError(f"max_seconds={self.max_seconds} is not usable; it must be 0 or more")
+        check_format(self.draft_weight_format)
+        if self.draft_weight_format is not None and not self.drafts:
+            given = f"draft_weight_format={self.draft_weight_format!r}"
+            raise RequestError(f"{given} cannot be honoured: no draft model is named; name one, or leave it out")
+        check_place(self.drafts, None, draft_weight_format=self.draft_weight_format)
         unknown = [name for name in self.without if name not in drafting()]
         if unknown:
             raise RequestError(f"without={unknown[0]!r} is not known; use one of {', '.join(drafting())}")
