@@ -155,7 +155,9 @@ def best(works: dict[str, int], times: dict[str, dict[str, float]]) -> dict[str,
 
 def built(paths: list[Path] | None) -> dict[str, Library]:
     """The libraries that take turns, by what their arms' names begin with."""
-    return {f"{path}, ": load(path) for path in paths} if paths and len(paths) > 1 else {"": load(*(paths or ()))}
+    if not paths:
+        return {"": load()}
+    return {f"{path}, " if len(paths) > 1 else "": load(path.resolve()) for path in paths}
 
 
 def models(library: Library, args: Namespace) -> Iterator[tuple[str, str, NativeModel]]:

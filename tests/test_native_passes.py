@@ -1,6 +1,7 @@
 """The benchmark of native passes: arms are of the instruction set and format that they name, and rates are right."""
 
 import json
+import shutil
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
@@ -72,3 +73,17 @@ def test_what_is_no_point_is_refused(passes: ModuleType, text: str) -> None:
 
 def test_points(passes: ModuleType) -> None:
     assert [passes.point(text) for text in ("8x4", "1x256@0")] == [passes.Point(8, 4, 200), passes.Point(1, 256, 0)]
+
+
+def test_libraries_take_turns_by_their_names(
+    passes: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [Path("one.so"), Path("two.so")]
+    for name in names:
+        shutil.copy(Path(library.__file__).with_name(library.NAME), name)
+    found = passes.built(names)
+    assert list(found) == ["one.so, ", "two.so, "]
+    assert len({made.functions._handle for made in found.values()}) == 2
+    assert passes.built(None) == {"": library.load()}
+    assert passes.built(names[:1]) == {"": found["one.so, "]}
