@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -45,6 +46,15 @@ def seconds(work: Callable[[], object]) -> float:
     began = perf_counter()
     work()
     return perf_counter() - began
+
+
+def median_ms(work: Callable[[], object], repeats: int = 20, at_most: float = inf) -> float:
+    """Milliseconds of one call after a first one, the median of `repeats` or of what `at_most` seconds had room for."""
+    work()
+    taken = [seconds(work)]
+    while len(taken) < repeats and sum(taken) < at_most:
+        taken.append(seconds(work))
+    return 1e3 * sorted(taken)[len(taken) // 2]
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -5,10 +5,11 @@
 3. Milliseconds of 250 rows of a prompt. 4. Seconds to load.
 """
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
-from _timing import interleave, paired_ratio, parser, report, seconds, summary
+from _timing import interleave, median_ms, paired_ratio, parser, report, seconds, summary
 from demo import OPENINGS
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,13 +23,19 @@ CONTEXT = 256
 PASSES = {"1": (1, 1), "4": (1, 4), "5": (1, 5), "8": (1, 8), "4x5": (4, 5)}  # texts, rows of each
 
 
+def one_pass(
+    model: CausalModel, texts: int, width: int, start: int = CONTEXT, wanted: int = 1
+) -> Callable[[], torch.Tensor]:
+    """A pass over `width` rows of each text, with the logits of the last `wanted`."""
+    shape = model.row_invariance
+    spans = [Span(slot, start, list(range(1, width + 1)), wanted) for slot in range(texts)]
+    rows = plan(spans, shape.min_rows, shape.key_multiple, shape.row_multiple)
+    return lambda: model.forward(rows)
+
+
 def pass_ms(model: CausalModel, texts: int, width: int, start: int = CONTEXT, repeats: int = 20) -> float:
     """Milliseconds of one pass, the median of some."""
-    shape = model.row_invariance
-    spans = [Span(slot, start, list(range(1, width + 1)), 1) for slot in range(texts)]
-    rows = plan(spans, shape.min_rows, shape.key_multiple, shape.row_multiple)
-    model.forward(rows)
-    return 1e3 * sorted(seconds(lambda: model.forward(rows)) for _ in range(repeats))[repeats // 2]
+    return median_ms(one_pass(model, texts, width, start), repeats)
 
 
 def tokens_per_second(llm: LLM, num_draft_tokens: int | None, texts: dict[str, list[list[int]]], arm: str) -> float:

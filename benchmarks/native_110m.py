@@ -22,14 +22,14 @@ from foredraft import LLM, SamplingParams
 
 BATCHES = (1, 4, 8, 16)
 PROMPTS = (64, 512, 2048, 4096)
+CONFIG = LlamaConfig(
+    hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
+    max_position_embeddings=8192,
+)  # fmt: skip
 CONTEXT, NEW = 64, 24  # tokens of each text of a batch
 
 
-def random_llama() -> PreTrainedModel:
-    config = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
-        max_position_embeddings=8192,
-    )  # fmt: skip
+def random_llama(config: LlamaConfig = CONFIG) -> PreTrainedModel:
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 

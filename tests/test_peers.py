@@ -1,29 +1,21 @@
 """The peers' benchmark finds the models of each engine; running it takes environments that tests do not make."""
 
-import sys
 from argparse import ArgumentParser
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+from programs import BENCHMARKS, imported
 
 from foredraft.llm import BUNDLED
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
+FOLDER = BENCHMARKS / "peers"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """run.py, as it is from its own folder."""
-    monkeypatch.syspath_prepend(str(FOLDER.parent))
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    import run as module
-
-    yield module
-    for name in set(sys.modules) - before:
-        if str(FOLDER.parent) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    yield from imported("run", monkeypatch, FOLDER)
 
 
 def chosen(run: ModuleType, *given: str) -> tuple[str, ...]:
