@@ -19,10 +19,10 @@ static const int float_vecs[] = {0, 8, 8, 4, 4, 4, 4, 2, 2};
 static const int float_vecs[] = {0, 8, 4, 4, 4, 4, 2, 2, 2};
 #endif
 #elif defined(__AVX2__) || defined(__aarch64__)
-enum { FLOAT_ROWS = 4, INT_ROWS = 2 };
+enum { FLOAT_ROWS = 4, INT_ROWS = 4 };
 #define FLOAT_TILES(T) T(1, 4) T(1, 2) T(2, 2) T(3, 1) T(4, 1)
-#define INT_TILES(T) T(1, 2) T(2, 1)
-static const int float_vecs[] = {0, 4, 2, 1, 1}, int_vecs[] = {0, 2, 1};
+#define INT_TILES(T) T(1, 2) T(2, 1) T(3, 1) T(4, 1)
+static const int float_vecs[] = {0, 4, 2, 1, 1}, int_vecs[] = {0, 2, 1, 1, 1};
 #else
 enum { FLOAT_ROWS = 2, INT_ROWS = 2 };
 #define FLOAT_TILES(T) T(1, 2) T(2, 1)

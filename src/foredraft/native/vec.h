@@ -103,12 +103,15 @@ INLINE vec v_set(float x) {
   EACH_PART r.p[i] = x - (part){0};
   return r;
 }
+/* Part by part: gcc copies a whole `vec` by way of the stack, in pieces from which it cannot be forwarded. */
 INLINE vec v_load(const float *p) {
   vec r;
-  memcpy(&r, p, sizeof r);
+  EACH_PART memcpy(&r.p[i], p + i * WIDTH, sizeof r.p[i]);
   return r;
 }
-INLINE void v_store(float *p, vec a) { memcpy(p, &a, sizeof a); }
+INLINE void v_store(float *p, vec a) {
+  EACH_PART memcpy(p + i * WIDTH, &a.p[i], sizeof a.p[i]);
+}
 INLINE vec v_add(vec a, vec b) {
   EACH_PART a.p[i] += b.p[i];
   return a;
@@ -289,7 +292,7 @@ INLINE void v_put(const int format, void *out, size_t i, vec a) {
 
 INLINE lanes l_load(const void *p) {
   lanes r;
-  memcpy(&r, p, sizeof r);
+  EACH_PART memcpy(&r.p[i], (const char *)p + i * sizeof r.p[i], sizeof r.p[i]);
   return r;
 }
 INLINE lanes l_set(uint32_t x) {
