@@ -17,6 +17,7 @@ WARM = 7  # plain steps after a draft, until they take what they take without an
 LONG_RUN = 10  # plain steps that tell how much more
 CLOSE = 1.5  # times plain decoding: where drafting seems to gain no more it may gain nothing
 FAR = 2.5  # times plain decoding: where it gains more, a long run would cost more than it tells
+OLD = 16  # steps with drafts, after which what plain ones took before counts as few: the machine's speed changes
 LONG_EVERY = 4  # of so many runs one is long, where that matters
 
 
@@ -132,6 +133,7 @@ class BatchCosts:
     after: Average = field(default_factory=lambda: Average(memory=8))  # the same, of whole runs
     thaw: Average = field(default_factory=lambda: Average(memory=LONG_EVERY))  # such a step over the second one
     gained: Average = field(default_factory=Average)  # tokens that steps with drafts made over what plain ones would
+    drafted: int = 0  # steps with drafts since a plain one was measured
     met_drafts: bool = False
     low: int = 0  # the latest plain steps in a row that were much faster than what is known
     steps: int = 0
@@ -153,6 +155,7 @@ class BatchCosts:
         if seconds is not None and wide and not first:
             self.rows.add(times.rows, seconds)
         self.met_drafts |= times.drafted > 0
+        self.drafted += times.drafted > 0
         self.emitted.add(times.emitted)
         self.seconds.add_cost(times.total)
 
@@ -183,6 +186,9 @@ class BatchCosts:
 
     def _add_plain(self, seconds: float) -> None:
         """Some that are much faster make those before forgotten: caches had to warm up, or something else ran."""
+        if self.batch > 1 and self.drafted >= OLD:
+            self.plain.count = min(self.plain.count, FEW)
+        self.drafted = 0
         early = self.plain.count < 6
         self.low = self.low + 1 if seconds < (0.8 if early else 0.5) * self.plain.value else 0
         if self.low >= (1 if early else LOW):
@@ -199,6 +205,8 @@ class BatchCosts:
             return True
         gains = self.rate / self.plain_rate
         wanted = max(1, int(gains)) * every
+        if self.batch > 1 and gains < CLOSE:
+            wanted = min(wanted, PLAIN_FIRST)
         period = wanted if self.steps >= wanted else 1 << (max(self.steps, PLAIN_FIRST).bit_length() - 1)
         runs, step = divmod(self.steps, period)
         doubtful = (gains < FAR and not self.thaw.count) or (gains < CLOSE and runs % LONG_EVERY == 0)

@@ -271,7 +271,7 @@ class Source:
         """How much of its promises it kept lately. They leave out that drafts of a batch do not end together."""
         if self.promised.count < SOON or self.promised.value <= 0:
             return 1.0
-        return min(2.0, max(0.1, self.gained.value / self.promised.value))
+        return min(2.0, max(0.0, self.gained.value / self.promised.value))
 
     def survival(self, request: Request, confidences: tuple[float, ...]) -> float:
         """How likely all these tokens and one more are accepted."""
