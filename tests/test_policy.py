@@ -331,6 +331,22 @@ def test_plain_decoding_is_measured_in_warm_caches_before_drafts_are_believed_to
     assert costs.now.plain.value < 1.25e-3
 
 
+def test_in_a_batch_an_old_price_of_plain_decoding_does_not_outvote_a_new_one():
+    """Known from hundreds of steps in a slow minute it stood for the next ones, in which drafts lost a fifth to it."""
+    costs = Costs()
+
+    def step(seconds: float, drafted: int = 0) -> None:
+        costs.add(StepTimes(4, drafted, 4 + drafted, 4 + drafted // 2, 0.0, seconds, seconds))
+
+    for _ in range(200):
+        step(1.0e-3)
+    for _ in range(40):
+        step(2.5e-3, drafted=12)
+    for _ in range(10):
+        step(0.7e-3)
+    assert costs.now.plain.value < 0.85e-3
+
+
 @pytest.mark.parametrize("policy", [Gain, Choice])
 @pytest.mark.parametrize("seed", range(6))
 def test_what_was_learned_while_others_computed_is_forgotten(policy, seed):
