@@ -26,13 +26,11 @@ def all_by_rows() -> AbstractContextManager[None]:
 
 def by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`function`, elementwise, of x: a tensor of x's shape."""
-    count, step = x.numel(), STEP // x.element_size()
-    if (
-        count < SHARE and not count % step and x.is_contiguous()
-    ):  # as most are in a step: nothing is left over or shared
-        return function(x)
     if not x.is_cpu or not x.is_floating_point() or x.layout != torch.strided:
         return function(x)
+    count, step = x.numel(), STEP // x.element_size()
+    if count < SHARE and not count % step:  # nothing is left over or shared, as mostly in a step
+        return function(x.contiguous())
     flat = x.reshape(-1)
     whole = F.pad(flat, (0, -count % step)) if count % step else flat.contiguous()
     return _in_portions(function, whole, step)[:count].view(x.shape)
