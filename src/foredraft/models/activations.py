@@ -1,4 +1,4 @@
-"""Activation functions that give a row the same bits however many rows there are, and however many threads.
+"""Elementwise functions that give a row the same bits however many rows there are, and however many threads.
 
 torch shares an elementwise operation among threads wherever its elements divide, and computes what is left over at the
 end of a share one by one, by another exponential than the vectorised one: other last bits in fp32. So elements go in
@@ -7,28 +7,33 @@ by another library.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
 
-from foredraft.upstream.modules import is_activation, is_patched, named_parts
+from foredraft.upstream.elementwise import rerouted
 
 # elements from which on torch shares GELU among threads; other functions from twice as many
 SHARE = 16384
 STEP = 128  # bytes that its vectorised loops take at once; what remains is computed one by one
 
 
+def all_by_rows() -> AbstractContextManager[None]:
+    """Within it, on this thread, torch's functions that need it are computed `by_rows`, whoever calls them."""
+    return rerouted(by_rows)
+
+
 def by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`function`, elementwise, of x [..., D]: a tensor of x's shape."""
-    if not x.is_cpu or not x.numel() or not x.dim():
+    """`function`, elementwise, of x: a tensor of x's shape."""
+    if not x.is_cpu or not x.is_floating_point() or x.layout != torch.strided:
         return function(x)
-    width, step = x.shape[-1], STEP // x.element_size()
-    if not width % step:
-        return _in_portions(function, x.contiguous(), step)
-    wide = F.pad(x, (0, -width % step))
-    return _in_portions(function, wide, step)[..., :width].contiguous()
+    count, step = x.numel(), STEP // x.element_size()
+    if count < SHARE and not count % step:  # nothing is left over or shared, as mostly in a step
+        return function(x.contiguous())
+    flat = x.reshape(-1)
+    whole = F.pad(flat, (0, -count % step)) if count % step else flat.contiguous()
+    return _in_portions(function, whole, step)[:count].view(x.shape)
 
 
 def _in_portions(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, step: int) -> torch.Tensor:
@@ -36,25 +41,6 @@ def _in_portions(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
         return function(x)
     out = torch.empty_like(x)
     size = SHARE - step
-    for part, result in zip(x.view(-1).split(size), out.view(-1).split(size), strict=True):
+    for part, result in zip(x.split(size), out.split(size), strict=True):
         result.copy_(function(part))
     return out
-
-
-class ByRows(nn.Module):
-    """An activation module, computed `by_rows`."""
-
-    def __init__(self, function: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return by_rows(self.function, x)
-
-
-def wrap_activations(model: PreTrainedModel) -> None:
-    """Have a transformers model's activation modules computed `by_rows`, in place; not those that somebody hooks."""
-    for module in list(model.modules()):
-        for name, child in named_parts(module):
-            if is_activation(child) and not is_patched(child) and not isinstance(module, ByRows):
-                setattr(module, name, ByRows(child))

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 
 from foredraft.errors import UnsupportedModelError
 from foredraft.models import attention, sublayers
-from foredraft.models.activations import wrap_activations
+from foredraft.models.activations import all_by_rows
 from foredraft.models.base import NO_SKIP, Convert, SkipSet, unchanged
 from foredraft.models.cache import LayerShape, SlotCache
 from foredraft.models.experts import pack_experts, pad_routers
@@ -175,12 +175,12 @@ class HFModel:
             "position_ids": positions.clamp(max=self.max_positions - 1).view(shape),
             "logits_to_keep": torch.tensor(columns, device=self.device),
         }
-        logits: torch.Tensor = self.model(
-            input_ids=torch.tensor(rows.tokens[span], device=self.device).view(shape),
-            attention_mask=self._mask(group, starts),
-            use_cache=True,
-            **{name: value for name, value in arguments.items() if name == self._cache_argument or name in self._takes},
-        ).logits.to(self.device)
+        taken = {k: value for k, value in arguments.items() if k == self._cache_argument or k in self._takes}
+        tokens = torch.tensor(rows.tokens[span], device=self.device).view(shape)
+        mask = self._mask(group, starts)
+        with all_by_rows():
+            output = self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **taken)
+        logits: torch.Tensor = output.logits.to(self.device)
         return logits[[text for text, _ in places], [columns.index(column) for _, column in places]]
 
     def _mask(self, group: Group, starts: int | torch.Tensor) -> torch.Tensor | None:
@@ -215,7 +215,6 @@ class HFModel:
         pack_experts(self.model)
         pack_linears(self.model)
         pad_routers(self.model)
-        wrap_activations(self.model)
 
     def _check(self, sample: list[int], expected: torch.Tensor) -> None:
         """Compute the sample in two uneven steps beside another sequence; refuse a model that comes out different."""

@@ -24,17 +24,6 @@ def is_turned(module: object) -> bool:
     return isinstance(module, Conv1D)
 
 
-ROUNDING = (
-    nn.CELU, nn.ELU, nn.GELU, nn.LogSigmoid, nn.Mish, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh, nn.Tanhshrink,
-)  # fmt: skip
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether the module is an elementwise function whose results are rounded: torch's, transformers' or Bloom's."""
-    theirs = type(module).__module__ == "transformers.activations" or type(module).__name__ == "BloomGelu"
-    return type(module) in ROUNDING or theirs
-
-
 def shell(module: nn.Module) -> Any:
     """Another module object with the same parameters, buffers and attributes, and hooks of its own."""
     other: nn.Module = type(module).__new__(type(module))
@@ -42,11 +31,6 @@ def shell(module: nn.Module) -> Any:
     for name in HOOKS:
         other.__dict__[name] = module.__dict__[name].copy()
     return other
-
-
-def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """A module's children under all of their names; `named_children` gives one name for each."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def set_children(module: nn.Module, like: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:
